@@ -465,7 +465,7 @@ fn the_next_calls_end_when_they_bring_nothing_new() {
 fn a_turn_that_brings_no_mail_has_a_reason() {
     let cure = "odmr: the provider sent a TLS record in place of a message, that is TLS inside TLS; if it is Exim, its \
                 transport needs `hosts_nopass_tls = *`\n";
-    let hung_up = "odmr: the provider turned the line and hung up without a command: its mail may not be due yet\n";
+    let hung_up = "odmr: the provider closed the turned connection without a command: its mail may not be due yet\n";
     let early = "odmr: the provider sent octets after its 250 and before our greeting (RFC 2645 section 5.3)\n";
     for (octets, code, text) in [
         (&b"250 turning\r\nQUIT\r\n"[..], 0, ""),

@@ -228,7 +228,7 @@ fn a_listener_that_is_not_the_daemon_is_reported() {
     };
     let to = &["d@x.example"];
     fails("", to, 75, "does not answer before its greeting: another service? check the port");
-    fails("", &["-bs"], 75, "no answer");
+    fails("", &["-bs"], 75, "no reply");
     fails("close", to, 75, "before its greeting");
     fails("close", &["-bs"], 75, "is `odmr pull --daemon` running?");
     fails("SSH-2.0-x\r\n", to, 75, "not a reply of an SMTP server");

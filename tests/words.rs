@@ -53,6 +53,8 @@ const ALLOWED: &[(&str, &str, &str)] = &[
     ("tests/interop/dns.py", "refused", "a code of the DNS"),
     ("src/recipients/", "folder", "of Maildir++"),
     ("src/recipients/", "folders", "of Maildir++"),
+    ("src/customer/", "folder", "of Maildir++"),
+    ("src/customer/", "folders", "of Maildir++"),
 ];
 
 /// What has not been read through yet.

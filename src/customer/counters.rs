@@ -1,8 +1,8 @@
 //! Counts what one call receives and sends, for the progress line during the call and the summary after it.
 //!
 //! A recipient that we defer may be accepted later in the same call, for instance if there were too many for one
-//! transaction. So deferred recipients are kept, and not only counted: who is left at the end of the call stays with the
-//! provider.
+//! transaction. So the counters remember which recipients are deferred: the mail of those that are left at the end of
+//! the call stays with the provider.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -13,13 +13,14 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use crate::plural::counted;
 use crate::smtp::reply::{Reply, Severity};
 
-/// How many failed recipients a summary lists; the others are only counted.
+/// The most failed recipients that a summary lists. The others are only counted.
 const LISTED_FAILURES: usize = 50;
 
-/// Octets of the line of a failure beyond which it names no further recipient: a provider may name any number.
+/// The length of a line of the summary, in octets, from which on it names no further recipient. A provider may name any
+/// number of them.
 const LISTED_FAILURE_LENGTH: usize = 1000;
 
-/// Deferred recipients: how often each key is deferred.
+/// Deferred recipients: their keys, and how many messages are deferred for each key.
 pub type Deferred = HashMap<u64, u64>;
 
 /// The counters of one call, shared by all threads that work for it.
@@ -28,19 +29,20 @@ pub struct CallCounters(Mutex<Counts>);
 
 #[derive(Debug, Default)]
 struct Counts {
-    /// What is complete, without the deferred recipients and the failures.
+    /// The result so far, without the deferred recipients and the failures.
     total: Summary,
-    /// How often each recipient is deferred: messages of one size, from one sender to one recipient, have one key. A full
-    /// disk may defer all that the provider has, so the keys are hashes.
+    /// Messages with the same size, sender, recipient and ENVID have the same key. The keys are hashes, to save memory:
+    /// if the disk is full, all mail of the provider is deferred.
     deferred: Deferred,
-    /// The same of a call that follows at once: it may bring them again, or leave them out for now.
+    /// The recipients that were deferred in a call that followed another at once. It may bring mail again that the call
+    /// before has deferred, or not.
     again: Option<Deferred>,
     hasher: RandomState,
-    /// The first failures, each with the key of a recipient that is deferred.
+    /// The first failures as lines of the summary, each with the key of the recipient if that is deferred.
     failures: Vec<(Option<u64>, String)>,
-    /// Octets of the message that is arriving.
+    /// Octets of the arriving message so far.
     arriving: u64,
-    /// Octets of that message as MAIL announced them; 0: unknown.
+    /// Octets of the arriving message as MAIL has announced them; 0: unknown.
     announced: u64,
     /// Messages that were waiting at the provider; 0: unknown.
     queued: u64,
@@ -53,12 +55,12 @@ impl CallCounters {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Adds the number of messages that the provider reports as waiting; 0 if it reports none.
+    /// Adds the number of messages that wait at the provider; 0 if it does not report the number.
     pub fn add_queued(&self, messages: u64) {
         self.lock().queued += messages;
     }
 
-    /// A message begins. `octets`: its size as MAIL announced it, or 0.
+    /// A message begins. `octets`: its size as MAIL has announced it, or 0.
     pub fn begin_message(&self, octets: u64) {
         let mut counts = self.lock();
         (counts.announced, counts.arriving) = (octets, 0);
@@ -77,10 +79,11 @@ impl CallCounters {
         (counts.announced, counts.arriving) = (0, 0);
     }
 
-    /// A recipient was rejected, if the reply is permanent, or deferred. `by`: who decided that, for the summary.
+    /// A recipient was rejected (5yz) or deferred (4yz). `by`: the host that decided, for the summary.
     pub fn not_accepted(&self, recipient: &MessageRecipient<'_>, by: impl fmt::Display, reply: &Reply) {
         let mut counts = self.lock();
-        // "Too many recipients" asks for this message again, as often as it has so many: that is no other message.
+        // After "too many recipients" (4.5.3) the provider sends the same message again, perhaps several times. Do not
+        // count it as another message.
         let is_permanent = reply.severity() == Severity::Permanent;
         if is_permanent || reply.enhanced() == Some("4.5.3") {
             counts.release(recipient);
@@ -105,7 +108,7 @@ impl CallCounters {
         }
     }
 
-    /// Names a recipient of a message that was deferred at MAIL, for the summary, if its line is not too long already.
+    /// Adds a recipient to the line of a message that was deferred at MAIL, unless the line is too long already.
     pub fn name_recipient(&self, message: &MessageRecipient<'_>, to: &str) {
         let mut counts = self.lock();
         let key = Some(counts.key(message));
@@ -119,12 +122,12 @@ impl CallCounters {
         }
     }
 
-    /// A recipient was accepted, or for a recipient without a name: MAIL was. If it was deferred, it is not any more.
+    /// A recipient was accepted; if `recipient` has no address, MAIL was accepted. It is not deferred any more.
     pub fn accepted(&self, recipient: &MessageRecipient<'_>) {
         self.lock().release(recipient);
     }
 
-    /// A call begins; `again`: it follows another one to the same provider at once.
+    /// A call begins. `again`: it follows a call to the same provider at once.
     pub fn begin_call(&self, again: bool) {
         self.lock().again = again.then(Deferred::default);
     }
@@ -134,8 +137,8 @@ impl CallCounters {
         self.lock().deferred.clone()
     }
 
-    /// The provider offers again all that it has. The recipients that were deferred besides those `before` count no more:
-    /// they would count twice, or although they are accepted now.
+    /// The provider begins to offer all of its mail again. Forgets the recipients that were deferred, except those
+    /// `before`: otherwise they would count twice if they are deferred again, and once if they are accepted now.
     pub fn offered_again(&self, before: &Deferred) {
         let mut counts = self.lock();
         counts.deferred.clone_from(before);
@@ -147,12 +150,12 @@ impl CallCounters {
         self.lock().total.sent += 1;
     }
 
-    /// The outgoing queue cannot be locked or read. The first failure is kept.
+    /// The outgoing queue cannot be locked or read. The first failure is stored.
     pub fn outgoing_failed(&self, error: io::Error) {
         self.lock().outgoing_failure.get_or_insert(error);
     }
 
-    /// Returns that failure once.
+    /// Takes the failure of the outgoing queue out.
     pub fn take_outgoing_failure(&self) -> Option<io::Error> {
         self.lock().outgoing_failure.take()
     }
@@ -162,7 +165,7 @@ impl CallCounters {
         self.lock().total.waiting = messages;
     }
 
-    /// What was counted up to now. `seconds`: the duration of the call.
+    /// What was counted so far. `seconds`: the duration of the call.
     pub fn summary(&self, seconds: f64) -> Summary {
         let counts = self.lock();
         let deferred = counts.deferred.values().sum();
@@ -170,7 +173,7 @@ impl CallCounters {
         Summary { seconds, deferred, failures, ..counts.total.clone() }
     }
 
-    /// The progress of the call, in one line without its end.
+    /// The progress of the call, in one line without a line end.
     pub fn progress(&self) -> String {
         let Counts { total: Summary { messages, octets, sent, .. }, arriving, announced, queued, .. } = &*self.lock();
         let all = counted(*queued.max(messages), "message", "messages");
@@ -189,11 +192,11 @@ impl CallCounters {
 impl Counts {
     fn key(&self, recipient: &MessageRecipient<'_>) -> u64 {
         let MessageRecipient { from, to, size, envelope_id } = recipient;
-        // Local parts compare without case.
+        // A provider may send an address again in another case.
         self.hasher.hash_one((from.to_lowercase(), to.to_lowercase(), size, envelope_id))
     }
 
-    /// Counts a recipient that is deferred. Returns whether it is one more, and not one that a call before has deferred.
+    /// Counts a deferred recipient. Returns false if a call before has deferred it already.
     fn defer(&mut self, key: u64) -> bool {
         let deferred = self.deferred.entry(key).or_default();
         let again = self.again.as_mut().map(|again| again.entry(key).or_default());
@@ -205,7 +208,8 @@ impl Counts {
         is_new
     }
 
-    /// Removes a recipient from the deferred ones, if it is among them: the message that was deferred first.
+    /// Removes a recipient from the deferred ones, if it is among them. Of several messages with one key it removes
+    /// one.
     fn release(&mut self, recipient: &MessageRecipient<'_>) {
         let key = self.key(recipient);
         let Some(count) = self.deferred.get_mut(&key) else { return };
@@ -222,14 +226,14 @@ impl Counts {
     }
 }
 
-/// A recipient of a message, told from the recipients of other messages by what MAIL says of it.
+/// A recipient of a message. The parameters of MAIL distinguish it from recipients of other messages.
 #[derive(Clone, Copy, Debug)]
 pub struct MessageRecipient<'a> {
     /// The reverse path; empty: the null sender.
     pub from: &'a str,
-    /// The forward path; empty: the message was not accepted before any recipient was named.
+    /// The forward path; empty: MAIL was rejected or deferred, before any recipient was named.
     pub to: &'a str,
-    /// `SIZE`; 0: it was not announced.
+    /// `SIZE` in octets; 0: it was not announced.
     pub size: u64,
     /// `ENVID`.
     pub envelope_id: Option<&'a str>,
@@ -238,21 +242,21 @@ pub struct MessageRecipient<'a> {
 /// The result of a call.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Summary {
-    /// Messages that were received and accepted.
+    /// Incoming messages that were accepted.
     pub messages: u64,
     /// Octets of their content.
     pub octets: u64,
     /// Recipients that were rejected, of incoming and outgoing mail.
     pub rejected: u64,
-    /// Recipients of incoming mail that we deferred, and did not accept later: their mail stays with the provider.
+    /// Recipients of incoming mail that we deferred and did not accept later: their mail stays with the provider.
     pub deferred: u64,
-    /// The first of the rejected and deferred recipients, a line for each.
+    /// The first of the rejected and deferred recipients, a line for each, at most 50.
     pub failures: Vec<String>,
-    /// Outgoing messages that were sent.
+    /// Outgoing messages that were sent to at least one recipient.
     pub sent: u64,
     /// Outgoing messages that wait for another call.
     pub waiting: u64,
-    /// The duration of the call.
+    /// The duration of the call, in seconds.
     pub seconds: f64,
 }
 
@@ -276,7 +280,7 @@ impl fmt::Display for Summary {
 }
 
 impl Summary {
-    /// The rejected and deferred recipients: a line for each that is listed, and one that says how many are not.
+    /// The rejected and deferred recipients: a line for each that is listed, and one with the number of the others.
     pub fn failure_lines(&self) -> Vec<String> {
         let more = (self.rejected + self.deferred).saturating_sub(self.failures.len() as u64);
         let more = (more > 0).then(|| format!("and {more} more: the log has all of them"));
@@ -284,7 +288,7 @@ impl Summary {
     }
 }
 
-/// A number of octets in a unit that is easy to read: `B`, `KiB`, `MiB` or `GiB`.
+/// A number of octets, shown in `B`, `KiB`, `MiB` or `GiB`.
 struct HumanSize(u64);
 
 impl fmt::Display for HumanSize {
@@ -365,9 +369,9 @@ mod tests {
         assert_eq!((summary.deferred, summary.rejected, summary.failures.len()), (0, 1, 1));
     }
 
-    /// The provider brings again what was deferred, or not: it has a pause of its own.
+    /// In the next call the provider may send deferred mail again, or wait with it.
     #[test]
-    fn what_a_call_that_follows_at_once_defers_again_counts_once() {
+    fn a_recipient_that_the_next_call_defers_again_counts_once() {
         let counters = CallCounters::default();
         let defer = |names: &[&str]| names.iter().for_each(|name| counters.not_accepted(&to(name), "us", &full()));
         counters.begin_call(false);
@@ -385,7 +389,7 @@ mod tests {
 
     /// During a long upload the provider offers its mail several times.
     #[test]
-    fn what_is_deferred_in_each_of_several_fetches_counts_once() {
+    fn a_recipient_that_is_deferred_in_each_of_several_fetches_counts_once() {
         let counters = CallCounters::default();
         counters.not_accepted(&to("joe@example.org"), "us", &full());
         let before = counters.deferred();
@@ -402,9 +406,10 @@ mod tests {
         assert_eq!((summary.deferred, summary.rejected, summary.failures.len()), (1, 1, 2));
     }
 
-    /// With 250 recipients the last 50 are one too many twice.
+    /// With 250 recipients and 100 in a transaction, each of the last 50 gets 452 4.5.3 twice. A full disk may defer
+    /// two messages that have the same key.
     #[test]
-    fn one_too_many_is_the_same_message_and_a_full_disk_may_defer_two_alike() {
+    fn too_many_recipients_count_once_and_a_full_disk_defers_each_message() {
         let counters = CallCounters::default();
         let deferred = || (counters.summary(0.0).deferred, counters.summary(0.0).failures.len());
         for _ in 0..2 {

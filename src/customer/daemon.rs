@@ -1,9 +1,9 @@
-//! `odmr pull --daemon`: calls by the schedule, and meanwhile accepts the mail of this host's users ([`super::submission`]).
+//! `odmr pull --daemon`: calls by the schedule, and accepts the mail of this host's users ([`super::submission`]).
 //!
-//! One loop waits for events: a call is due or has ended, a signal, a new network address, mail for a next hop. Each call
-//! has a thread, so that a provider that stalls delays no other; a provider gets one call at a time. Only the loop has the
-//! state of the calls, so no lock is needed. A new configuration holds for the calls and sessions that begin after it;
-//! those that have begun end with the old one.
+//! One loop waits for events: a call is due or has ended, a signal, a new network address, mail for a next hop. Each
+//! call has a thread, so that a provider that stalls does not delay the others; a provider gets one call at a time.
+//! Only the loop uses the state of the calls, so it needs no lock. After a reload, calls and sessions that begin use
+//! the new configuration; those that have begun end with the old one.
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -31,11 +31,11 @@ use crate::report::calls::{self, CallRecord};
 use crate::sandbox;
 use crate::schedule::{CallOutcome, CallTimer, Clocks, Schedule};
 
-/// The clock is read at least this often, because it may be set.
+/// The loop reads the clock at least this often: an administrator or NTP may set it.
 const CLOCK_CHECK_INTERVAL: Duration = Duration::from_secs(60);
 
-/// The shortest time between two calls because of a new address: a network gets its addresses and routes one by one. Each
-/// of these calls that fails doubles it, up to [`CLOCK_CHECK_INTERVAL`].
+/// The shortest time between two calls because of a new address: a network that comes up reports several addresses and
+/// routes, one after the other. Each of these calls that fails doubles the time, up to [`CLOCK_CHECK_INTERVAL`].
 const NETWORK_CALL_PAUSE: Duration = Duration::from_secs(3);
 
 /// The file in `ROOT/.odmr` that the daemon locks, and writes its process id into.
@@ -52,11 +52,11 @@ pub enum DaemonEvent {
     Stop,
     /// This machine has a new address or route.
     Network,
-    /// A user's message for a next hop was stored, also by another process, or an administrator has made some due.
+    /// A message was stored in the retry queue, by this or another process, or an administrator has made messages due.
     RetryQueued,
-    /// The attempts at the messages of the retry queue have ended.
+    /// The thread that retries the messages of the retry queue has ended.
     RetryEnded,
-    /// A call has ended, with so many recipients deferred here.
+    /// A call has ended. `result`: how many recipients were deferred here, or why it failed.
     CallEnded { key: AccountKey, begun: Clocks, result: Result<u64, CallError> },
 }
 
@@ -80,6 +80,7 @@ impl EventSender {
 
 /// A daemon before privileges are dropped: its configuration can be used, and its listeners are bound.
 pub struct BoundDaemon {
+    /// Sends events to the daemon.
     pub events: EventSender,
     receiver: Receiver<DaemonEvent>,
     customer: Customer,
@@ -89,11 +90,12 @@ pub struct BoundDaemon {
 }
 
 impl BoundDaemon {
-    /// `sockets`: if a supervisor has passed some, they replace `listen` of `[outgoing]`.
+    /// Prepares the calls and binds the listeners. `sockets`: if a supervisor has passed some, they replace `listen` of
+    /// `[outgoing]`.
     ///
     /// # Errors
-    /// Those of [`Customer::new`]; [`CallError::System`] if a listener cannot be bound; [`CallError::Config`] if there is
-    /// nothing to serve a socket.
+    /// Those of [`Customer::new`]; [`CallError::System`] if a listener cannot be bound; [`CallError::Config`] if a
+    /// supervisor passes a socket and the configuration has no `[outgoing]`.
     pub fn new(config: &CustomerConfig, ids: &Ids, mut sockets: InheritedListeners) -> Result<BoundDaemon, CallError> {
         let customer = Customer::new(config, ids)?;
         let addresses = config.outgoing.as_ref().map(|outgoing| &outgoing.listen[..]).unwrap_or_default();
@@ -112,11 +114,11 @@ impl BoundDaemon {
     }
 }
 
-/// Runs until it is cancelled and gets [`DaemonEvent::Stop`]. `load` reads the configuration again; `readiness` reports to
-/// the supervisor.
+/// Runs the daemon until `cancel` is cancelled and [`DaemonEvent::Stop`] wakes the loop. `load` reads the configuration
+/// again; `readiness` reports to the supervisor.
 ///
 /// # Errors
-/// [`CallError::Busy`]: there is a daemon for these mailboxes; [`CallError::System`].
+/// [`CallError::Busy`]: another daemon runs for these mailboxes; [`CallError::System`]: a system call failed.
 pub fn run(
     bound: BoundDaemon, load: &dyn Fn() -> Result<CustomerConfig, String>, readiness: &Readiness, cancel: &CancelToken,
 ) -> Result<(), CallError> {
@@ -125,7 +127,7 @@ pub fn run(
     let outbox = customer.outbox.clone();
     let listeners = SubmissionListeners::start(listeners, inherited, &customer.mailboxes, outbox, cancel)?;
     let (watcher, waker, mailboxes) = (events.clone(), events.clone(), &customer.config().mailboxes);
-    // Users that may store mail for next hops may wake it.
+    // All users who may store mail for next hops may wake the daemon.
     let (mode, woken) = (0o666 & !mailboxes.umask, Box::new(move |_| waker.send(DaemonEvent::RetryQueued)));
     let wakes = receive_wakes(&mailboxes.root, mode, cancel, woken);
     network::watch(move || watcher.send(DaemonEvent::Network), cancel);
@@ -157,8 +159,8 @@ pub fn run(
         }
     }
     readiness.stopping();
-    // The calls see the cancellation too. Those that do not end in time end with the process: a message of which a part
-    // has arrived stays with the provider.
+    // The calls are cancelled too. A call that does not end before the deadline ends with the process. No mail is lost:
+    // the provider still has a message of which only a part has arrived.
     let deadline = Instant::now() + daemon.customer.config().timeouts.shutdown;
     while (daemon.retrying || daemon.calls > 0)
         && let Ok(event) = receiver.recv_deadline(deadline)
@@ -166,12 +168,12 @@ pub fn run(
         daemon.handle(event);
     }
     daemon.listeners.close(deadline);
-    // Its socket is removed before the next daemon can have the lock, and make one.
+    // The thread removes its socket. That must happen before the next daemon can get the lock and create its own.
     wakes.map(JoinHandle::join);
     Ok(())
 }
 
-/// Locks the mailboxes for one daemon.
+/// Locks the mailboxes, so that one daemon at a time runs for them.
 fn lock(config: &CustomerConfig) -> Result<File, CallError> {
     let text = "a daemon is calling for these mailboxes already; `odmr pull -c FILE --now` makes it call at once";
     let file = store::lock_for_daemon(&config.mailboxes.root, LOCK_FILE)?;
@@ -181,10 +183,11 @@ fn lock(config: &CustomerConfig) -> Result<File, CallError> {
     Ok(file)
 }
 
-/// The process id of the daemon that runs for these mailboxes; `None`: there is none. Nothing is created.
+/// The process id of the daemon that runs for these mailboxes; `None`: none runs. No file is created.
 ///
 /// # Errors
-/// [`CallError::Denied`]: another user's daemon; [`CallError::Busy`]: the daemon is just starting; [`CallError::System`].
+/// [`CallError::Denied`]: the daemon is that of another user; [`CallError::Busy`]: the daemon is just starting;
+/// [`CallError::System`]: its file cannot be read.
 pub fn running(config: &CustomerConfig) -> Result<Option<i32>, CallError> {
     let file = store::locked_state_file(&config.mailboxes.root, LOCK_FILE).map_err(|error| match error.kind() {
         io::ErrorKind::PermissionDenied => CallError::Denied(format!("{error}; be the user of the daemon, or root")),
@@ -197,7 +200,7 @@ pub fn running(config: &CustomerConfig) -> Result<Option<i32>, CallError> {
     }
 }
 
-/// What a reload leaves as it was at the start: the keys with their values.
+/// The keys that a reload does not change, with their values.
 fn fixed(config: &CustomerConfig) -> Vec<(&'static str, String)> {
     let (owner, mailboxes) = (config.owner.as_ref(), &config.mailboxes);
     let listen = config.outgoing.as_ref().map(|outgoing| &outgoing.listen[..]).unwrap_or_default();
@@ -218,19 +221,20 @@ struct Daemon<'a> {
     providers: Vec<ProviderState>,
     load: &'a dyn Fn() -> Result<CustomerConfig, String>,
     readiness: &'a Readiness,
-    /// As [`fixed`], at the start.
+    /// The result of [`fixed`] at the start.
     fixed: Vec<(&'static str, String)>,
     cancel: CancelToken,
     events: EventSender,
-    /// A thread tries the retry queue.
+    /// A thread is retrying the messages of the retry queue.
     retrying: bool,
-    /// Mail was stored in it since then, which the thread may not have seen: it may have been ending its session.
+    /// Mail was stored in the retry queue after that thread began. The thread may have missed it.
     queued_meanwhile: bool,
-    /// Calls that have not ended, also to providers that are no longer configured.
+    /// The number of calls that have not ended, including those to providers that are no longer configured.
     calls: usize,
-    /// The retry queue is not tried before then: messages were still due after the last attempts, as another process has
-    /// the queue, or an error prevents them.
+    /// No retries before then: messages were still due after the last retries, because another process has locked the
+    /// queue or because of an error. Without a pause the loop would try again at once, for ever.
     retry_pause_until: Option<Instant>,
+    /// When the daemon started.
     epoch: Instant,
 }
 
@@ -240,15 +244,15 @@ struct ProviderState {
     schedule: Schedule,
     timer: CallTimer,
     calling: bool,
-    /// Call now, whatever the schedule says.
+    /// Call now, without regard to the schedule.
     at_once: bool,
     /// The last call has failed, and a later one may succeed.
     unreachable: bool,
-    /// There is a new address or route, which was not acted on yet.
+    /// There is a new address or route, for which no call has begun yet.
     network: bool,
     /// No call because of a new address before then.
     network_pause_until: Option<Instant>,
-    /// Such calls since the last success.
+    /// The number of such calls since the last success.
     network_calls: u32,
 }
 
@@ -257,7 +261,7 @@ impl ProviderState {
         if self.at_once { Duration::ZERO } else { self.timer.time_left(now) }
     }
 
-    /// Logs when the next call is, and records it for the status.
+    /// Logs the time of the next call, and records it for `odmr status`.
     fn log_next_call(&self, root: &Path, now: Clocks) {
         let ((provider, account), at) = (&self.key, self.timer.next_call(now));
         log::info!("event=next-call provider={provider} account={account} at={}", at.rfc3339());
@@ -293,7 +297,7 @@ impl Daemon<'_> {
         }
     }
 
-    /// Uses this customer for what begins from now on.
+    /// Uses this customer for the calls and sessions that begin from now on.
     fn adopt(&mut self, customer: Arc<Customer>) {
         let events = self.events.clone();
         customer.retry_queue.set_waker(Box::new(move || events.send(DaemonEvent::RetryQueued)));
@@ -303,7 +307,8 @@ impl Daemon<'_> {
         self.customer = customer;
     }
 
-    /// Takes the providers from the configuration. Those that were known before keep their place in the schedule.
+    /// Makes the list of providers from the configuration. The next call of a provider stays when it was, unless its
+    /// schedule has changed.
     fn update_providers(&mut self) {
         let (now, ids) = (self.now(), self.customer.mailboxes.ids.clone());
         let mut before = std::mem::take(&mut self.providers);
@@ -344,7 +349,7 @@ impl Daemon<'_> {
             (self.retrying, self.queued_meanwhile) = (true, false);
             let (customer, cancel) = (self.customer.clone(), self.cancel.clone());
             self.spawn("retry", DaemonEvent::RetryEnded, move || {
-                // A failure is logged.
+                // `retry` logs a failure.
                 let _ = customer.retry_queue.retry(&cancel);
                 DaemonEvent::RetryEnded
             });
@@ -356,12 +361,12 @@ impl Daemon<'_> {
         let (customer, cancel) = (self.customer.clone(), self.cancel.clone());
         let key = self.providers[number].key.clone();
         let ended = move |result| DaemonEvent::CallEnded { key: key.clone(), begun, result };
-        let panicked = ended(Err(CallError::System("the call ended in the middle".to_owned(), io::ErrorKind::Other)));
+        let panicked = ended(Err(CallError::System("the call's thread has failed".to_owned(), io::ErrorKind::Other)));
         self.spawn("call", panicked, move || ended(customer.call(number, &cancel, &Arc::default())));
     }
 
-    /// Runs `work` in a thread of its own, and sends the event that it returns; `failed` if it panics, or if the system has
-    /// no thread.
+    /// Runs `work` in a new thread, and sends the event that it returns; if it panics, or the system has no thread,
+    /// `failed`.
     fn spawn(&self, name: &str, failed: DaemonEvent, work: impl FnOnce() -> DaemonEvent + Send + 'static) {
         let mut end = NotifyOnDrop { events: self.events.clone(), event: Some(failed) };
         let work = move || {
@@ -395,7 +400,7 @@ impl Daemon<'_> {
                 log::error!("event=call-failed provider={provider} account={account} error={}", quoted(error));
             }
         }
-        // The call of another process is as good as ours; so is the one a moment ago.
+        // A call that another process is making, or that ended a moment ago, has fetched the mail.
         let outcome = match result {
             Ok(0) | Err(CallError::Busy(_) | CallError::TooSoon(_)) => CallOutcome::Success,
             Ok(_) => CallOutcome::Deferred,
@@ -405,8 +410,8 @@ impl Daemon<'_> {
         state.log_next_call(&self.customer.config().mailboxes.root, now);
     }
 
-    /// After a new address or route, makes the calls due that had failed. A call that has not ended may have begun before
-    /// it, so its end is awaited.
+    /// After a new address or route, makes a call due to each provider whose last call failed. A call that has not
+    /// ended may have begun before that, and is awaited first.
     fn call_after_network_change(&mut self) {
         let (now, moment) = (self.now(), Instant::now());
         for state in self.providers.iter_mut().filter(|state| state.network && !state.calling) {
@@ -454,13 +459,13 @@ impl Daemon<'_> {
         self.update_providers();
     }
 
-    /// Records for the status that the configuration was read, or why not.
+    /// Records for `odmr status` that the configuration was read, or why not.
     fn record_reload(&self, error: Option<&str>) {
         let record = CallRecord::of_reload(self.now().date, error);
         record.write(&store::reload_record(&self.customer.config().mailboxes.root), "-");
     }
 
-    /// The time until something may be due.
+    /// How long the loop may wait for an event: until a call or a retry may be due.
     fn pause(&self) -> Duration {
         let (now, moment) = (self.now(), Instant::now());
         let waiting = || self.providers.iter().filter(|state| !state.calling);
@@ -470,7 +475,7 @@ impl Daemon<'_> {
         calls.chain(networks).chain(self.until_retry()).fold(CLOCK_CHECK_INTERVAL, Duration::min)
     }
 
-    /// The time until the retry queue is tried; `None`: it is empty, or it is being tried.
+    /// The time until messages of the retry queue are due; `None`: it is empty, or a thread is retrying them.
     fn until_retry(&self) -> Option<Duration> {
         if self.retrying {
             return None;
@@ -481,7 +486,7 @@ impl Daemon<'_> {
     }
 }
 
-/// Sends an event when it is dropped, also by a panic.
+/// Sends an event when it is dropped, even by a panic.
 struct NotifyOnDrop {
     events: EventSender,
     event: Option<DaemonEvent>,

@@ -30,12 +30,12 @@ pub struct Mailboxes {
     pub ids: Ids,
     /// Reads and writes the retry queue and the outgoing queue.
     pub queue: Queue,
-    /// By it mail expires.
+    /// Watches the clock, by which mail expires.
     pub watch: Arc<ClockWatch>,
 }
 
 impl Mailboxes {
-    /// Changes no file.
+    /// The mailboxes of this configuration. Neither reads nor creates a file.
     pub fn new(config: &CustomerConfig, ids: &Ids) -> Mailboxes {
         let queue = Queue::new(&config.hostname, ids.clone(), config.timeouts.takeover);
         let watch = Arc::new(ClockWatch::new(&config.mailboxes.root, ids.clock()));
@@ -47,7 +47,8 @@ impl Mailboxes {
         &self.config.mailboxes.rules
     }
 
-    /// Logs the aliases whose mail is deferred, and if names without a mailbox are postmaster's by default.
+    /// Logs the aliases whose mail is deferred, and whether mail for names without a mailbox goes to postmaster by
+    /// default.
     pub fn log_warnings(&self) {
         for warning in self.rules().warnings() {
             log::warn!("event=alias-not-served error={}", quoted(warning));
@@ -75,8 +76,8 @@ impl Mailboxes {
         store::retry_queue(&self.config.mailboxes.root)
     }
 
-    /// Removes what is left over, once a day by whichever process comes first: files of writers that died, and the records of
-    /// accounts that are gone; each when it was not used for 36 hours. A failure is logged.
+    /// Once a day, in whichever process comes first, removes files that were not used for 36 hours: those of writers
+    /// that died, and the records of accounts that are no longer configured. A failure is logged.
     pub fn tidy(&self) {
         let root = &self.config.mailboxes.root;
         let outgoing = self.config.outgoing.as_ref().map(|outgoing| store::outgoing_queue(&outgoing.queue));
@@ -84,7 +85,7 @@ impl Mailboxes {
             outgoing.into_iter().chain([self.retry_queue()]).for_each(|name| self.queue.tidy(&name, false));
             for domain in subdirectories(root, false)? {
                 for mailbox in subdirectories(&domain, false)? {
-                    // Other programs may have closed a mailbox to us.
+                    // This user may have no access to a mailbox: sweep the others all the same.
                     self.sweep(&mailbox).unwrap_or_else(|error| log_sweep_failed("-", &error));
                 }
             }
@@ -96,16 +97,17 @@ impl Mailboxes {
         });
     }
 
-    /// Sweeps a mailbox and its sub-folders.
+    /// Sweeps a mailbox and its Maildir++ folders.
     fn sweep(&self, mailbox: &Path) -> io::Result<()> {
         let folders = subdirectories(mailbox, true)?;
         folders.iter().map(PathBuf::as_path).chain([mailbox]).try_for_each(|path| self.maildir(path, &[]).sweep())
     }
 
-    /// The recipient as an envelope has it: `postmaster` alone is in our first domain (RFC 5321 section 4.5.1).
+    /// The mailbox of a recipient for the envelope. `postmaster` without a domain is in our first domain (RFC 5321
+    /// section 4.5.1).
     ///
     /// # Errors
-    /// The reply to RCPT: there is no such postmaster.
+    /// The reply to RCPT: there is no domain for postmaster.
     pub fn canonical_recipient(&self, path: &ForwardPath) -> Result<Mailbox, Reply> {
         let mailbox = match path {
             ForwardPath::Mailbox(mailbox) => Some(mailbox.canonical()),
@@ -122,10 +124,10 @@ impl Mailboxes {
         folders.iter().map(|name| inbox.folder(name)).find(Maildir::exists).unwrap_or(inbox)
     }
 
-    /// Checks that the quota of a mailbox has room for this many octets more. A next hop checks its own quota.
+    /// Checks that the quota of a mailbox has room for this many octets more. A next hop checks its own quotas.
     ///
     /// # Errors
-    /// `QuotaExceeded` only: any other failure appears again when the copy is begun.
+    /// `QuotaExceeded`, and nothing else: any other failure occurs again, and is reported, when the copy is begun.
     pub fn check_quota(&self, destination: &Destination, octets: u64) -> io::Result<()> {
         let Destination::Maildir { path, folders } = destination else { return Ok(()) };
         match self.maildir(path, folders).check_quota(|| self.queue.unique(), octets) {
@@ -134,10 +136,10 @@ impl Mailboxes {
         }
     }
 
-    /// Begins copies for the recipients of a message that is not received in a turned session; all of them are ours.
-    /// Recipients whose destination is a next hop, or a mailbox without room for `octets`, get theirs in the retry queue.
-    /// The recipients `elsewhere`, and those that aliases lead to, get theirs in the outgoing queue. `head`: the beginning
-    /// of the content, our `Received`.
+    /// Begins copies of a message that was submitted here: its recipients are all in our domains. For recipients at a
+    /// next hop, and for those whose mailbox has no room for `octets`, the copy is in the retry queue; for the
+    /// recipients `elsewhere`, and addresses elsewhere to which aliases lead, in the outgoing queue. `head`: the
+    /// beginning of the content, our `Received` field.
     ///
     /// # Errors
     /// A copy cannot be created, or there is no outgoing queue for it.
@@ -150,7 +152,7 @@ impl Mailboxes {
                 Err(reply) => rejected.push((recipient.clone(), reply)),
                 Ok(deliveries) => {
                     let count = deliveries.len();
-                    // The other recipients do not wait for one whose mailbox is full.
+                    // A mailbox that is full must not delay the other recipients.
                     let has_room = |delivery: &Delivery| self.check_quota(&delivery.destination, octets).is_ok();
                     let (now, later): (Vec<_>, Vec<_>) = deliveries.into_iter().partition(has_room);
                     waiting.extend(later.iter().map(|delivery| relayed_recipient(recipient, &delivery.mailbox, count)));
@@ -175,8 +177,8 @@ impl Mailboxes {
         Ok(Routing { rejected, ..routing })
     }
 
-    /// Begins copies for recipients whose destinations are known. If several recipients lead to one mailbox, for instance
-    /// by two aliases, it gets one copy. `head`: the beginning of the content, our `Received`.
+    /// Begins copies for recipients whose destinations are known. If several recipients lead to one Maildir, for
+    /// instance by two aliases, it gets one copy. `head`: the beginning of the content, our `Received` field.
     ///
     /// # Errors
     /// A copy cannot be created.
@@ -210,18 +212,20 @@ impl Mailboxes {
                 }
             }
             match (all_here, deliveries.len()) {
-                // All of its deliveries wait in the retry queue: the sender gets a DSN from there.
+                // All of its copies are in the retry queue, which sends the DSN.
                 (_, 0) => {}
                 (true, _) => routing.delivered_here.push(recipient.clone()),
                 (false, 1) => {}
-                // Next hops do not know the recipient that the sender meant, so we report it (RFC 3461 section 5.2.7.3).
+                // Next hops do not know the recipient that the sender named, so the DSN is ours (RFC 3461 section
+                // 5.2.7.3).
                 (false, _) => routing.expanded.push(recipient.clone()),
             }
         }
         Ok(routing)
     }
 
-    /// Delivers a message into the Maildir at `path`, or the first of `folders` that it has, for one recipient.
+    /// Delivers a message for one recipient into the Maildir at `path`, or the first of the Maildir++ `folders` that it
+    /// has. Returns `Sent`, or `Deferred` if the copy cannot be written.
     pub fn copy(
         &self, from: &ReversePath, to: &Mailbox, (path, folders): (&Path, &[String]), content: &mut dyn Content,
     ) -> RecipientStatus {
@@ -238,8 +242,8 @@ impl Mailboxes {
         }
     }
 
-    /// Delivers to our own Maildir for each recipient that a next hop has rejected and that must be accepted: postmaster
-    /// and abuse (RFC 5321 section 4.5.1, RFC 2142), and those in `fallbacks`. Replaces their statuses.
+    /// Delivers into a Maildir here for each recipient that a next hop has rejected although it must be accepted:
+    /// postmaster and abuse (RFC 5321 section 4.5.1, RFC 2142), and those in `fallbacks`. Replaces their statuses.
     pub fn deliver_fallbacks(
         &self, from: &ReversePath, recipients: &mut [(Recipient, RecipientStatus)], fallbacks: &[Mailbox],
         content: &mut dyn Content,
@@ -260,35 +264,35 @@ impl Mailboxes {
     }
 }
 
-/// Whether there is something at the path of a mailbox.
+/// Whether a file or directory exists at the path of a mailbox.
 ///
 /// # Errors
-/// The system does not tell.
+/// The path cannot be looked up.
 pub fn find_mailbox(path: &Path) -> io::Result<bool> {
     for ancestor in path.ancestors() {
         match fs::symlink_metadata(ancestor) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(error) => return Err(with_path(ancestor, error)),
-            // The mailboxes may be below a link whose file system is not mounted now.
+            // A symbolic link that leads nowhere: the file system with the mailboxes may not be mounted.
             Ok(_) => return Ok(ancestor == path || !ancestor.is_dir()),
         }
     }
     Ok(false)
 }
 
-/// As [`find_mailbox`]. A mailbox of which the system does not tell counts as one that exists: then the copy fails, and the
-/// message waits. Another mailbox must not get it.
+/// As [`find_mailbox`], but a mailbox that cannot be looked up counts as one that exists. Its mail is then deferred; if
+/// it counted as missing, another mailbox, such as that of postmaster, would get the mail.
 pub fn mailbox_exists(path: &Path) -> bool {
     find_mailbox(path).unwrap_or(true)
 }
 
-/// The lines of a copy before its content. `original`: the recipient that the sender meant.
+/// The lines of a copy before its content. `original`: the recipient that the sender named.
 fn first_lines(from: &ReversePath, to: &Mailbox, original: &Mailbox) -> String {
-    let meant = if to == original { String::new() } else { format!("X-Original-To: {original}\n") };
-    format!("Return-Path: <{from}>\nDelivered-To: {to}\n{meant}")
+    let original = if to == original { String::new() } else { format!("X-Original-To: {original}\n") };
+    format!("Return-Path: <{from}>\nDelivered-To: {to}\n{original}")
 }
 
-/// The status of a recipient whose copy is in a Maildir of ours.
+/// The status of a recipient whose copy is in a Maildir here.
 pub fn delivered_here() -> RecipientStatus {
     RecipientStatus::Sent(Reply::new(250, "2.0.0", "Delivered here"))
 }
@@ -304,7 +308,8 @@ pub struct Routing {
     pub maildir_recipients: Vec<Recipient>,
     /// The recipients of each next hop.
     pub hop_recipients: Vec<(NextHop, Vec<Recipient>)>,
-    /// Those of them that must accept the message ([`Delivery::fallback`]).
+    /// Recipients at next hops that get the message in a Maildir here if the next hop rejects them
+    /// ([`Delivery::fallback`]).
     pub fallbacks: Vec<Mailbox>,
     /// Recipients in none of our domains. A turned session has none.
     pub elsewhere: Vec<Recipient>,
@@ -341,16 +346,16 @@ pub fn log_discarded(session: &str, message: &QueuedEnvelope, recipients: &[Reci
     }
 }
 
-/// A recipient as one of its destinations gets it. `to`: its address there; `of`: how many destinations it has. NOTIFY
-/// stays as it is, unless several destinations would report success (RFC 3461 section 5.2.7.3).
-pub fn relayed_recipient(meant: &Recipient, to: &Mailbox, of: usize) -> Recipient {
-    match of {
-        1 => Recipient { mailbox: to.clone(), ..meant.clone() },
-        _ => Recipient { notify: meant.notify.without_success(), ..Recipient::plain(to.clone()) },
+/// A recipient as one of its destinations gets it. `to`: its address there; `count`: how many destinations it has. If
+/// there are several, NOTIFY=SUCCESS is left out, because each of them would send a DSN (RFC 3461 section 5.2.7.3).
+pub fn relayed_recipient(named: &Recipient, to: &Mailbox, count: usize) -> Recipient {
+    match count {
+        1 => Recipient { mailbox: to.clone(), ..named.clone() },
+        _ => Recipient { notify: named.notify.without_success(), ..Recipient::plain(to.clone()) },
     }
 }
 
-/// The directories in a directory whose names begin with a dot, or those whose names do not.
+/// The directories in a directory: those whose names begin with a dot, or (`dotted` is false) the others.
 fn subdirectories(path: &Path, dotted: bool) -> io::Result<Vec<PathBuf>> {
     let files = fs::read_dir(path).and_then(Iterator::collect::<io::Result<Vec<DirEntry>>>);
     let files = files.map_err(|error| with_path(path, error))?;
@@ -366,9 +371,9 @@ mod tests {
     use super::*;
     use std::os::unix::fs::symlink;
 
-    /// Mail of a user must not be somebody else's because a disk is not there.
+    /// Otherwise another user would get the mail of a mailbox whose disk is not mounted.
     #[test]
-    fn a_mailbox_that_cannot_be_seen_counts_as_one_that_exists() {
+    fn a_mailbox_that_cannot_be_looked_up_counts_as_one_that_exists() {
         let root = tempfile::tempdir().unwrap();
         let path = |name: &str| root.path().join(name);
         fs::create_dir_all(path("example.org/alice")).unwrap();

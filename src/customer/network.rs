@@ -1,10 +1,11 @@
 //! Watches for a new address or route of this machine: after it, a call that has failed may succeed.
 //!
-//! On Linux the kernel reports them (rtnetlink(7)). On other systems a call is tried again after its pause only.
+//! On Linux the kernel reports them (rtnetlink(7)). On other systems the next call is when the schedule says.
 
 use crate::net::cancel::CancelToken;
 
-/// Calls `notify` after new addresses or routes, until it is cancelled. If the kernel does not report them, that is logged.
+/// Calls `notify` after new addresses or routes, in a thread of its own, until it is cancelled. If the kernel does not
+/// report them, that is logged.
 #[cfg(target_os = "linux")]
 pub fn watch(notify: impl Fn() + Send + 'static, cancel: &CancelToken) {
     let cancel = cancel.clone();
@@ -17,7 +18,7 @@ pub fn watch(notify: impl Fn() + Send + 'static, cancel: &CancelToken) {
     }
 }
 
-/// Never calls: this system does not report new addresses.
+/// Does nothing: this system does not report new addresses.
 #[cfg(not(target_os = "linux"))]
 pub fn watch(_: impl Fn() + Send + 'static, _: &CancelToken) {}
 
@@ -58,7 +59,7 @@ mod linux {
             loop {
                 match rustix::net::recv(socket, &mut message[..], RecvFlags::empty()) {
                     Ok((octets, _)) => new |= is_new(&message[..octets]),
-                    // Messages were lost, as the buffer was full: a new address may be among them.
+                    // The buffer was full, and messages were lost: they may have reported a new address.
                     Err(rustix::io::Errno::NOBUFS) => new = true,
                     Err(rustix::io::Errno::INTR) => {}
                     Err(_) => break,
@@ -79,7 +80,7 @@ mod linux {
         use super::*;
 
         #[test]
-        fn only_new_addresses_and_routes_count() {
+        fn new_addresses_and_routes_are_recognised() {
             let message = |kind: u16| [&16_u32.to_ne_bytes()[..], &kind.to_ne_bytes(), &[0; 10]].concat();
             for (kind, new) in [(20, true), (24, true), (21, false), (25, false), (3, false)] {
                 assert_eq!(is_new(&message(kind)), new, "{kind}");

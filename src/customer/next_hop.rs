@@ -1,8 +1,9 @@
-//! Next hops: the mail servers to which a customer passes its mail on, by LMTP (RFC 2033) or SMTP.
+//! Next hops: the mail servers to which a customer passes its incoming mail, by LMTP (RFC 2033) or SMTP.
 //!
-//! A recipient is checked with its next hop before we reply to RCPT ([`NextHops::check_recipient`]). The content goes to
-//! the next hop once all of it has arrived ([`NextHops::deliver`]). All next hops of a message share one deadline, because
-//! the provider does not wait longer. A next hop that has not replied by then may have the message, and gets it again.
+//! The customer sends RCPT to the next hop before it replies to the provider's RCPT ([`NextHops::check_recipient`]). It
+//! sends the content to the next hop after all of it has arrived ([`NextHops::deliver`]). All next hops of a message
+//! share one deadline, because the provider does not wait longer. If a next hop has not replied by then, it may have
+//! the message, and gets it again.
 
 use std::collections::HashMap;
 use std::io;
@@ -28,25 +29,26 @@ use crate::smtp::command::Recipient;
 use crate::smtp::reply::Reply;
 use crate::smtp::status::{self, DecidedBy, DeliveryResult, HopReply, HopStage, RecipientStatus};
 
-/// How long a next hop may take to reply to a command: the provider waits five minutes for RCPT (RFC 5321 section
+/// The longest wait for a next hop's reply to a command: the provider waits five minutes for RCPT (RFC 5321 section
 /// 4.5.3.2).
 const REPLY_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// How long all next hops of one recipient may take: the provider waits five minutes (RFC 5321 section 4.5.3.2).
+/// How long all next hops of one recipient together may take: the provider waits five minutes (RFC 5321 section
+/// 4.5.3.2).
 const RCPT_DEADLINE: Duration = Duration::from_secs(4 * 60);
 
-/// How long all next hops of one message may take: the provider waits ten minutes (RFC 5321 section 4.5.3.2), and sends
-/// the message again if it is accepted later.
+/// How long all next hops of one message together may take: the provider waits ten minutes (RFC 5321 section 4.5.3.2).
+/// It sends the message again if the reply comes later.
 const CONTENT_DEADLINE: Duration = Duration::from_secs(9 * 60);
 
-/// How long a next hop may take with a message of the retry queue, for which no client waits.
+/// How long a next hop may take for a message of the retry queue: the provider does not wait for it.
 const RETRY_DEADLINE: Duration = Duration::from_secs(60 * 60);
 
-/// A next hop that could not be reached is not tried again for this time.
+/// After a failed connection a next hop is not tried again for this time.
 const DOWN_PAUSE: Duration = Duration::from_secs(5);
 
-/// A next hop that has failed after a longer wait is not tried again for ten times that wait, at most for this time.
-/// Otherwise each of a thousand recipients would wait again.
+/// After a failure that took longer than [`DOWN_PAUSE`], a next hop is not tried again for ten times as long, at most
+/// for this time. Otherwise each of a thousand recipients would wait as long again.
 const LONGEST_DOWN_PAUSE: Duration = Duration::from_secs(5 * 60);
 
 /// The result of an attempt to deliver a message to a next hop.
@@ -58,11 +60,12 @@ pub struct HopDelivery {
     pub relay: String,
     /// The next hop sends DSNs of success itself (RFC 3461).
     pub sends_dsn: bool,
+    /// All recipients of the message, in its order.
     pub recipients: Vec<(Recipient, RecipientStatus)>,
 }
 
 impl HopDelivery {
-    /// The attempt, for the log and for DSNs. It has no retry times.
+    /// The attempt, for the log and for DSNs, without retry times.
     pub fn attempt(&self) -> Attempt<'_> {
         let HopDelivery { session, via, relay, sends_dsn, .. } = self;
         Attempt { via: *via, peer_sends_dsn: *sends_dsn, ..Attempt::in_maildir(session, relay) }
@@ -74,10 +77,10 @@ pub struct NextHops {
     mailboxes: Arc<Mailboxes>,
     timeouts: Timeouts,
     cancel: CancelToken,
-    /// No wait lasts longer.
+    /// The deadline of all waits.
     limit: Option<Instant>,
     sessions: HashMap<NextHop, HopSession>,
-    /// Sessions to be closed when no client waits for us.
+    /// Sessions to end with QUIT at the next MAIL, so that no recipient waits for the replies.
     closing: Vec<ClientSession>,
 }
 
@@ -86,19 +89,19 @@ struct HopSession {
     session: Option<ClientSession>,
     /// The transaction that is open.
     transaction: Option<HopTransaction>,
-    /// No attempt is made before then.
+    /// No new connection before then.
     down_until: Option<Instant>,
 }
 
 struct HopTransaction {
-    /// All of them accepted.
+    /// The recipients that the next hop has accepted.
     recipients: Vec<Recipient>,
     /// It was opened with SMTPUTF8.
     utf8: bool,
 }
 
 impl NextHops {
-    /// Connects to no next hop yet. `cancel` ends each wait.
+    /// Prepares sessions, and connects to no next hop yet. `cancel` ends each wait.
     pub fn new(mailboxes: &Arc<Mailboxes>, cancel: &CancelToken) -> NextHops {
         let timeouts = &mailboxes.config.timeouts;
         let timeouts = Timeouts {
@@ -134,23 +137,24 @@ impl NextHops {
         self.limit = Some(Instant::now() + RETRY_DEADLINE);
     }
 
-    /// Begins a new transaction: aborts those that are open at next hops.
+    /// Prepares for a new message: aborts the transactions that are open at next hops.
     pub fn begin(&mut self) {
         self.closing.drain(..).for_each(ClientSession::quit);
         self.sessions.values_mut().filter(|hop| hop.transaction.is_some()).for_each(HopSession::abort_transaction);
     }
 
-    /// Checks a recipient with its next hop. `message`: the envelope so far, and what is known of the content. `first`: no
-    /// recipient of the message is accepted yet.
+    /// Sends RCPT for a recipient to its next hop. `message`: the envelope without recipients, and what is known of the
+    /// content. `first`: no recipient of the message is accepted yet.
     ///
     /// # Errors
-    /// The next hop's reply as the provider must receive it, or 451 if the next hop is down.
+    /// The next hop's reply in the form for the provider, or 451 if the next hop is down.
     pub fn check_recipient(
         &mut self, hop: &NextHop, message: &OutgoingMessage, recipient: &Recipient, first: bool,
     ) -> Result<(), Reply> {
         let session = self.sessions.entry(hop.clone()).or_default();
-        // RFC 6531 section 3.4: a recipient that needs SMTPUTF8 needs it at MAIL; then the content goes to all recipients
-        // in another transaction. So it does if the header, which is not known yet, needs it.
+        // RFC 6531 section 3.4: a recipient that needs SMTPUTF8 needs it at MAIL, so a transaction without it is
+        // aborted here, and the content goes to all recipients in another one. So it does if the header, which has not
+        // arrived, needs it.
         let mut message = message.clone();
         message.envelope.drop_needless_utf8(false);
         let utf8 = message.envelope.needs_utf8() || !recipient.mailbox.is_ascii();
@@ -158,13 +162,14 @@ impl NextHops {
         let is_full = session.session.as_ref().is_some_and(|session| !session.client().permits_recipient(recipient));
         match &session.transaction {
             Some(transaction) if transaction.recipients.iter().any(known) => return Ok(()),
-            // If every recipient failed with 452, it would not mean "too many recipients": ask in another transaction.
+            // This transaction permits no further RCPT (RFC 9422), and has no accepted recipient. Begin another: 452 to
+            // every recipient would not mean "too many recipients".
             Some(transaction) if is_full && (first || transaction.recipients.is_empty()) => session.abort_transaction(),
             Some(transaction) if utf8 && !transaction.utf8 => session.abort_transaction(),
             _ => {}
         }
         message.envelope.utf8 = utf8;
-        // If a session was lost between two messages, the next hop is not down: connect again.
+        // A next hop may close an idle session between two messages. It is not down, so connect again.
         let idle = session.session.is_some() && session.transaction.is_none();
         let mut checked = self.try_recipient(hop, &message, recipient);
         if idle && matches!(checked, Err(SessionFailure::Lost(_) | SessionFailure::Broken(_))) {
@@ -194,9 +199,9 @@ impl NextHops {
         reply
     }
 
-    /// Delivers a message to its recipients at a next hop, in as many transactions as its limits need (RFC 9422). `info`: the
-    /// client that gave it to the provider, for XCLIENT or XFORWARD. If there is no session, or the content cannot be read,
-    /// all recipients are deferred.
+    /// Delivers a message to its recipients at a next hop, in as many transactions as the limits of the next hop
+    /// require (RFC 9422). `info`: the client that sent the message to the provider, for XCLIENT or XFORWARD. If there
+    /// is no session, or the content cannot be read, all recipients are deferred.
     pub fn deliver(
         &mut self, hop: &NextHop, message: &OutgoingMessage, content: &mut dyn Content, info: Option<&ClientInfo>,
     ) -> HopDelivery {
@@ -218,12 +223,14 @@ impl NextHops {
         }
     }
 
+    /// Delivers in one transaction. The recipients beyond the limits of the next hop are deferred as [`one_too_many`].
     fn deliver_permitted(
         &mut self, hop: &NextHop, message: &OutgoingMessage, content: &mut dyn Content, info: Option<&ClientInfo>,
     ) -> HopDelivery {
         let connected = self.sessions.get(hop).is_some_and(|session| session.session.is_some());
         let mut result = self.try_delivery(hop, message, content, info);
-        // The session may have been lost while the content arrived. If no recipient has the message, connect again.
+        // The next hop may have closed the session while the content arrived. If no recipient has the message, connect
+        // again.
         let deferred = |status: &RecipientStatus| matches!(status, RecipientStatus::Deferred(_));
         if connected && result.decided_by.is_connection_loss() && result.recipients.iter().all(deferred) {
             result = self.try_delivery(hop, message, content, info);
@@ -248,7 +255,7 @@ impl NextHops {
         {
             delivery.session = session.id().to_owned();
             delivery.sends_dsn = session.client().extensions().dsn;
-            // XCLIENT holds for the rest of a session, and the next message comes from another client.
+            // XCLIENT is in force for the rest of a session, and the next message may come from another client.
             if session.client().is_client_overridden() {
                 hop_session.transaction = None;
                 self.closing.extend(hop_session.session.take());
@@ -271,7 +278,7 @@ impl NextHops {
         }
     }
 
-    /// The session with a next hop, connected.
+    /// The session with a next hop. It is connected if it was not.
     fn session(&mut self, hop: &NextHop) -> Result<&mut HopSession, SessionFailure> {
         let session = self.sessions.entry(hop.clone()).or_default();
         if session.session.is_none() {
@@ -326,7 +333,8 @@ impl HopSession {
         let Some(session) = &self.session else { return no_session() };
         let (client, offered) = (session.client(), session.client().extensions());
         let info = info.filter(|_| !offered.xclient.is_empty() || !offered.xforward.is_empty());
-        // The open transaction goes on if its recipients are the right ones and no other command must come first.
+        // The content may follow in the open transaction if it has exactly these recipients, and no XCLIENT or XFORWARD
+        // must come first.
         let fits = client.may_send_content(message) && info.is_none();
         let needs_utf8 = message.envelope.needs_utf8();
         let is_right = |open: &HopTransaction| fits && (open.utf8 || !needs_utf8) && open.recipients == *recipients;
@@ -351,7 +359,8 @@ impl HopSession {
         result
     }
 
-    /// The session, if the next hop's limits permit no message to any of these recipients in it (RFC 9422).
+    /// Takes the session out if the limits of the next hop permit no message to any of these recipients in it (RFC
+    /// 9422).
     fn take_used_up(&mut self, recipients: &[Recipient]) -> Option<ClientSession> {
         self.session.take_if(|session| !session.client().permits(recipients))
     }
@@ -363,13 +372,14 @@ impl HopSession {
         }
     }
 
-    /// Drops the session, which has failed with something that began at `begun`.
+    /// Drops the session, in which a command that began at `begun` has failed.
     fn end(&mut self, begun: Instant) {
         (self.session, self.transaction) = (None, None);
         self.mark_down(begun, Duration::ZERO);
     }
 
-    /// Prevents new attempts for a time after a failure of something that began at `begun`; for `least` at least.
+    /// Prevents new connections after the failure of a command or connection that began at `begun`: for `least`, or
+    /// longer if the failure took long.
     fn mark_down(&mut self, begun: Instant, least: Duration) {
         let waited = begun.elapsed();
         let slow = waited > DOWN_PAUSE;
@@ -378,7 +388,7 @@ impl HopSession {
     }
 }
 
-/// Connects to a next hop, up to where mail may follow.
+/// Connects to a next hop, up to its reply to EHLO or LHLO.
 fn connect_hop(hop: &NextHop, config: &CustomerConfig, connect: &Connect<'_>) -> Result<ClientSession, SessionFailure> {
     let unreachable = |error: io::Error| SessionFailure::Unreachable(format!("{hop}: {error}"));
     let (name, without_8bitmime) = (&config.hostname, config.mailboxes.without_8bitmime);
@@ -387,7 +397,7 @@ fn connect_hop(hop: &NextHop, config: &CustomerConfig, connect: &Connect<'_>) ->
     let (address, lmtp) = match hop {
         NextHop::LmtpUnix(path) => {
             let socket = platform::socket(AddressFamily::UNIX, SocketType::STREAM).map_err(unreachable)?;
-            // Non-blocking: otherwise a listener that never accepts would block us for ever.
+            // The socket is non-blocking: a listener that never accepts would block connect(2) for ever.
             SocketAddrUnix::new(path)
                 .and_then(|address| rustix::net::connect(&socket, &address))
                 .map_err(|error| unreachable(error.into()))?;
@@ -408,7 +418,8 @@ fn connect_to_any(
 ) -> Result<ClientSession, SessionFailure> {
     let mut last = SessionFailure::NoHost("no address".to_owned());
     for (at, socket) in addresses.iter().enumerate() {
-        // Each address has its share of the time that is left: the first one must not use it up, now and at each call.
+        // Each address has a share of the time that is left. Otherwise a first address that does not reply would use
+        // all of it up, in this call and in each later one.
         let share = |limit: Instant| {
             let (now, left) = (Instant::now(), u32::try_from(addresses.len() - at).unwrap_or(u32::MAX));
             now + limit.saturating_duration_since(now) / left
@@ -423,13 +434,13 @@ fn connect_to_any(
     Err(last)
 }
 
-/// The reply if a next hop is down: the mail stays with the provider, or in the retry queue.
+/// The reply if a next hop is down. It defers the mail, which stays with the provider or in the retry queue.
 fn unavailable_reply(hop: &NextHop, failure: &SessionFailure) -> Reply {
     log::warn!("event=next-hop-failed next-hop={} error={}", quoted(hop), quoted(failure));
     Reply::new(451, "4.4.1", "The next mail server is not available now")
 }
 
-/// A next hop's negative reply as the provider must receive it.
+/// A next hop's negative reply in the form for the provider.
 fn upstream_reply(hop: &NextHop, reply: HopReply) -> Reply {
     match reply {
         HopReply::AboutMail(reply) => reply,
@@ -449,9 +460,9 @@ mod tests {
 
     use super::*;
 
-    /// The provider waits for all of them together, and the next call begins with the first again.
+    /// All addresses share one deadline, and the next call begins with the first of them again.
     #[test]
-    fn addresses_that_say_nothing_leave_time_for_the_one_that_does() {
+    fn addresses_that_do_not_reply_leave_time_for_one_that_does() {
         let silent: Vec<_> = (0..3).map(|_| TcpListener::bind("127.0.0.1:0").unwrap()).collect();
         let good = TcpListener::bind("127.0.0.1:0").unwrap();
         let addresses: Vec<_> = silent.iter().chain([&good]).map(|host| host.local_addr().unwrap()).collect();
@@ -477,9 +488,9 @@ mod tests {
 
     const UNFIT: &str = "451 4.3.5 The next mail server does not accept mail from here";
 
-    /// The status of a recipient at a next hop, and what the provider or the retry queue gets.
+    /// The status of a recipient at a next hop, and the status that the provider or the retry queue gets.
     #[test]
-    fn statuses_are_translated() {
+    fn statuses_of_a_next_hop_become_statuses_for_the_provider() {
         let hop = NextHop::LmtpUnix("/run/lmtp".into());
         for (status, expected) in [
             (

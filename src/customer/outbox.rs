@@ -1,9 +1,9 @@
 //! The customer's outgoing mail: it waits in a queue until a call sends it to the provider.
 //!
-//! Mail for the customer's own domains does not leave this host: it is delivered at once, or with the next call if the
-//! user who submits it may not write into mailboxes. If the provider accepts no mail at all (502, 503, 530 or 550 to MAIL,
-//! which RFC 2645 section 5.4 permits), outgoing mail goes to the submission host. If none is configured, it waits, which
-//! is logged.
+//! Mail for the customer's own domains does not leave this host: it is delivered at once, or by the next call if the
+//! user who submits it may not write into mailboxes. If the provider accepts no mail at all (502, 503, 530 or 550 to
+//! MAIL, which RFC 2645 section 5.4 permits), outgoing mail goes to the submission host. If no submission host is
+//! configured, the mail waits in the queue, and the log says why.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -34,16 +34,19 @@ use crate::smtp::reply::Reply;
 use crate::smtp::server::{MessageSink, check_qualified, message_too_large};
 use crate::smtp::status::{DecidedBy, DeliveryResult, RecipientStatus};
 
-/// The outgoing queue, and how its messages are sent.
+/// Writes messages into the outgoing queue, and sends them.
 pub struct Outbox {
+    /// The table `[outgoing]`.
     pub config: OutgoingConfig,
+    /// The customer's own Maildirs.
     pub mailboxes: Arc<Mailboxes>,
+    /// Mail for next hops.
     pub retry_queue: Arc<RetryQueue>,
     store: OutgoingStore,
 }
 
 impl Outbox {
-    /// `None`: the customer sends no mail.
+    /// The outgoing queue of the configuration; `None`: it has no `[outgoing]`, so the customer sends no mail.
     pub fn new(mailboxes: &Arc<Mailboxes>) -> Option<Outbox> {
         let config = mailboxes.config.outgoing.clone()?;
         let store = OutgoingStore { name: store::outgoing_queue(&config.queue), mailboxes: mailboxes.clone() };
@@ -53,10 +56,10 @@ impl Outbox {
         Some(Outbox { config, mailboxes: mailboxes.clone(), retry_queue, store })
     }
 
-    /// The mailbox that a path means: one of ours, which must exist, or one elsewhere.
+    /// The mailbox of a recipient: in one of our domains, where it must exist, or elsewhere.
     ///
     /// # Errors
-    /// The reply to RCPT.
+    /// The negative reply to RCPT.
     pub fn recipient(&self, path: &ForwardPath) -> Result<Mailbox, Reply> {
         match path {
             ForwardPath::Mailbox(mailbox) if !self.store.is_local(mailbox) => {
@@ -72,7 +75,7 @@ impl Outbox {
     /// Checks that a message of this many octets is not too large, and that the disk has room for it.
     ///
     /// # Errors
-    /// The reply to MAIL.
+    /// The negative reply to MAIL (RFC 1870 section 6.1).
     pub fn check_room(&self, octets: u64) -> Result<(), Reply> {
         self.check_size(octets)?;
         check_room(&self.config.queue, octets, self.mailboxes.config.limits.min_free)
@@ -81,7 +84,7 @@ impl Outbox {
     /// Checks that a message of this many octets is not too large.
     ///
     /// # Errors
-    /// The reply to MAIL.
+    /// The negative reply to MAIL.
     pub fn check_size(&self, octets: u64) -> Result<(), Reply> {
         if octets > self.config.max_size { Err(message_too_large(self.config.max_size)) } else { Ok(()) }
     }
@@ -89,13 +92,13 @@ impl Outbox {
     /// Begins to store a message. `received`: our `Received` field.
     ///
     /// # Errors
-    /// A file cannot be created, or a recipient of ours is unknown by now.
+    /// A file cannot be created, the disk has no room, or a recipient in one of our domains has no mailbox any more.
     pub fn store(&self, submission: Submission<'_>, received: &str) -> io::Result<SubmissionWriter> {
         let additions = self.additions(&submission);
         let Submission { envelope, size, id, arrived, .. } = submission;
         let message = QueuedEnvelope { id, arrived, envelope: envelope.clone() };
         let (here, elsewhere) = self.store.divide(&message);
-        // If the size was not announced, only a mailbox that is full already has no room.
+        // If the size was not announced, a mailbox has no room only if it is full already.
         let octets = size.unwrap_or(1) + received.len() as u64;
         let (mut writer, routing) = self.store.begin(&here, elsewhere.envelope.recipients, octets, received)?;
         writer.keep_free(self.mailboxes.config.limits.min_free, octets)?;
@@ -103,7 +106,7 @@ impl Outbox {
             writer,
             completer: HeaderCompleter::new(additions),
             buffer: Vec::new(),
-            // Recipients here have the message with its commit; the hosts elsewhere report of the others.
+            // Our own recipients have the message when it is committed; other hosts send the DSNs for the others.
             success_dsn: SuccessDsn::new(&self.retry_queue.reporter, &here, &routing),
             retry_queue: (!routing.hop_recipients.is_empty()).then(|| self.retry_queue.clone()),
             message,
@@ -112,7 +115,7 @@ impl Outbox {
         })
     }
 
-    /// What the header of a submitted message is completed with.
+    /// The fields that complete the header of a submitted message (RFC 6409 section 8).
     pub fn additions(&self, submission: &Submission<'_>) -> HeaderAdditions {
         HeaderAdditions {
             home: self.config.domain.clone(),
@@ -123,12 +126,12 @@ impl Outbox {
         }
     }
 
-    /// How many messages wait.
+    /// The number of messages in the queue; 0 if it cannot be read.
     pub fn waiting(&self) -> u64 {
         self.mailboxes.queue.count(&self.store.name, usize::MAX).unwrap_or(0) as u64
     }
 
-    /// A file that is gone with its last descriptor, for content that is read before it is stored.
+    /// A file without a name, for content that is read before it is stored. The system removes it when it is closed.
     ///
     /// # Errors
     /// It cannot be created in the queue.
@@ -136,18 +139,18 @@ impl Outbox {
         self.mailboxes.queue.unnamed_file(&self.store.name)
     }
 
-    /// Whether no message waits. If the directory cannot be read, one may.
+    /// Whether the queue is empty. If it cannot be read, it counts as not empty.
     pub fn is_empty(&self) -> bool {
         self.mailboxes.queue.count(&self.store.name, 1).unwrap_or(1) == 0
     }
 
-    /// Whether messages may wait for the submission host.
+    /// Whether there is a submission host, and messages that may be for it.
     pub fn has_submissions(&self) -> bool {
         self.config.submission.is_some() && !self.is_empty()
     }
 
-    /// `None`: no mail waits, or it cannot be sent, which is logged. A failure of the system is counted too: the call fails by
-    /// it at its end, so that nobody takes mail that waits for mail that was sent.
+    /// Locks the queue. `None`: it is empty, or cannot be locked, which is logged. If it cannot be locked because the
+    /// system fails, the call fails too, at its end: otherwise its result would be that all mail was sent.
     fn lock_if_any(&self, counters: &CallCounters) -> Option<QueueLock> {
         let queue = &self.mailboxes.queue;
         let locked = match queue.count(&self.store.name, 1) {
@@ -167,8 +170,8 @@ impl Outbox {
         locked.map_err(failed).ok()
     }
 
-    /// Delivers messages for our own mailboxes that users without access to them have queued. What cannot be stored is
-    /// counted as deferred, and waits.
+    /// Delivers messages for our own mailboxes that users without access to the mailboxes have queued. A message that
+    /// cannot be stored is counted as deferred, and stays in the queue.
     pub fn deliver_here(&self, counters: &CallCounters) {
         let Some(mut lock) = self.lock_if_any(counters) else { return };
         while let Some(mut message) = lock.next_message() {
@@ -191,7 +194,7 @@ impl Outbox {
                     continue;
                 }
             };
-            // A recipient that was accepted by earlier rules may have no mailbox any more.
+            // The rules may have changed since a recipient was accepted: then it may have no mailbox any more.
             let rejected: HashMap<_, _> =
                 rejected.iter().map(|(recipient, reply)| (&recipient.mailbox, reply)).collect();
             let status = |recipient: &Recipient| match rejected.get(&recipient.mailbox) {
@@ -200,7 +203,7 @@ impl Outbox {
                 None => RecipientStatus::Deferred(Reply::new(451, "4.0.0", "Not yet")),
             };
             let recipients = message.envelope.recipients.iter().map(status).collect();
-            // The DSN of success was sent with the copies.
+            // `copy` has sent the DSN of success.
             let give_up = Some(self.config.retry.give_up);
             let attempt = Attempt { give_up, ..Attempt::in_maildir("-", "-") };
             let result = DeliveryResult { recipients, decided_by: DecidedBy::Us };
@@ -208,7 +211,8 @@ impl Outbox {
         }
     }
 
-    /// Copies a queued message into our mailboxes; returns the recipients that have none.
+    /// Copies a queued message into our mailboxes. Returns the recipients that the rules reject or defer, with the
+    /// replies.
     fn copy(&self, here: &QueuedEnvelope, message: &mut QueuedMessage) -> io::Result<Vec<(Recipient, Reply)>> {
         let mut writer = MessageWriter::default();
         let routing = self.mailboxes.begin_all(&mut writer, here, Vec::new(), message.size, "")?;
@@ -222,15 +226,16 @@ impl Outbox {
         Ok(routing.rejected)
     }
 
-    /// Sends the messages that are due in a session with the provider, before ATRN. If the provider's limits end the session
-    /// (RFC 9422), `connect` opens the next one. Returns the last one; `None`: it has failed, which is logged.
+    /// Sends the messages that are due in a session with the provider, before ATRN. If the provider's limits permit no
+    /// more messages in the session (RFC 9422), `connect` opens another one. Returns the last session; `None`: it has
+    /// failed, which is logged.
     pub fn send(
         &self, session: ClientSession, connect: &dyn Fn() -> Result<ClientSession, SessionFailure>,
         counters: &CallCounters,
     ) -> Option<ClientSession> {
         let Some(mut lock) = self.lock_if_any(counters) else { return Some(session) };
         let last = self.send_in_sessions(session, connect, &mut lock, counters);
-        // With a submission host the call ends there: a message that is skipped here must not be offered there.
+        // With a submission host, `submit` counts the call: a message that is skipped here must be skipped there too.
         if self.config.submission.is_none() {
             lock.count_call();
         }
@@ -275,7 +280,7 @@ impl Outbox {
                     }
                 }
                 if self.config.submission.is_some() {
-                    // It stays due: the submission host gets it in this call.
+                    // The message stays due, so that `submit` sends it to the submission host in this call.
                     let settled = lock.settle(message, &result);
                     return settled.unwrap_or_else(|error| {
                         log::error!("event=settle-failed session={id} error={}", quoted(error))
@@ -294,12 +299,13 @@ impl Outbox {
             Ok(remote) => remote,
             Err(error) => return log::error!("event=submission-failed error={}", quoted(error)),
         };
-        // No session for messages that are not due, or that this call skips.
+        // Connect only if a message is due, and not skipped in this call.
         while lock.has_next() && self.submit_in_session(&remote, &mut lock, cancel, counters) {}
         lock.count_call();
     }
 
-    /// Returns whether the host's limits have ended the session: it accepts more in another one.
+    /// Returns whether the session ended because of the host's limits (RFC 9422), so that another session can send
+    /// more.
     fn submit_in_session(
         &self, remote: &Remote, lock: &mut QueueLock, cancel: &CancelToken, counters: &CallCounters,
     ) -> bool {
@@ -345,7 +351,7 @@ impl Outbox {
     ) {
         let mut retry = self.config.retry.clone();
         if result.decided_by.is_connection_loss() {
-            // After a lost connection the next call may send the message, whenever that is.
+            // After a lost connection the message is due at once, so that the next call sends it, whenever that is.
             (retry.first, retry.max) = (Duration::ZERO, Duration::ZERO);
         }
         let peer = client.peer_name();
@@ -375,7 +381,8 @@ impl Outbox {
     }
 }
 
-/// The outgoing queue without the recipients that are ours: those wait for [`Outbox::deliver_here`].
+/// The outgoing queue without the recipients in our own domains, for whom [`Outbox::deliver_here`] delivers the
+/// message.
 struct MailElsewhere<'a> {
     lock: &'a mut QueueLock,
     store: &'a OutgoingStore,
@@ -400,23 +407,25 @@ impl MessageSource for MailElsewhere<'_> {
 /// A message that a user or a program submits.
 pub struct Submission<'a> {
     pub envelope: &'a Envelope,
-    /// Octets on the wire, if they are known.
+    /// Octets on the wire; `None`: not known yet.
     pub size: Option<u64>,
+    /// The queue id.
     pub id: String,
     pub arrived: Timestamp,
-    /// A `From` for a header without one.
+    /// The `From` that is added if the header has none.
     pub header_from: Option<String>,
+    /// Remove `Bcc` fields from the header.
     pub drop_bcc: bool,
 }
 
-/// A submitted message on its way into the queue; its header is completed (RFC 6409 section 8).
+/// Writes a submitted message into the queue, and completes its header (RFC 6409 section 8).
 pub struct SubmissionWriter {
     writer: MessageWriter,
     completer: HeaderCompleter,
-    /// The next octets, with the fields that were added.
+    /// The octets to write next, with the fields that were added.
     buffer: Vec<u8>,
     success_dsn: SuccessDsn,
-    /// The retry queue, if it gets a part of the message.
+    /// The retry queue, if a recipient of the message is at a next hop.
     retry_queue: Option<Arc<RetryQueue>>,
     message: QueuedEnvelope,
     /// Recipients elsewhere, in the outgoing queue.
@@ -425,20 +434,20 @@ pub struct SubmissionWriter {
 }
 
 impl SubmissionWriter {
-    /// Appends content with LF line ends.
+    /// Appends content, with LF line ends.
     ///
     /// # Errors
-    /// It could not be written.
+    /// The content could not be written.
     pub fn write(&mut self, octets: &[u8]) -> io::Result<()> {
         self.buffer.clear();
         self.completer.feed(octets, &mut self.buffer);
         self.write_buffer()
     }
 
-    /// Makes the message durable.
+    /// Stores the message durably.
     ///
     /// # Errors
-    /// It could not be stored; nothing is left of it.
+    /// The message could not be stored; nothing is left of it.
     pub fn commit(mut self) -> io::Result<()> {
         self.buffer.clear();
         self.completer.finish(&mut self.buffer);
@@ -483,7 +492,7 @@ impl OutgoingStore {
         mailbox.domain().is_some_and(|domain| self.mailboxes.rules().serves(domain))
     }
 
-    /// The same message for our own mailboxes, and for all recipients elsewhere.
+    /// The message with the recipients in our own domains, and with those elsewhere.
     fn divide(&self, message: &QueuedEnvelope) -> (QueuedEnvelope, QueuedEnvelope) {
         let local = |recipient: &Recipient| self.is_local(&recipient.mailbox);
         let (here, elsewhere) = message.envelope.recipients.iter().cloned().partition(local);
@@ -491,14 +500,14 @@ impl OutgoingStore {
     }
 
     /// Begins a copy for each of our own mailboxes, and one for all recipients elsewhere, those of aliases included. If
-    /// this user may not write into the mailboxes, all of the message is queued for the next call, and the routing has
-    /// only `elsewhere`.
+    /// this user may not write into the mailboxes, one copy for all recipients is queued for the next call, and the
+    /// routing has `elsewhere` only.
     fn begin(
         &self, here: &QueuedEnvelope, elsewhere: Vec<Recipient>, octets: u64, head: &str,
     ) -> io::Result<(MessageWriter, Routing)> {
         let mut writer = MessageWriter::default();
         match self.mailboxes.begin_all(&mut writer, here, elsewhere.clone(), octets, head) {
-            // The same rules have accepted its recipients before.
+            // The recipients were accepted before, so the rules or the mailboxes have changed meanwhile.
             Ok(routing) if !routing.rejected.is_empty() => {
                 Err(io::Error::new(io::ErrorKind::NotFound, "a recipient has no mailbox here any more"))
             }
@@ -518,7 +527,8 @@ impl DsnSink for OutgoingStore {
         let mut envelope = dsn.envelope(&self.mailboxes.ids);
         let path = ForwardPath::Mailbox(dsn.to.clone());
         if self.is_local(&dsn.to) && self.mailboxes.resolve(&path).is_err() {
-            // Such as root, for whom cron sends. Each domain has a postmaster (RFC 5321 section 4.5.1).
+            // The sender has no mailbox, for instance root, for whom cron sends. Each domain has a postmaster (RFC 5321
+            // section 4.5.1), who gets the DSN.
             let postmaster = dsn.to.domain().and_then(|domain| recipients::address("postmaster", domain));
             let postmaster =
                 postmaster.ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "there is no postmaster"))?;
@@ -530,7 +540,7 @@ impl DsnSink for OutgoingStore {
         let octets = dsn.text.len() as u64;
         let (mut writer, routing) = self.begin(&here, elsewhere.envelope.recipients, octets, "")?;
         writer.write(&dsn.text)?;
-        // A mailbox shows the time of modification.
+        // In the queue a file's time of modification defers the DSN. In a mailbox, mail readers show it as the date.
         let not_before = dsn.not_before.filter(|_| here.envelope.recipients.is_empty());
         not_before.into_iter().for_each(|time| writer.set_modified(time));
         writer.commit()?;

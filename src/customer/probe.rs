@@ -1,5 +1,5 @@
-//! `odmr check --call`: connects to a provider as a call does, up to AUTH, and asks for the domains of the account. There is
-//! no ATRN, so no mail moves.
+//! `odmr check --call`: connects to a provider and authenticates as a call does, and asks for the domains of the
+//! account. It sends no ATRN, so no mail is sent or received.
 
 use super::pull::{CallError, call_error};
 use crate::config::{CustomerConfig, ProviderAccount};
@@ -13,25 +13,25 @@ use crate::session::{Remote, RemoteError};
 use crate::smtp::client::ClientOptions;
 use crate::smtp::extensions::AccountDomains;
 
-/// What a provider has shown.
+/// What a call to a provider would find.
 #[derive(Debug)]
 pub struct Probe {
-    /// Its address as a literal.
+    /// The provider's IP address, as an address literal.
     pub address: String,
-    /// Of the provider. `None`: the connection is in clear.
+    /// The provider's certificate; `None`: the connection does not use TLS.
     pub certificate: Option<CertificateInfo>,
-    /// What TLS has negotiated.
+    /// The negotiated version and cipher suite; `None`: the connection does not use TLS.
     pub tls: Option<TlsInfo>,
-    /// By which the customer has logged in.
+    /// The mechanism of AUTH; `None`: AUTH was not needed.
     pub mechanism: Option<Mechanism>,
-    /// The domains of the account; `None`: the provider does not tell them.
+    /// The domains of the account; `None`: the provider does not report them.
     pub domains: Option<AccountDomains>,
 }
 
-/// Connects to a provider, logs in, asks for the domains and ends the session.
+/// Connects to a provider, authenticates, asks for the domains and ends the session.
 ///
 /// # Errors
-/// As those of a call.
+/// Those of a call up to AUTH.
 pub fn probe(
     config: &CustomerConfig, provider: &ProviderAccount, ids: &Ids, cancel: &CancelToken,
 ) -> Result<Probe, CallError> {
@@ -43,7 +43,7 @@ pub fn probe(
     let connect = Connect { id, peer: 'P', tls: None, implicit_tls: false, timeouts, cancel, limit: None };
     let (mut session, address) = remote.connect(&options, &connect).map_err(call_error)?;
     let (certificate, tls, mechanism) = (session.peer_certificate(), session.tls_info(), session.client().mechanism());
-    // A provider that accepts EHLO only once has told nothing.
+    // The question is a second EHLO. A provider that rejects it has not reported the domains, which is not an error.
     let domains = session.ask_domains().unwrap_or_default();
     session.quit();
     Ok(Probe { address: literal(address.ip()), certificate, tls, mechanism, domains })

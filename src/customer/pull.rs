@@ -1,13 +1,14 @@
 //! One call: connect, TLS, AUTH, outgoing mail, ATRN, the turn, and incoming mail until the provider sends QUIT.
 //!
-//! Some providers send a part of the mail in a call: Exim under TLS one message. So a call that has brought mail is followed
-//! by the next at once, until the provider has no more.
+//! Some providers send only a part of the mail in one call: Exim under TLS sends one message. So the customer calls
+//! again at once after a call that has brought mail, until the provider has no more.
 //!
-//! A long upload does not delay incoming mail for ever: after `[timeouts] outgoing` the call fetches incoming mail over
-//! another connection, and again each time that the same time has passed, while the upload goes on.
+//! A long upload must not hold up incoming mail. After `[timeouts] outgoing` the customer fetches incoming mail over a
+//! second connection, and again after each further interval of that length, while the upload goes on.
 //!
-//! 453 ("you have no mail") is a success. After the 250 to ATRN the customer sends nothing but its greeting; what follows
-//! is an ordinary SMTP session in which the customer is the server and the provider the client (RFC 2645 section 5.3).
+//! The reply 453 to ATRN ("you have no mail") is a success (RFC 2645 section 5.2.1). After the 250 to ATRN the customer
+//! sends nothing but its greeting; what follows is an ordinary SMTP session in which the customer is the server and the
+//! provider the client (RFC 2645 section 5.3).
 
 use std::collections::HashSet;
 use std::fmt;
@@ -45,28 +46,28 @@ use crate::smtp::server::ServerRole;
 use crate::smtp::status::{is_login_rejected, is_no_mail, is_too_soon};
 use crate::turn;
 
-/// How many calls in a row fetch the mail of a provider that sends a part of it in each.
+/// The most calls in a row to a provider that sends a part of the mail in each.
 const CALL_LIMIT: u32 = 100;
 
-/// Why a call has failed. Messages that were sent or received before the failure stay so.
+/// Why a call has failed. A failure undoes nothing: messages that were sent or received before it are not repeated.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum CallError {
     /// The configuration names something that cannot be used.
     Config(String),
-    /// The name of the provider has no address.
+    /// The host name of the provider has no address.
     NoHost(String),
-    /// There is no connection to the provider.
+    /// The provider cannot be connected to.
     Unavailable(String),
-    /// The provider defers the call, the connection was lost, or a disk is full: a later call may succeed.
+    /// The provider defers the call, the connection is lost, or a disk is full: a later call may succeed.
     Temporary(String),
-    /// Another process calls this provider.
+    /// Another process is calling this provider for the same account.
     Busy(String),
-    /// The provider wants a pause, because the last call has brought no mail. Outgoing mail was sent before.
+    /// The provider defers ATRN because the last call has brought no mail. Outgoing mail was sent before ATRN.
     TooSoon(String),
-    /// The provider rejects our name or secret, or does not prove that it knows the secret; or this user may not see the
-    /// daemon's state.
+    /// The provider rejects our name or secret, or does not prove that it knows the secret; or this user may not see
+    /// the state of the daemon.
     Denied(String),
-    /// The peer is no provider, breaks the protocol, or its certificate is not accepted.
+    /// The peer is not a provider, breaks the protocol, or shows a certificate that is not accepted.
     Protocol(String),
     /// A system call failed, or the mailboxes cannot be written to.
     System(String, io::ErrorKind),
@@ -101,13 +102,15 @@ impl From<io::Error> for CallError {
 
 /// A customer, ready to call.
 pub struct Customer {
+    /// The Maildirs, and the configuration.
     pub mailboxes: Arc<Mailboxes>,
     /// `None`: the customer sends no mail.
     pub outbox: Option<Arc<Outbox>>,
+    /// Mail for next hops that no other host stores.
     pub retry_queue: Arc<RetryQueue>,
-    /// Incoming mail that would be rejected is deferred, so that no sender gets a DSN.
+    /// Defer incoming mail instead of rejecting it, so that no sender gets a DSN.
     pub soft_bounce: bool,
-    /// The providers in the order of the configuration, ready to be connected to.
+    /// The providers, in the order of the configuration.
     remotes: Vec<Remote>,
 }
 
@@ -122,7 +125,7 @@ pub fn pull(config: &CustomerConfig, ids: &Ids, cancel: &CancelToken) -> Result<
 }
 
 impl Customer {
-    /// Connects to no provider yet.
+    /// Prepares calls by this configuration. It connects to no provider yet.
     ///
     /// # Errors
     /// [`CallError::Config`]: the certificates that the configuration names cannot be used.
@@ -145,10 +148,10 @@ impl Customer {
         &self.mailboxes.config
     }
 
-    /// Calls each provider once, in the order of the configuration; a call that fails does not prevent the next.
+    /// Calls each provider once, in the order of the configuration. A call that fails does not prevent the next.
     ///
     /// # Errors
-    /// The first failure, rather than that a provider wants a pause; the others are logged.
+    /// The first failure; [`CallError::TooSoon`] only if there is no other. The other failures are logged.
     pub fn pull(&self, cancel: &CancelToken, counters: &Arc<CallCounters>) -> Result<(), CallError> {
         let mut result = Ok(());
         for (number, provider) in self.config().providers.iter().enumerate() {
@@ -165,13 +168,13 @@ impl Customer {
         result
     }
 
-    /// Calls one provider: sends outgoing mail, if this provider accepts it, and fetches the mail of its domains, in as few
-    /// connections as their names need. `number`: of the provider, in the order of the configuration, from 0; if there is
-    /// no such provider, nothing happens. Returns how many recipients were deferred here, and not accepted later: their
-    /// mail stays with the provider.
+    /// Calls one provider: sends outgoing mail, if this provider accepts it, and fetches the mail of its domains.
+    /// Domains whose names do not fit one ATRN command need several connections. `number`: the index of the provider in
+    /// the configuration, from 0; if there is no such provider, nothing happens. Returns how many recipients were
+    /// deferred here and not accepted later in the call: their mail stays with the provider.
     ///
     /// # Errors
-    /// The first failure. What happened before it stays.
+    /// The first failure.
     pub fn call(&self, number: usize, cancel: &CancelToken, counters: &Arc<CallCounters>) -> Result<u64, CallError> {
         let (Some(provider), Some(remote)) = (self.config().providers.get(number), self.remotes.get(number)) else {
             return Ok(0);
@@ -180,7 +183,7 @@ impl Customer {
         let before = counters.summary(0.0);
         let result = self.lock(provider).and_then(|_lock| self.call_alone(provider, remote, cancel, counters));
         let after = counters.summary(begun.elapsed().as_secs_f64());
-        // An earlier call to another provider may have deferred what this one brought again.
+        // Not below zero: this call may have accepted recipients that an earlier call to another provider has deferred.
         let deferred = after.deferred.saturating_sub(before.deferred);
         log::info!(
             "event=call provider={} account={} received={} octets={} rejected={} deferred={} sent={} waiting={} \
@@ -214,14 +217,15 @@ impl Customer {
         result.map(|()| deferred)
     }
 
-    /// Records a call that has ended, for the status.
+    /// Records a call that has ended, for `odmr status`.
     fn record_call(
         &self, provider: &ProviderAccount, result: &Result<(), CallError>, duration: Duration, counts: &[(&str, u64)],
     ) {
         let (address, name) = (&provider.remote.address, provider.remote.login_name());
         let count = |wanted| counts.iter().any(|(key, count)| *key == wanted && *count > 0);
         let (result, reason) = match result {
-            // The call of another process is recorded by that one. The call that this one comes too soon after stays the last.
+            // Another process records its own call. A call that comes too soon must not replace the record of the last
+            // one.
             Err(CallError::Busy(_) | CallError::TooSoon(_)) => return,
             Err(error) => (CallResult::Failed, error.to_string()),
             Ok(()) if count("deferred") => (CallResult::Deferred, String::new()),
@@ -249,7 +253,7 @@ impl Customer {
         if let Some(outbox) = outbox {
             counters.set_waiting(outbox.waiting());
         }
-        // Incoming mail was fetched all the same. That the provider wants a pause is no failure, and must not hide this one.
+        // Incoming mail is fetched even if outgoing mail or the retry queue fails. TooSoon must not hide that failure.
         let waits = |what: &str, error: io::Error| {
             CallError::from(io::Error::new(error.kind(), format!("{what} waits, and cannot be sent: {error}")))
         };
@@ -258,8 +262,8 @@ impl Customer {
         if let Ok(()) | Err(CallError::TooSoon(_)) = result { sent.and(result) } else { result }
     }
 
-    /// Locks a provider's account, so that one call at a time is made to it, also among processes. The kernel releases the
-    /// lock with this process.
+    /// Locks a provider's account, so that one process at a time calls it. If this process dies, the kernel releases
+    /// the lock.
     fn lock(&self, provider: &ProviderAccount) -> Result<File, CallError> {
         let (address, name) = (&provider.remote.address, provider.remote.login_name());
         let file = format!("call-{}", store::account_file(name, address));
@@ -268,8 +272,8 @@ impl Customer {
     }
 }
 
-/// Divides the domains into lists that fit a command line (RFC 5321 section 4.5.3.1.4). If there are no domains, the one
-/// list is empty, which asks for all of the account.
+/// Divides the domains into lists, each of which fits one command line (RFC 5321 section 4.5.3.1.4). Without domains
+/// there is one list, which is empty: ATRN without domains asks for all of the account.
 fn domain_lists(domains: &[Domain]) -> Vec<Vec<Domain>> {
     let mut lists = vec![Vec::new()];
     let mut length = 0;
@@ -287,7 +291,8 @@ fn domain_lists(domains: &[Domain]) -> Vec<Vec<Domain>> {
     lists
 }
 
-/// The connections of one call: one for each list of domains; others if the first is lost or occupied while mail is sent.
+/// The connections of one call: one for each list of domains, and more if one is lost, or is still sending outgoing
+/// mail.
 struct ProviderConnection<'a> {
     customer: &'a Customer,
     remote: &'a Remote,
@@ -297,13 +302,13 @@ struct ProviderConnection<'a> {
     counters: &'a Arc<CallCounters>,
     /// The recipients that were deferred before the first connection.
     deferred: Deferred,
-    /// The domains to ask for.
+    /// The domains to ask for, one list for each ATRN.
     lists: Vec<Vec<Domain>>,
 }
 
 impl ProviderConnection<'_> {
-    /// Sends outgoing mail, and receives incoming mail for each list of domains; the first failure is the result. If
-    /// outgoing mail takes longer, the mail is fetched again meanwhile, and the last fetch is the result.
+    /// Sends outgoing mail, and receives incoming mail for each list of domains. Returns the first failure; but if
+    /// incoming mail is fetched again during a long upload, the result of the last fetch.
     fn run<'s>(&'s self, scope: &'s Scope<'s, '_>) -> Result<(), CallError> {
         let (mut result, mut upload) = (Ok(()), None);
         for domains in &self.lists {
@@ -311,24 +316,25 @@ impl ProviderConnection<'_> {
         }
         if let Some(upload) = upload {
             self.receive_during(&upload, &mut result);
-            // The upload may have had the only connection that the provider permits.
+            // If the provider permits one connection only, the upload had it, and incoming mail can be fetched now.
             if matches!(result, Err(CallError::Temporary(_))) {
                 result = self.receive_all();
             }
         }
-        // The submission host gets what the provider does not accept, after the incoming mail.
+        // Outgoing mail that the provider does not accept goes to the submission host, after the incoming mail.
         if let Some(outbox) = self.outbox.filter(|outbox| outbox.has_submissions()) {
             let submit = || outbox.submit(self.cancel, self.counters);
             if let Some(upload) = spawn(scope, submit) {
                 self.receive_during(&upload, &mut result);
             }
         }
-        // Outgoing mail may have been cut.
+        // A cancelled call is not a success: it may have left outgoing mail.
         if self.cancel.is_cancelled() { result.and(Err(stopped())) } else { result }
     }
 
-    /// Sends outgoing mail, turns, receives incoming mail. If sending fails or takes too long, mail is received over another
-    /// connection. `upload`: outgoing mail that is being sent over a connection of its own.
+    /// Sends outgoing mail, turns the connection and receives incoming mail. If sending fails or takes too long,
+    /// incoming mail is received over another connection. `upload`: outgoing mail that is being sent over its own
+    /// connection.
     fn send_and_receive<'s>(
         &'s self, scope: &'s Scope<'s, '_>, domains: &[Domain], upload: &mut Option<Upload>,
     ) -> Result<(), CallError> {
@@ -342,14 +348,15 @@ impl ProviderConnection<'_> {
         }
     }
 
-    /// Sends outgoing mail. Returns the session, in which ATRN may follow; `None`: it was lost, or it still sends mail after
-    /// `[timeouts] outgoing` and is an `upload` from now on. A message is never cut: it would begin from zero in each call.
+    /// Sends outgoing mail. Returns the session, in which ATRN may follow; `None`: it was lost, or it still sends mail
+    /// after `[timeouts] outgoing` and is `upload` from then on. The message under way is not cut off: otherwise each
+    /// call would begin it again, and a message that takes longer would never be sent.
     fn send<'s>(
         &'s self, scope: &'s Scope<'s, '_>, outbox: &'s Outbox, session: ClientSession, upload: &mut Option<Upload>,
     ) -> Option<ClientSession> {
         let id = session.id().to_owned();
         let connect = || self.try_connect().map(|(session, _)| session);
-        // Without a buffer: the session is received, or comes back.
+        // The channel has no buffer, so no session is lost in it: either it is received below, or `send` returns it.
         let (sender, sent) = mpsc::sync_channel(0);
         let ended = spawn(scope, move || {
             if let Some(session) = outbox.send(session, &connect, self.counters)
@@ -369,7 +376,8 @@ impl ProviderConnection<'_> {
         None
     }
 
-    /// Fetches incoming mail at intervals of `[timeouts] outgoing` until an upload has ended. `result`: of the last fetch.
+    /// Fetches incoming mail at intervals of `[timeouts] outgoing` until an upload has ended. Sets `result` to that of
+    /// the last fetch.
     fn receive_during(&self, upload: &Upload, result: &mut Result<(), CallError>) {
         let interval = self.customer.config().timeouts.outgoing;
         while upload.recv_timeout(interval) == Err(RecvTimeoutError::Timeout) {
@@ -379,7 +387,7 @@ impl ProviderConnection<'_> {
         }
     }
 
-    /// Fetches incoming mail again. If the provider wants a pause before that, the fetch before was a moment ago.
+    /// Fetches incoming mail again, for all lists. `TooSoon` is not a failure here: the last fetch has just ended.
     fn receive_all(&self) -> Result<(), CallError> {
         self.counters.offered_again(&self.deferred);
         let fetch = |domains: &Vec<Domain>| match self.connect_and_receive(domains) {
@@ -394,7 +402,7 @@ impl ProviderConnection<'_> {
         self.receive(session, peer, domains)
     }
 
-    /// Sends ATRN, turns, and receives mail, in as many calls as the provider needs.
+    /// Sends ATRN, turns the connection and receives mail; calls again until the provider has no more.
     fn receive(&self, session: ClientSession, peer: IpAddr, domains: &[Domain]) -> Result<(), CallError> {
         let Some((connection, client)) = atrn(session, domains).map_err(call_error)? else { return Ok(()) };
         self.counters.begin_call(false);
@@ -406,11 +414,11 @@ impl ProviderConnection<'_> {
         }
     }
 
-    /// Calls again until the provider has no more mail. `last`: what the call before has brought. A call that fails before it
-    /// brings anything is no failure: the provider may want a pause.
+    /// Calls again until the provider has no more mail. `last`: the result of the turn before. If a connection or ATRN
+    /// fails, this is logged and is not an error, because the provider may want a pause.
     ///
     /// # Errors
-    /// Mail was cut short, or the provider breaks the protocol.
+    /// A turned session was lost, or the provider breaks the protocol.
     fn receive_rest(&self, mut last: TurnResult, domains: &[Domain]) -> Result<(), CallError> {
         let (mut calls, provider) = (0, self.remote.address());
         let mut known = last.mail.clone();
@@ -425,7 +433,7 @@ impl ProviderConnection<'_> {
             match self.call_again(&mut known, domains) {
                 Ok(next) => last = next,
                 Err(CallEnd::NoMail) => return Ok(()),
-                Err(CallEnd::NotNow(reason)) => break reason,
+                Err(CallEnd::NothingNew(reason)) => break reason,
                 Err(CallEnd::Failed(error)) => return Err(error),
             }
         };
@@ -433,25 +441,25 @@ impl ProviderConnection<'_> {
         Ok(())
     }
 
-    /// One more call. `known`: what the calls before have brought; what this one brings is added.
+    /// Calls once more. `known`: the fingerprints of the mail of the calls before; those of this call are added.
     ///
     /// # Errors
-    /// Why no other call follows at once.
+    /// Why no further call follows at once.
     fn call_again(&self, known: &mut HashSet<u64>, domains: &[Domain]) -> Result<TurnResult, CallEnd> {
         let called = self.try_connect().and_then(|(session, peer)| Ok((atrn(session, domains)?, peer)));
         let (connection, client, peer) = match called {
             Ok((Some((connection, client)), peer)) => (connection, client, peer),
             Ok((None, _)) | Err(SessionFailure::Cancelled) => return Err(CallEnd::NoMail),
-            Err(failure) => return Err(CallEnd::NotNow(failure.to_string())),
+            Err(failure) => return Err(CallEnd::NothingNew(failure.to_string())),
         };
         self.counters.begin_call(true);
         let next = self.serve_provider(connection, client, peer).map_err(CallEnd::Failed)?;
         if let Some(error) = next.no_command {
-            return Err(CallEnd::NotNow(no_command(&error)));
+            return Err(CallEnd::NothingNew(no_command(&error)));
         }
         if !next.mail.is_empty() && next.mail.is_subset(known) {
             let reason = "it sends again what was accepted: it does not read our replies";
-            return Err(CallEnd::NotNow(reason.to_owned()));
+            return Err(CallEnd::NothingNew(reason.to_owned()));
         }
         known.extend(&next.mail);
         Ok(next)
@@ -461,7 +469,7 @@ impl ProviderConnection<'_> {
         self.try_connect().map_err(call_error)
     }
 
-    /// Returns a session after AUTH, and the provider's address.
+    /// Connects and authenticates. Returns the session and the provider's address.
     fn try_connect(&self) -> Result<(ClientSession, IpAddr), SessionFailure> {
         let Mailboxes { config, ids, .. } = &*self.customer.mailboxes;
         let (id, timeouts, cancel) = (&ids.session_id(), &config.timeouts, self.cancel);
@@ -484,20 +492,21 @@ impl ProviderConnection<'_> {
         Ok((session, peer.ip()))
     }
 
-    /// The customer's half of the turn, and mail until QUIT, or until the provider hangs up without a command.
+    /// Does the customer's half of the turn, and serves the provider until it sends QUIT, or closes the connection
+    /// without any command.
     fn serve_provider(&self, connection: Connection, client: Client, peer: IpAddr) -> Result<TurnResult, CallError> {
         let announced = client.messages_waiting();
         let Customer { mailboxes, outbox, retry_queue, soft_bounce, .. } = self.customer;
         let config = &mailboxes.config;
         let mut options =
             config.limits.server_options(ServerRole::Customer, &config.hostname, config.mailboxes.max_size);
-        // A customer that sends no mail cannot send DSNs.
+        // A customer that sends no mail cannot send DSNs, so it must not offer DSN (RFC 3461).
         options.dsn = outbox.is_some();
         options.soft_bounce = *soft_bounce;
         let (connection, server) = turn::accept(connection, client, options, self.cancel).map_err(|error| {
             if self.cancel.is_cancelled() { stopped() } else { CallError::Protocol(error.to_string()) }
         })?;
-        // A message of which a part has arrived stays with the provider, so `cancel` may end the session at once.
+        // `cancel` may end the session within a message: the provider still has it.
         let limits = SessionLimits::new(&config.timeouts, &config.limits, self.cancel, self.cancel);
         let limits = SessionLimits { session: config.timeouts.turn, ..limits };
         let hops = NextHops::new(mailboxes, self.cancel);
@@ -522,7 +531,7 @@ impl ProviderConnection<'_> {
     }
 }
 
-/// Sends ATRN. Returns both halves for the turn; `None`: there is no mail.
+/// Sends ATRN. Returns what the turn needs: the connection and the state of the client. `None`: there is no mail.
 ///
 /// # Errors
 /// The provider has rejected ATRN, or the session has failed.
@@ -536,47 +545,49 @@ fn atrn(session: ClientSession, domains: &[Domain]) -> Result<Option<(Connection
 
 /// What the provider has sent after one turn.
 struct TurnResult {
-    /// The messages that were waiting, if the provider has said how many.
+    /// How many messages were waiting; `None`: the provider has not announced it.
     announced: Option<u64>,
-    /// The messages that it has offered.
+    /// How many messages the provider has offered.
     messages: u64,
-    /// The messages that were accepted or rejected, by their fingerprints.
+    /// The fingerprints of the mail that was accepted or rejected ([`IncomingMail::settled`]).
     mail: HashSet<u64>,
-    /// Why the session was over before the provider sent any command.
+    /// Why the session ended before the provider sent any command.
     no_command: Option<io::Error>,
 }
 
 impl TurnResult {
-    /// Whether another call would bring nothing: this one has brought nothing, or all that was announced.
+    /// Whether another call would bring nothing new: no mail was settled in this one, or all that was announced was
+    /// offered.
     fn is_all(&self) -> bool {
         self.mail.is_empty() || self.announced.is_some_and(|announced| self.messages >= announced)
     }
 }
 
-/// Why a call that follows another at once is the last one.
+/// Why no further call follows at once.
 enum CallEnd {
+    /// The provider has no more mail, or the call was cancelled.
     NoMail,
-    /// It has brought nothing new.
-    NotNow(String),
+    /// The last call has brought no mail that the calls before had not; the reason.
+    NothingNew(String),
     Failed(CallError),
 }
 
-/// Why a turn without any command is no success.
+/// The error text for a turned session in which the provider sent no command.
 fn no_command(error: &io::Error) -> String {
     use io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset, UnexpectedEof};
     match error.kind() {
-        // Exim does that if none of its mail is due yet.
+        // Exim does that if none of its mail is due for a retry.
         BrokenPipe | ConnectionAborted | ConnectionReset | UnexpectedEof => {
-            "the provider turned the line and hung up without a command: its mail may not be due yet".to_owned()
+            "the provider closed the turned connection without a command: its mail may not be due yet".to_owned()
         }
         _ => format!("the call was cut short: {error}"),
     }
 }
 
-/// Work in a thread of its own. It receives nothing, and is disconnected when the work has ended.
+/// Work in a thread. No value arrives: the channel is disconnected when the work has ended.
 type Upload = mpsc::Receiver<()>;
 
-/// Begins work in a thread of its own; `None`: the system has no thread, which is logged.
+/// Begins work in a new thread; `None`: the system has no thread, which is logged.
 fn spawn<'s>(scope: &'s Scope<'s, '_>, work: impl FnOnce() + Send + 's) -> Option<Upload> {
     let (running, ended) = mpsc::channel();
     let work = move || {
@@ -592,7 +603,7 @@ fn spawn<'s>(scope: &'s Scope<'s, '_>, work: impl FnOnce() + Send + 's) -> Optio
     }
 }
 
-/// Whether the provider has no mail for us: then the call is a success (RFC 2645 section 5.2.1).
+/// Whether the failure is the 453 of a provider that has no mail: then the call is a success (RFC 2645 section 5.2.1).
 fn is_success(failure: &SessionFailure) -> bool {
     matches!(
         failure,
@@ -607,7 +618,7 @@ pub(super) fn call_error(failure: SessionFailure) -> CallError {
         SessionFailure::Broken(text) => CallError::Protocol(text),
         SessionFailure::NoHost(text) => CallError::NoHost(format!("{text}; check `address` and the name server")),
         SessionFailure::Unreachable(text) => CallError::Unavailable(format!(
-            "{text}; is `odmr serve` running there, and does no firewall close the port? check `address`: mostly it is \
+            "{text}; is `odmr serve` running there, and does no firewall close the port? check `address`: usually it is \
              port 366"
         )),
         SessionFailure::NoTls(text) | SessionFailure::Lost(text) => CallError::Temporary(text),

@@ -1,6 +1,6 @@
-//! The customer after the turn: an SMTP server whose client is the provider, for our own mailboxes only.
+//! The customer after the turn: an SMTP server whose client is the provider. It accepts mail for its own domains only.
 //!
-//! The way of a recipient, from RCPT to the 250 after the content:
+//! What happens to a recipient, from RCPT to the 250 after the content:
 //!
 //! ```text
 //! RCPT    rules ─┬─ no destination ──────────────────────────────────────────────▶ 550
@@ -9,20 +9,23 @@
 //!         all destinations accept ───────────────────────────────────────────────▶ 250
 //!
 //! content ─▶ a draft in each Maildir, and spooled for next hops
-//! end     1. drafts are made durable (prepare), not yet visible ── failure ──────▶ 4yz, nothing is kept
-//!         2. each next hop gets the content ─┬─ none accepts, and one defers ────▶ 4yz, nothing is kept
-//!                                            ├─ all reject: there is no other one ▶ 5yz, nothing is kept
-//!                                            └─ else: recipients without it to the retry queue, durably
+//! end     1. drafts are made durable (prepare), not yet visible ── failure ──────▶ 4yz, nothing is stored
+//!         2. each next hop gets the content ─┬─ none accepts, and one defers ────▶ 4yz, nothing is stored
+//!                                            ├─ all reject, no other destination ▶ 5yz, nothing is stored
+//!                                            └─ otherwise: recipients without it to the retry queue, durably
 //!         3. drafts are published (visible) ─┬─ failure, and no next hop has it ─▶ 4yz, no recipient has it
-//!                                            └─ failure: their recipients to the retry queue, durably
+//!                                            └─ failure, and one has it: recipients of drafts to the retry queue
 //!         4. ────────────────────────────────────────────────────────────────────▶ 250
 //! ```
 //!
-//! The invariant: when we reply 250, each recipient of the message has it durably, in a Maildir, at its next hop or in the
-//! retry queue, which also reports rejections to the sender. When we reply 4yz or 5yz, none of them has it. There are three
-//! exceptions, where a recipient may get the message twice, or the sender a DSN, but no recipient loses it: a next hop has
-//! not replied (RFC 1047); the retry queue, which is checked before step 1, cannot be written to in step 2 or 3; or step 3
-//! fails after step 2 has reported rejections.
+//! The invariant: when we reply 250, each recipient of the message has it durably, in a Maildir, at its next hop or in
+//! the retry queue, which also reports rejections to the sender. When we reply 4yz or 5yz, none of them has it. There
+//! are three exceptions, in which a recipient may get the message twice, or the sender a DSN too many, but no recipient
+//! loses it:
+//!
+//! - A next hop has not replied to the content, so it may have the message (RFC 1047).
+//! - The retry queue, which is checked before step 1, cannot be written to in step 2 or 3.
+//! - Step 3 fails after step 2 has reported rejections.
 
 use std::collections::HashSet;
 use std::hash::{BuildHasher, BuildHasherDefault, DefaultHasher, Hash, Hasher};
@@ -49,13 +52,13 @@ use crate::smtp::reply::{Reply, Severity};
 use crate::smtp::server::{Incoming, MessageSink, SessionHandler, Unaccepted, check_held_domain};
 use crate::smtp::status::{RecipientStatus, connection_lost};
 
-/// How many destinations one message may have. One alias alone may have a hundred.
+/// The most destinations of one message. One alias may have a hundred.
 const MESSAGE_DESTINATIONS: usize = 400;
 
-/// The handler of the turned session.
+/// What the customer's SMTP server does with each command of the turned session.
 pub struct Receiver {
     context: Arc<CallContext>,
-    /// The transaction so far, as next hops get it.
+    /// The open transaction, as next hops get it.
     message: Option<OutgoingMessage>,
     /// The recipients accepted in this transaction, and their destinations.
     accepted: Vec<(Recipient, Vec<Delivery>)>,
@@ -68,19 +71,20 @@ struct CallContext {
     retry_queue: Arc<RetryQueue>,
     counters: Arc<CallCounters>,
     hops: Mutex<NextHops>,
-    /// The next hop that has decided on the next negative reply; `None`: we do.
+    /// The next hop that decided on the negative reply that follows; `None`: the customer itself.
     decided_by: Mutex<Option<String>>,
     mail: Mutex<IncomingMail>,
-    /// Mail that would be rejected is deferred.
+    /// Defer what would be rejected.
     soft_bounce: bool,
 }
 
-/// The messages that the provider offers in one session.
+/// The mail that the provider offers in one session.
 #[derive(Default)]
 pub struct IncomingMail {
+    /// How many messages it has offered, accepted or not.
     pub messages: u64,
-    /// Fingerprints of those that stay with the provider no longer: of sender, size and content of a message that was
-    /// accepted; of a recipient that was rejected, its own and that of sender and size.
+    /// The fingerprints of what was accepted or rejected, so that the provider removes it: sender, size and
+    /// content of an accepted message; sender, size and address of a rejected recipient.
     pub settled: HashSet<u64>,
 }
 
@@ -103,7 +107,7 @@ impl CallContext {
 }
 
 impl Receiver {
-    /// Delivers into the mailboxes of `retry_queue`, and by `hops`. `soft_bounce`: what a next hop rejects is deferred.
+    /// Delivers into the mailboxes of `retry_queue`, and by `hops`. `soft_bounce`: defer what a next hop rejects.
     pub fn new(
         retry_queue: Arc<RetryQueue>, counters: Arc<CallCounters>, hops: NextHops, soft_bounce: bool,
     ) -> Receiver {
@@ -122,7 +126,7 @@ impl Receiver {
         let Some(message) = &self.message else { return Ok(deliveries) };
         let mailboxes = self.context.mailboxes();
         for delivery in &deliveries {
-            // Only this recipient waits for room. (If the content is larger than MAIL has announced, all wait.)
+            // Defer the recipient whose mailbox is full at RCPT: a deferral at the end of the content would be for all.
             if let Err(error) = mailboxes.check_quota(&delivery.destination, message.size) {
                 return Err(storage_failure_reply(&error));
             }
@@ -137,12 +141,12 @@ impl Receiver {
             let relayed = relayed_recipient(recipient, &delivery.mailbox, count);
             let Err(reply) = hops.check_recipient(hop, message, &relayed, self.accepted.is_empty()) else { continue };
             match reply.severity() {
-                // RFC 5321 section 4.5.1: if no next hop accepts mail for postmaster, we do.
+                // If the next hop rejects postmaster, the mail is for a Maildir here (RFC 5321 section 4.5.1).
                 Severity::Permanent if must_accept || delivery.fallback => {
                     let path = mailboxes.rules().maildir_of(&delivery.mailbox);
                     delivery.destination = Destination::Maildir { path, folders: Vec::new() };
                 }
-                // A deferral by one destination counts for more than a rejection by another.
+                // If another destination defers, the recipient is deferred: the next attempt finds out.
                 Severity::Permanent => drop(rejection.get_or_insert((hop.to_string(), reply))),
                 _ => return Err(self.of_hop(hop.to_string(), reply)),
             }
@@ -153,19 +157,19 @@ impl Receiver {
         }
     }
 
-    /// Records that a next hop has decided, for the summary, and returns the reply.
+    /// Records for the summary that a next hop has decided, and returns its reply.
     fn of_hop(&self, hop: String, reply: Reply) -> Reply {
         *self.context.decided_by() = Some(hop);
         reply
     }
 
-    /// The message of the open transaction; `None`: there was no MAIL yet.
+    /// The message of the open transaction; `None`: no MAIL has arrived yet.
     fn mail(&self) -> Option<MessageIdentity> {
         self.message.as_ref().map(|message| MessageIdentity::new(&message.envelope, message.size))
     }
 
-    /// A forward path that the client has sent, as an accepted recipient is named, if it is valid.
-    fn typed_recipient(&self, path: &[u8]) -> String {
+    /// The recipient of a RCPT in the form of an accepted recipient; if its path is not valid, the quoted path.
+    fn name_of_recipient(&self, path: &[u8]) -> String {
         let parsed =
             forward_path(path).ok().map(|(path, _)| match self.context.mailboxes().canonical_recipient(&path) {
                 Ok(mailbox) => mailbox.to_string(),
@@ -206,7 +210,8 @@ impl SessionHandler for Receiver {
         let envelope = mail.envelope.clone();
         self.message = Some(OutgoingMessage { envelope, size, eight_bit: false, utf8_header: false, attempts: 0 });
         self.context.mailboxes().check_room(size)?;
-        // If this message was deferred at MAIL before, its recipients count from now on.
+        // If this message was deferred at MAIL in an earlier transaction, its recipients are counted instead from now
+        // on.
         self.context.counters.accepted(&MessageIdentity::new(&mail.envelope, size).to(""));
         self.context.mail().messages += 1;
         Ok(())
@@ -216,10 +221,10 @@ impl SessionHandler for Receiver {
         let mailboxes = self.context.mailboxes();
         let mailbox = mailboxes.canonical_recipient(path)?;
         let deliveries = mailboxes.rules().resolve_from_provider(path, &mailbox_exists).map_err(|reply| {
-            // Of two reasons the one that is nearer to the mistake.
+            // If no mail can be held for the domain because of its grammar, that reply is the more specific one.
             check_held_domain(&mailbox).err().unwrap_or(reply)
         })?;
-        // Each destination is a copy on the disk, or a line of an envelope.
+        // A limit, because each destination costs a copy on the disk or a line in an envelope.
         let before: usize = self.accepted.iter().map(|(_, deliveries)| deliveries.len()).sum();
         if before > 0 && before + deliveries.len() > MESSAGE_DESTINATIONS {
             return Err(Reply::new(452, "4.5.3", "Too many mailboxes: send the rest in another transaction"));
@@ -227,7 +232,7 @@ impl SessionHandler for Receiver {
         let original = original.map(str::to_owned);
         let recipient = Recipient { mailbox: mailbox.clone(), notify: notify.clone(), original };
         let deliveries = self.check_destinations(&recipient, deliveries)?;
-        // A recipient that comes twice counts once.
+        // A recipient that is named twice gets the message once.
         if !self.accepted.iter().any(|(known, _)| known.mailbox == mailbox) {
             self.accepted.push((recipient, deliveries));
         }
@@ -238,7 +243,7 @@ impl SessionHandler for Receiver {
         if self.deferred_at_mail
             && let Some(mail) = self.mail()
         {
-            self.context.counters.name_recipient(&mail.to(""), &self.typed_recipient(path));
+            self.context.counters.name_recipient(&mail.to(""), &self.name_of_recipient(path));
         }
     }
 
@@ -257,8 +262,8 @@ impl SessionHandler for Receiver {
         };
         self.context.mail().messages += u64::from(matches!(what, Unaccepted::Sender(_)));
         match what {
-            // We defer a message after `sender` has noted it. What is rejected before that has no other key than its path, also
-            // if a soft bounce defers it.
+            // `sender` defers a MAIL after it has stored the message. A MAIL that was rejected before that, also if a
+            // soft bounce makes a deferral of it, is known by its path only.
             Unaccepted::Sender(_) if reply.severity() == Severity::Transient && !reply.is_softened() => {
                 count(&mail, "");
                 self.deferred_at_mail = true;
@@ -268,7 +273,7 @@ impl SessionHandler for Receiver {
                 let from = parsed.unwrap_or_else(|| quoted(String::from_utf8_lossy(path)));
                 count(&MessageIdentity { from, ..MessageIdentity::default() }, "");
             }
-            Unaccepted::Recipient(path) => count(&mail, &self.typed_recipient(path)),
+            Unaccepted::Recipient(path) => count(&mail, &self.name_of_recipient(path)),
             Unaccepted::Content => {
                 let recipients = self.accepted.iter().map(|(recipient, _)| recipient.mailbox.to_string());
                 recipients.for_each(|to| count(&mail, &to));
@@ -284,7 +289,7 @@ impl SessionHandler for Receiver {
         let received = incoming.received.field(&message.id, &message.arrived.rfc5322());
         let mut writer = MessageWriter::default();
         let routing = context.mailboxes().begin_known(&mut writer, &envelope.from, &self.accepted, &received);
-        // At MAIL it was not known how many copies there are.
+        // MAIL has checked the room for one copy only: the recipients were not known.
         let (reserve, size) = (context.mailboxes().config.limits.min_free, incoming.size.unwrap_or(0));
         let routing = routing.and_then(|routing| writer.keep_free(reserve, size).map(|()| routing));
         let routing = routing.map_err(|error| storage_failure_reply(&error))?;
@@ -309,30 +314,30 @@ impl SessionHandler for Receiver {
     }
 }
 
-/// A message on its way to its destinations.
+/// A message whose content is arriving.
 struct IncomingMessage {
     context: Arc<CallContext>,
     message: QueuedEnvelope,
     routing: Routing,
     writer: MessageWriter,
     spooled: SpooledContent,
-    /// Content has arrived.
+    /// Some of the content has arrived.
     begun: bool,
     /// The id of our session in the log.
     session: String,
     identity: MessageIdentity,
-    /// Octets of the content so far, and their hash.
+    /// Octets of the content that have arrived, and their hash.
     size: usize,
     hasher: DefaultHasher,
-    /// The name of the client.
+    /// The name that the provider has sent in EHLO.
     provider: String,
-    /// Octets of our own `Received`.
+    /// Octets of our own `Received` field.
     received_octets: usize,
     success_dsn: SuccessDsn,
 }
 
 impl IncomingMessage {
-    /// Keeps content for next hops.
+    /// Spools octets for next hops, if there are any.
     fn spool(&mut self, octets: &[u8]) -> io::Result<()> {
         if self.routing.hop_recipients.is_empty() {
             return Ok(());
@@ -343,26 +348,27 @@ impl IncomingMessage {
 
     /// Steps 1 to 4 of the diagram above. `Ok(Err(reply))`: no recipient has the message.
     fn deliver(&mut self) -> io::Result<Result<(), Reply>> {
-        // A rejection would tell their sender that these have no message, too.
+        // Destinations here accept the message: a rejection would report to the sender that they have not.
         let has_others = !self.writer.is_empty() || !self.routing.discarded.is_empty();
-        // If some destinations may accept and others not, the retry queue needs the message for the others.
+        // If some destinations may accept and others not, the message is stored for the others: check that it can be.
         let at_hops: usize = self.routing.hop_recipients.iter().map(|(_, recipients)| recipients.len()).sum();
         if at_hops > 1 || has_others && at_hops > 0 {
             self.context.retry_queue.check_writable()?;
         }
-        // Before any next hop accepts: a failure after that could not be a rejection of the message.
+        // Once a next hop has accepted the message, a failure here could not be a negative reply any more.
         let prepared = std::mem::take(&mut self.writer).prepare()?;
         let deliveries = if at_hops == 0 { Vec::new() } else { self.deliver_to_hops() };
         let any = |is: fn(&RecipientStatus) -> bool| deliveries.iter().any(|d| d.recipients.iter().any(|(_, s)| is(s)));
         let sent = any(RecipientStatus::is_sent);
-        // As long as no recipient has the message, it can stay with the provider, which also reports a rejection.
+        // As long as no recipient has the message, it can stay with the provider, which retries it or reports the
+        // rejection.
         let negative = !sent && (any(RecipientStatus::is_open) || !has_others && any(RecipientStatus::is_rejected));
         let result = if negative { Err(self.negative_reply(&deliveries)) } else { Ok(()) };
         let now = self.context.mailboxes().ids.clock().now();
         let mut rejected = Vec::new();
         for delivery in &deliveries {
             for (recipient, status) in &delivery.recipients {
-                // Rejections of a part: the sender gets a DSN. The session counts those of the whole message.
+                // If only some recipients are rejected, count them here. The session counts rejections of the message.
                 let reply = status.reply().filter(|reply| status.is_rejected() || reply.is_softened());
                 if let (Ok(()), Some(reply)) = (&result, reply) {
                     rejected.push((recipient.mailbox.to_string(), delivery.relay.clone(), reply.clone()));
@@ -392,7 +398,8 @@ impl IncomingMessage {
         Ok(result)
     }
 
-    /// Notes the message for the next call. Another transaction with more of its recipients brings no other message.
+    /// Records the fingerprint of the message. Another transaction, with more of its recipients, does not bring another
+    /// message, and is not counted as one.
     fn note_accepted(&self) {
         let fingerprint = fingerprint(&(&self.identity.from, self.size, self.hasher.finish()));
         let mut mail = self.context.mail();
@@ -401,7 +408,7 @@ impl IncomingMessage {
         }
     }
 
-    /// The reply to content that no recipient has: a deferral, if any destination defers. Records which one has decided.
+    /// The reply to content that no recipient has: a deferral if any next hop defers. Records which next hop decided.
     fn negative_reply(&self, deliveries: &[HopDelivery]) -> Reply {
         let of_one = |delivery: &HopDelivery| {
             delivery.recipients.iter().map(|(_, status)| (delivery.relay.clone(), status.clone())).collect::<Vec<_>>()
@@ -409,14 +416,14 @@ impl IncomingMessage {
         let statuses: Vec<_> = deliveries.iter().flat_map(of_one).collect();
         let open = statuses.iter().find(|(_, status)| status.is_open());
         let Some((hop, status)) = open.or_else(|| statuses.iter().find(|(_, status)| status.is_rejected())) else {
-            return Reply::new(451, "4.3.0", "Nobody has taken the message");
+            return Reply::new(451, "4.3.0", "No destination has accepted the message");
         };
         *self.context.decided_by() = Some(hop.clone());
         let in_doubt = || connection_lost("The next mail server has not replied");
         status.reply().cloned().unwrap_or_else(in_doubt)
     }
 
-    /// Step 2: gives the content to each next hop.
+    /// Step 2: sends the content to each next hop.
     fn deliver_to_hops(&mut self) -> Vec<HopDelivery> {
         let context = &self.context;
         let first_octets = self.spooled.first_octets().get(self.received_octets..).unwrap_or_default();
@@ -435,7 +442,7 @@ impl IncomingMessage {
             let (from, recipients) = (&outgoing.envelope.from, &mut delivery.recipients);
             context.mailboxes().deliver_fallbacks(from, recipients, &self.routing.fallbacks, &mut self.spooled);
             for (_, status) in recipients.iter_mut().filter(|_| context.soft_bounce) {
-                // A rejection of a part would be a DSN.
+                // The rejection of some recipients would send a DSN.
                 if let RecipientStatus::Rejected(reply) = status {
                     *status = RecipientStatus::Deferred(reply.clone().softened());
                 }
@@ -448,7 +455,7 @@ impl IncomingMessage {
         deliveries
     }
 
-    /// Stores the message for the recipients at a next hop that does not have it.
+    /// Stores the message in the retry queue for the recipients for whom a next hop has not accepted it.
     fn store_rest(&mut self, mut delivery: HopDelivery) -> io::Result<()> {
         delivery.recipients.retain(|(_, status)| !status.is_sent());
         let (recipients, statuses): (Vec<_>, Vec<_>) = std::mem::take(&mut delivery.recipients).into_iter().unzip();
@@ -489,7 +496,8 @@ impl MessageSink for IncomingMessage {
         self.size += octets.len();
         self.hasher.write(octets);
         self.success_dsn.observe(octets);
-        // The spooled content begins with our `Received` field; the copies in mailboxes do the same by themselves.
+        // Our `Received` field comes first. Content that begins with a space or a tab would continue that field, so an
+        // empty line goes between them; `MessageWriter` does the same for the copies in Maildirs.
         let separated = !octets.is_empty() && !std::mem::replace(&mut self.begun, true) && continues_field(octets);
         let spooled = if separated { self.spool(b"\n") } else { Ok(()) };
         let written = spooled.and_then(|()| self.spool(octets)).and_then(|()| self.writer.write(octets));

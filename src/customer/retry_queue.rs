@@ -1,8 +1,8 @@
-//! The retry queue: mail for next hops that no other host keeps. It waits under ROOT and is tried again.
+//! The retry queue: mail for next hops and full mailboxes that no other host stores. It is under ROOT, and is retried.
 //!
-//! As long as no recipient has a message, it stays with the provider, which keeps what is not answered 250. If some
-//! destinations have accepted a message and others have not, the provider cannot keep it for the others. For them it is
-//! stored here, durably, before the 250.
+//! As long as no recipient has a message, the customer does not reply 250 to it, and it stays with the provider. If
+//! some destinations have accepted a message and others have not, the customer must reply 250, and the provider no
+//! longer has the message for the others. For them it is stored here, durably, before the 250.
 
 use std::io::{self, Read};
 use std::sync::{Arc, OnceLock};
@@ -25,32 +25,33 @@ use crate::smtp::command::Recipient;
 use crate::smtp::reply::Reply;
 use crate::smtp::status::{DecidedBy, DeliveryResult, RecipientStatus};
 
-/// Wakes the thread that tries the retry queue.
+/// Wakes the thread that retries the messages.
 type Waker = Box<dyn Fn() + Send + Sync>;
 
-/// Stores messages in the retry queue, and tries them.
+/// Stores messages in the retry queue, and retries them.
 pub struct RetryQueue {
+    /// The Maildirs, and the configuration.
     pub mailboxes: Arc<Mailboxes>,
-    /// Sends DSNs, if this customer sends mail at all.
+    /// Sends DSNs, if this customer sends mail.
     pub reporter: Reporter,
     retry: Retry,
     waker: OnceLock<Waker>,
 }
 
 impl RetryQueue {
-    /// Touches no file.
+    /// The retry queue of `mailboxes`. Neither reads nor creates a file.
     pub fn new(mailboxes: &Arc<Mailboxes>, reporter: Reporter) -> RetryQueue {
         let outgoing = mailboxes.config.outgoing.as_ref();
         let retry = outgoing.map(|outgoing| outgoing.retry.clone()).unwrap_or_default();
         RetryQueue { mailboxes: mailboxes.clone(), reporter, retry, waker: OnceLock::new() }
     }
 
-    /// Sets what [`RetryQueue::wake`] calls. Only the first call counts.
+    /// Sets what [`RetryQueue::wake`] calls. A second call has no effect.
     pub fn set_waker(&self, waker: Waker) {
         let _ = self.waker.set(waker);
     }
 
-    /// Reports that a user's message was stored. Without a waker the daemon is woken, if one runs.
+    /// Reports that a user's message was stored. If no waker was set, this wakes the daemon, if one runs.
     pub fn wake(&self) {
         match self.waker.get() {
             Some(wake) => wake(),
@@ -58,7 +59,7 @@ impl RetryQueue {
         }
     }
 
-    /// Checks that a message could be stored.
+    /// Checks that a message can be stored now.
     ///
     /// # Errors
     /// No file can be created in the queue.
@@ -66,8 +67,8 @@ impl RetryQueue {
         self.mailboxes.queue.unnamed_file(&self.mailboxes.retry_queue()).map(drop)
     }
 
-    /// Stores a message durably for recipients that do not have it and that the provider does not keep; then acts on their
-    /// statuses. `attempt` has decided on them.
+    /// Stores a message durably for recipients that do not have it, and for whom the provider does not store it. Then
+    /// acts on their `statuses`, one for each recipient in order, which are the result of `attempt`.
     ///
     /// # Errors
     /// The message could not be stored.
@@ -80,7 +81,7 @@ impl RetryQueue {
         let mut writer = self.mailboxes.queue.begin_message(&[copy], "")?;
         for_each_block(content, |block| writer.write(block))?;
         let entries = writer.commit()?;
-        // The message is stored: if anything fails now, the next attempt repeats it.
+        // The message is stored. If anything fails now, the message is retried.
         if let Err(error) = self.finish_stored(entries, &statuses, attempt) {
             log::warn!("event=settle-failed id={} error={}", message.id, quoted(error));
         }
@@ -103,27 +104,27 @@ impl RetryQueue {
     fn finish_attempt(
         &self, message: QueuedMessage, statuses: Vec<RecipientStatus>, attempt: &Attempt<'_>, lock: &mut QueueLock,
     ) {
-        // Here 452 means that a disk is full: the next attempt is not at once.
+        // A next hop that replies 452 here has a full disk, not too many recipients: do not retry at once.
         let recipients = statuses.into_iter().map(RecipientStatus::not_one_too_many).collect();
         let attempt = Attempt { retry: Some(&self.retry), ..*attempt };
         let result = DeliveryResult { recipients, decided_by: DecidedBy::Peer };
-        // The reporter logs a failure.
+        // A failure is logged by the reporter.
         let _ = self.reporter.finish_attempt(message, result, &attempt, lock);
     }
 
     fn lock(&self) -> io::Result<QueueLock> {
         self.mailboxes.queue.try_lock(&self.mailboxes.retry_queue()).map_err(|error| match error {
-            LockError::Busy(_) => io::Error::other("another process is trying it"),
+            LockError::Busy(_) => io::Error::other("another process is retrying it"),
             LockError::Failed(error) => error,
         })
     }
 
-    /// When the next attempt is due; `None`: the queue is empty.
+    /// When the next attempt is due; `None`: the queue is empty or cannot be read.
     pub fn due(&self) -> Option<SystemTime> {
         self.mailboxes.queue.next_due(&self.mailboxes.retry_queue()).unwrap_or(None)
     }
 
-    /// Tries all messages that are due, until it is cancelled.
+    /// Retries all messages that are due, until it is cancelled. If another process is doing that, it returns at once.
     ///
     /// # Errors
     /// The queue cannot be read or locked, which is logged.
@@ -136,7 +137,7 @@ impl RetryQueue {
         let mut lock = match self.mailboxes.queue.try_lock(&self.mailboxes.retry_queue()) {
             Ok(lock) => lock,
             Err(LockError::Busy(_)) => {
-                log::info!("event=retry-waits reason=\"another process is trying it\"");
+                log::info!("event=retry-waits reason=\"another process is retrying it\"");
                 return Ok(());
             }
             Err(LockError::Failed(error)) => return Err(error).inspect_err(failed),
@@ -152,8 +153,8 @@ impl RetryQueue {
         Ok(())
     }
 
-    /// Tries one message: each recipient at its destination by the rules as they are now. Returns the last next hop, and
-    /// the status of each recipient in order. A Maildir of ours, which stands for a next hop if there was none, sends no DSN.
+    /// Tries one message, each recipient at its destination by the present rules. Returns the attempt at the last next
+    /// hop, or one in a Maildir here if there was none, and the status of each recipient in order.
     fn attempt(&self, hops: &mut NextHops, message: &mut QueuedMessage) -> (HopDelivery, Vec<RecipientStatus>) {
         let (session, relay) = ("-".to_owned(), "-".to_owned());
         let mut tried = HopDelivery { session, via: Via::Maildir, relay, sends_dsn: false, recipients: Vec::new() };
@@ -171,7 +172,7 @@ impl RetryQueue {
                 Some(Destination::Maildir { path, folders }) => {
                     self.mailboxes.copy(&envelope.from, &recipient.mailbox, (&path, &folders), message)
                 }
-                // The rules that accepted it have changed since.
+                // The rules have changed since the recipient was accepted.
                 Some(Destination::Discard | Destination::Elsewhere) | None => {
                     RecipientStatus::Rejected(Reply::new(550, "5.1.1", "No such mailbox here any more"))
                 }
@@ -191,12 +192,13 @@ impl RetryQueue {
         (tried, statuses.into_iter().map(|(_, status)| status).collect())
     }
 
-    /// Gives a DSN of ours to postmaster for each recipient that is rejected, such as root if the next hop does not know it.
+    /// Delivers a DSN of this host to postmaster for each recipient that is rejected, for instance root if the next hop
+    /// does not know that name. A rejected DSN has no sender to get another DSN, so it would be lost.
     fn redirect_dsn(&self, message: &mut QueuedMessage, statuses: &mut [RecipientStatus]) {
         if message.envelope.from != ReversePath::Null || !statuses.iter().any(RecipientStatus::is_rejected) {
             return;
         }
-        // Every other message in this queue begins with the `Received` of this host.
+        // Every other message in this queue begins with the `Received` field of this host.
         let mut first = [0; b"Received:".len()];
         if message.rewind().and_then(|()| message.read_exact(&mut first)).is_err() || first == *b"Received:" {
             return;
@@ -207,13 +209,14 @@ impl RetryQueue {
             {
                 let consequence = format!("<{postmaster}> gets it");
                 log::warn!("event=dsn-undeliverable to=<{}> consequence={}", recipient.mailbox, quoted(consequence));
-                *status = self.give_to_postmaster(message, &postmaster, &recipient.mailbox);
+                *status = self.deliver_to_postmaster(message, &postmaster, &recipient.mailbox);
             }
         }
     }
 
-    /// Gives a message to a postmaster; to a Maildir of ours if that leads to the recipient that has been rejected.
-    fn give_to_postmaster(
+    /// Delivers a message to a postmaster. If the rules lead from postmaster to the rejected recipient, the message
+    /// goes into the postmaster's Maildir here.
+    fn deliver_to_postmaster(
         &self, message: &mut QueuedMessage, postmaster: &Mailbox, rejected: &Mailbox,
     ) -> RecipientStatus {
         let rules = self.mailboxes.rules();
@@ -230,7 +233,7 @@ impl RetryQueue {
             writer.commit().map(|_| routing)
         });
         match stored {
-            // Such as an alias to a program.
+            // A recipient that the rules defer or reject, for instance an alias to a program.
             Ok(Routing { rejected, .. }) if !rejected.is_empty() => RecipientStatus::Deferred(rejected[0].1.clone()),
             Ok(_) => RecipientStatus::Sent(Reply::new(250, "2.0.0", "Postmaster gets it")),
             Err(error) => RecipientStatus::Deferred(storage_failure_reply(&error)),

@@ -1,15 +1,15 @@
-//! `odmr send`: sendmail(8) of the customer. It puts a message from stdin into the outgoing queue, or submits it to the
-//! daemon if this user may not write there ([`route`]).
+//! `odmr send`: sendmail(8) of the customer. It writes a message from stdin into the outgoing queue, or submits it to
+//! the daemon if this user may not write into the queue ([`route`]).
 //!
-//! The message is first kept in memory and a file without a name. It is queued or submitted only if its size, its header and
-//! all recipients are accepted, and it is durable before [`send`] returns. An error is one line and a [`SendmailErrorKind`], for
-//! which the command line has an exit code of sysexits.h.
+//! The message is read into memory and a file without a name. It is queued or submitted only if its size, its header
+//! and all recipients are accepted, and it is durable before [`send`] returns. An error is one line of text and a
+//! [`SendmailErrorKind`], for which the command line has an exit code of sysexits.h.
 //!
-//! - Lines end in LF or CRLF. Several CRs before an LF are part of one line end: a program wrote CRLF, and another made CRLF
-//!   of its LF. A bare CR ends a line too: many programs write one, no message may contain one (RFC 5321 section 2.3.8), and
-//!   rejecting the message would lose it.
-//! - Without `-i` a line with a single dot ends the message. Other lines that begin with a dot stay as they are.
-//! - `From ` and `>From ` lines in front of the header and `Bcc` are removed in any case; `Date`, `Message-ID` and `From` are
+//! - Lines end in LF or CRLF. Several CRs before an LF are part of one line end: one program wrote CRLF, and another
+//!   replaced its LF by CRLF. A bare CR ends a line too: many programs write one, no message may contain one (RFC 5321
+//!   section 2.3.8), and rejecting the message would lose it.
+//! - Without `-i` a line with a single dot ends the message. Other lines that begin with a dot are content.
+//! - `From ` and `>From ` lines before the header are removed, and `Bcc` fields; `Date`, `Message-ID` and `From` are
 //!   added if they are missing; [`Header::complete`] does the rest.
 //! - With `-t` the recipients of the header are added to those of the command line.
 
@@ -48,16 +48,16 @@ use crate::smtp::content::HeaderScanner;
 use crate::smtp::limits::ENVELOPE_ID;
 use crate::smtp::reply::{Reply, Severity};
 
-/// Content is read and written in blocks of this many octets.
+/// Octets of the input that are read at once.
 const INPUT_BLOCK: usize = 32 * 1024;
 
-/// The longest header, in octets, that is read for recipients and completed.
+/// The longest header that is accepted, in octets: it is parsed and completed in memory.
 const HEADER_LIMIT: usize = spooled::MEMORY_LIMIT;
 
-/// Characters of a reply that are shown.
+/// The most characters of a reply that an error shows.
 const REPLY_LIMIT: usize = 500;
 
-/// The options of one command line.
+/// The options of the command line.
 #[derive(Clone, Debug, Default)]
 pub struct SendmailOptions {
     /// `-t`: add the recipients of the header.
@@ -80,29 +80,31 @@ pub struct SendmailOptions {
     pub user: LoginUser,
 }
 
-/// The kind of a failure; each has an exit code.
+/// The kind of a failure. Each has an exit code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SendmailErrorKind {
     /// The command line is wrong.
     Usage,
-    /// An address or the header cannot be read.
+    /// An address or the header is not valid.
     BadData,
     /// A recipient in a domain of the customer has no mailbox.
     UnknownMailbox,
     /// The message is too large or in a loop.
     Rejected,
-    /// The disk or a quota is full; the user may submit the message again later.
+    /// The disk or a quota is full, or the daemon defers the message or cannot be reached. The user may try again
+    /// later.
     Deferred,
-    /// The directory of the queue cannot be created or written to.
+    /// No file can be created in the queue.
     CannotCreate,
     /// Reading or writing failed.
     InputOutput,
+    /// This user has no permission to read or write a file.
     NoPermission,
     /// The configuration has no `[outgoing]`.
     Config,
 }
 
-/// Why nothing was queued.
+/// Why a message was not queued.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SendmailError {
     pub kind: SendmailErrorKind,
@@ -123,7 +125,7 @@ impl SendmailError {
         SendmailError::new(SendmailErrorKind::BadData, text)
     }
 
-    /// A failed system call; `otherwise` is the kind if the error does not have one of its own.
+    /// The error of a failed system call. `otherwise`: its kind, unless the call gives a more specific one.
     fn system(otherwise: SendmailErrorKind, error: &io::Error) -> SendmailError {
         let kind = match error.kind() {
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge => {
@@ -144,7 +146,7 @@ impl From<io::Error> for SendmailError {
     }
 }
 
-/// A negative SMTP reply: a transient one is deferred, a permanent one rejected.
+/// The error for a negative SMTP reply: 4yz is `Deferred`, 5yz is `Rejected`.
 impl From<Reply> for SendmailError {
     fn from(reply: Reply) -> SendmailError {
         let kind = if reply.code() < 500 { SendmailErrorKind::Deferred } else { SendmailErrorKind::Rejected };
@@ -152,7 +154,8 @@ impl From<Reply> for SendmailError {
     }
 }
 
-/// The text of a reply on one line. Another service may listen where the daemon should: its octets go to a terminal.
+/// The text of a reply on one line, without control characters: it goes to a terminal, and another service than the
+/// daemon may have sent it.
 fn reply_text(reply: &Reply) -> String {
     let text = reply.lines().collect::<Vec<_>>().join(" ");
     text.chars().map(|character| if character.is_control() { '?' } else { character }).take(REPLY_LIMIT).collect()
@@ -167,12 +170,12 @@ fn open_outbox(config: &CustomerConfig, ids: &Ids) -> Result<Arc<Outbox>, Sendma
     Outbox::new(&Arc::new(Mailboxes::new(config, ids))).map(Arc::new).ok_or_else(no_outgoing)
 }
 
-/// Where the mail of this user goes: into the queue, or to the daemon if the rights do not permit that. A queue that fails
-/// for another reason, such as a full disk, is no reason to go to the daemon. `owner`: the user of the mail, if that is
-/// another one, who could not read what this user queues.
+/// Where the mail of this user goes: into the queue, or to the daemon if this user has no permission to write there. If
+/// the queue fails for another reason, for instance because the disk is full, mail does not go to the daemon. `owner`:
+/// the user of the mail, if it is another one, who could not read what this user queues.
 ///
 /// # Errors
-/// There is no queue that this user may write into, and no listener on loopback.
+/// This user may not write into a queue, and there is no listener on loopback.
 pub fn route(config: &CustomerConfig, owner: Option<&str>) -> Result<SubmissionRoute, SendmailError> {
     let outgoing = config.outgoing.as_ref().ok_or_else(no_outgoing)?;
     let denial = || ["tmp", "new"].iter().find_map(|name| write_denial(&outgoing.queue.join(name)));
@@ -190,11 +193,11 @@ pub fn route(config: &CustomerConfig, owner: Option<&str>) -> Result<SubmissionR
     })
 }
 
-/// Queues or submits the message from `input`.
+/// Queues the message from `input`, or submits it to the daemon.
 ///
 /// # Errors
-/// The options, an address, the header or the size is wrong, or the message could not be stored, or the daemon has not
-/// accepted it. Unless the text says so, no recipient gets it.
+/// An option, an address, the header or the size is wrong, the message could not be stored, or the daemon has not
+/// accepted it. No recipient gets the message, unless the text reports that some do.
 pub fn send(
     config: &CustomerConfig, ids: &Ids, options: &SendmailOptions, route: SubmissionRoute, input: &mut impl Read,
 ) -> Result<(), SendmailError> {
@@ -217,7 +220,7 @@ pub fn send(
     if message.header.received() > config.limits.received_hops {
         return Err(SendmailError::new(SendmailErrorKind::Rejected, "too many hops: this message is in a mail loop"));
     }
-    // Recipients and Bcc fields after the limit would not be found.
+    // Recipients after the limit would not get the message, and Bcc fields there would not be removed.
     if message.header_is_long() {
         return Err(SendmailError::bad_data(format!("the header is longer than {HEADER_LIMIT} octets")));
     }
@@ -225,7 +228,7 @@ pub fn send(
         let header = Header::parse(message.content.first_octets());
         recipients.extend(header.recipients(home).map_err(SendmailError::bad_data)?);
     }
-    // The daemon knows its own mailboxes, which this user may not be able to look at.
+    // This user may not be able to look at the mailboxes, so the daemon checks the recipients.
     let resolve = |named: &Mailbox| match queues {
         true => outbox.recipient(&ForwardPath::Mailbox(named.clone())),
         false => Ok(named.clone()),
@@ -270,7 +273,7 @@ fn store_or_submit(
     Ok(())
 }
 
-/// Copies the message into the queue and commits it.
+/// Writes the message into the queue.
 fn store(
     outbox: &Outbox, mut message: InputMessage, submission: Submission<'_>, received: &str,
 ) -> Result<(), SendmailError> {
@@ -326,22 +329,22 @@ fn submit_error(listener: SocketAddr, error: SubmitError) -> SendmailError {
         }
         SubmitError::Session(failure @ SessionFailure::Unreachable(_)) => unreachable_listener(failure),
         SubmitError::Session(failure) => {
-            let text = format!("{listener}, where `listen` of [outgoing] is: {failure}");
+            let text = format!("{listener}, the `listen` of [outgoing]: {failure}");
             SendmailError::new(SendmailErrorKind::Deferred, text)
         }
     }
 }
 
-/// `error`: with the address.
+/// The error if the daemon cannot be connected to. `error` names the address.
 fn unreachable_listener(error: impl std::fmt::Display) -> SendmailError {
     let text = format!("{error}; this user's mail goes there: is `odmr pull --daemon` running?");
     SendmailError::new(SendmailErrorKind::Deferred, text)
 }
 
-/// `-bs`: serves one SMTP session over two descriptors, or has the daemon serve it, until it ends.
+/// `-bs`: serves one SMTP session over two descriptors, or lets the daemon serve it, until it ends.
 ///
 /// # Errors
-/// There is no outgoing queue, or the daemon cannot be reached, or the session was broken off.
+/// There is no outgoing queue, the daemon cannot be connected to, or the connection to it was lost.
 pub fn serve(
     config: &CustomerConfig, ids: &Ids, route: SubmissionRoute, (input, output): (OwnedFd, OwnedFd),
     cancel: &CancelToken,
@@ -360,17 +363,17 @@ pub fn serve(
     Ok(())
 }
 
-/// `-bp`: writes the messages that wait to `out`, as mailq(1) shows them: those of the outgoing queue, and those for next
-/// hops and full mailboxes here.
+/// `-bp`: lists the messages that wait on `out`, as mailq(1) does: those of the outgoing queue, and those for next hops
+/// and full mailboxes here. If this user may not read some messages of other users, or the mail for next hops, the list
+/// ends with a line about them.
 ///
 /// # Errors
-/// Reading a queue or writing to `out` failed, or this user may not read the outgoing queue. If they may not read messages of
-/// other users there, or the mail for next hops, the listing says so.
+/// Reading a queue or writing to `out` failed, or this user may not read the outgoing queue.
 pub fn list(config: &CustomerConfig, ids: &Ids, out: &mut impl Write) -> Result<(), SendmailError> {
     let mailboxes = Mailboxes::new(config, ids);
     let (mut entries, mut messages, mut octets) = (String::new(), 0, 0);
     let mut show = |message: &ListedMessage, route: &dyn Fn(&Mailbox) -> String| {
-        // Without a recipient that is open, it is no mail.
+        // A message without open recipients does not wait for anything.
         let Ok(queued) = &message.envelope else { return Ok(()) };
         let Envelope { from, recipients, .. } = &queued.envelope;
         if !recipients.is_empty() {
@@ -428,12 +431,12 @@ pub fn list(config: &CustomerConfig, ids: &Ids, out: &mut impl Write) -> Result<
     Ok(out.write_all(listing.as_bytes())?)
 }
 
-/// When a message that is due at `due` is sent.
+/// When a message that is due at `due` is sent, for the list.
 fn next_try(due: Timestamp, now: Timestamp) -> String {
     if due > now { format!("next try {}", due.rfc3339()) } else { "with the next call".to_owned() }
 }
 
-/// The DSN parameters (RFC 3461 section 4).
+/// The DSN parameters of the command line (RFC 3461 section 4).
 struct DsnOptions {
     notify: Notify,
     ret: Option<Return>,
@@ -465,7 +468,7 @@ impl DsnOptions {
     }
 }
 
-/// The recipients of the command line; one argument may hold several.
+/// The recipients of the command line. One argument may have several.
 fn named_recipients(options: &SendmailOptions, home: &Domain) -> Result<Vec<Mailbox>, SendmailError> {
     let mut named = Vec::new();
     for text in &options.recipients {
@@ -478,7 +481,10 @@ fn named_recipients(options: &SendmailOptions, home: &Domain) -> Result<Vec<Mail
     Ok(named)
 }
 
-/// The recipients without duplicates, if `resolve` accepts all of them.
+/// The recipients without duplicates.
+///
+/// # Errors
+/// The negative reply of `resolve` to one of them.
 fn known_recipients(
     resolve: &dyn Fn(&Mailbox) -> Result<Mailbox, Reply>, mailboxes: Vec<Mailbox>, notify: &Notify,
 ) -> Result<Vec<Recipient>, SendmailError> {
@@ -520,12 +526,12 @@ fn sender(options: &SendmailOptions, home: &Domain) -> Result<ReversePath, Sendm
     }
 }
 
-/// A login name at `home`, the sender of that user's mail; `None` if that is not an address.
+/// The address of a user's mail: the login name at `home`; `None` if that is not a valid address.
 pub fn user_mailbox(name: &str, home: &Domain) -> Option<Mailbox> {
     Mailbox::parse_any(&format!("{name}@{home}")).ok()
 }
 
-/// The `From` for a header without one: the sender, with the full name of `-F` or of the user.
+/// The `From` for a header that has none: the sender, with the full name from `-F` or that of the user.
 fn header_from(options: &SendmailOptions, sender: &ReversePath, home: &Domain) -> String {
     let user = &options.user;
     let address = match sender {
@@ -553,7 +559,7 @@ fn phrase(name: &str) -> String {
     encoded_word::encode(name.as_bytes(), encoded_word::UTF_8)
 }
 
-/// A message that was read and is not yet queued.
+/// A message that was read from the input.
 struct InputMessage {
     content: SpooledContent,
     header: HeaderScanner,
@@ -562,8 +568,8 @@ struct InputMessage {
 }
 
 impl InputMessage {
-    /// Reads up to the end of the input, or, with `dot_ends`, to a line with a single dot.
-    /// `create` makes the file without a name.
+    /// Reads up to the end of the input, or, with `dot_ends`, up to a line with a single dot. `create` makes the file
+    /// without a name.
     fn read(
         input: &mut impl Read, outbox: &Outbox, create: &dyn Fn() -> io::Result<File>, dot_ends: bool,
     ) -> Result<InputMessage, SendmailError> {
@@ -603,7 +609,8 @@ impl InputMessage {
     fn envelope(&self, from: ReversePath, recipients: Vec<Recipient>, dsn: DsnOptions, home: &Domain) -> Envelope {
         let first = self.content.first_octets();
         let header = Header::parse(first);
-        // The values that are added do not matter here.
+        // The header is completed only to see whether it is ASCII: the values of the fields that are added do not
+        // matter.
         let additions = HeaderAdditions {
             home: home.clone(),
             date: String::new(),
@@ -626,11 +633,13 @@ fn beyond_ascii(octets: &[u8]) -> usize {
     octets.iter().filter(|octet| !octet.is_ascii()).count()
 }
 
-/// Turns the line ends that programs write (LF, CRLF, CR CR LF, CR) into LF, wherever the input is divided into blocks.
+/// Replaces the line ends that programs write (LF, CRLF, CR CR LF, CR) by LF. A block of input may end within a line
+/// end.
 struct LineDecoder {
     dot_ends: bool,
     state: LineState,
-    /// How many CRs have come last. With an LF after them they are one line end, otherwise each of them ends a line.
+    /// The number of CRs at the end of the input so far. Together with a following LF they are one line end; otherwise
+    /// each of them ends a line.
     crs: usize,
     ended: bool,
 }
@@ -638,7 +647,7 @@ struct LineDecoder {
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum LineState {
     Begin,
-    /// After a dot at the begin of a line, which is not yet in the output: it may be the end of the message.
+    /// After a dot at the begin of a line. The dot is not yet in the output, because it may end the message.
     Dot,
     Within,
 }
@@ -648,8 +657,8 @@ impl LineDecoder {
         LineDecoder { dot_ends, state: LineState::Begin, crs: 0, ended: false }
     }
 
-    /// Appends the decoded lines to `out`. Returns whether the line with the single dot has ended the message; what
-    /// follows it is ignored.
+    /// Appends the decoded lines to `out`. Returns whether a line with a single dot has ended the message. Input after
+    /// that line is ignored.
     fn feed(&mut self, input: &[u8], out: &mut Vec<u8>) -> bool {
         for octet in input {
             match octet {
@@ -694,14 +703,14 @@ impl LineDecoder {
         self.state = LineState::Begin;
     }
 
-    /// Ends the lines of CRs that no LF has followed.
+    /// Ends a line for each CR that has no LF after it.
     fn end_bare_lines(&mut self, out: &mut Vec<u8>) {
         for _ in 0..std::mem::take(&mut self.crs) {
             self.end_line(out);
         }
     }
 
-    /// Ends the last line if the input has not.
+    /// Ends the last line, if the input has not ended it.
     fn finish(&mut self, out: &mut Vec<u8>) {
         self.end_bare_lines(out);
         if self.state == LineState::Within {

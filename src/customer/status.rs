@@ -1,4 +1,4 @@
-//! A customer's calls, and what waits in its queues: read from its files, with or without a running daemon.
+//! `odmr status` of a customer: its calls, and the mail in its queues. It is read from files, so no daemon has to run.
 
 use std::io;
 
@@ -14,21 +14,25 @@ use crate::report::calls::{self, CallRecord};
 pub struct CustomerStatus {
     /// The process id of the daemon; `None`: none runs, or it is just starting.
     pub daemon: Option<i32>,
+    /// In the order of the configuration.
     pub providers: Vec<ProviderCalls>,
     /// Outgoing mail; `None`: this customer sends none.
     pub outgoing: Option<QueueSummary>,
     /// Mail for next hops, and for mailboxes that are full.
     pub next_hops: QueueSummary,
-    /// The last reading of the configuration by the daemon.
+    /// When the daemon last read the configuration, with the result.
     pub reload: Option<CallRecord>,
 }
 
 /// The calls to one provider account.
 pub struct ProviderCalls {
+    /// The provider's host and port, as configured.
     pub address: String,
+    /// Our login name.
     pub account: String,
+    /// The last call; `None`: there was none yet.
     pub last: Option<CallRecord>,
-    /// When the daemon calls next; only if one runs.
+    /// When the daemon calls next; `None`: no daemon runs.
     pub next: Option<Timestamp>,
 }
 
@@ -36,7 +40,7 @@ impl CustomerStatus {
     /// Reads the status of the provider accounts for which `wanted` is true.
     ///
     /// # Errors
-    /// A directory cannot be read.
+    /// A directory cannot be read, or the daemon is that of another user.
     pub fn read(
         config: &CustomerConfig, ids: &Ids, wanted: impl Fn(&ProviderAccount) -> bool,
     ) -> io::Result<CustomerStatus> {

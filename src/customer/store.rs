@@ -2,11 +2,13 @@
 //!
 //! ```text
 //! ROOT/<domain>/<local part>/    Maildirs of the mailboxes (the rules in `recipients` say which)
-//! ROOT/.handover/                the retry queue: mail for next hops that no other host keeps
-//! ROOT/.odmr/                    the locks of the daemon and of each provider account; for `odmr status`: `last-NAME`, the
-//!                                last call of an account, `next-NAME`, when the daemon calls next, and `reload`, the last
-//!                                reading of the configuration by the daemon; `clock`, what is known of the clock, by
-//!                                which mail expires; `tidy`, whose time says when what was left over was removed last
+//! ROOT/.handover/                the retry queue: mail for next hops and full mailboxes that no other host stores
+//! ROOT/.odmr/                    the locks of the daemon and of each provider account, and
+//!      last-NAME                 the last call of an account, for `odmr status`
+//!      next-NAME                 when the daemon calls next, for `odmr status`
+//!      reload                    when the daemon last read the configuration, for `odmr status`
+//!      clock                     the history of the clock, by which mail expires
+//!      tidy                      its time of modification is when files that are left over were last removed
 //! QUEUE/                         the outgoing queue
 //! ```
 //!
@@ -32,17 +34,17 @@ pub fn outgoing_queue(path: &Path) -> QueueName {
     QueueName { path: path.to_owned(), retries: true, ..QueueName::default() }
 }
 
-/// `ROOT/<domain>/<local part>/.folder` may be a symbolic link.
+/// The levels below ROOT on which a directory may be a symbolic link: `<domain>/<local part>/.folder`.
 const MAILBOXES_DEPTH: usize = 3;
 
-/// `QUEUE/new` may be one.
+/// The levels below QUEUE on which a directory may be a symbolic link: `new`.
 const QUEUE_DEPTH: usize = 1;
 
-/// The directories that a customer writes mail into, with the modes of those that are made.
+/// The directories that a customer writes mail into, with the mode of each if it has to be created.
 pub fn mail_directories(config: &CustomerConfig) -> Vec<(MailDirectory, u32)> {
     let (root, mask) = (&config.mailboxes.root, config.mailboxes.umask);
     let mailboxes = config.mailboxes.rules.maildir_roots().map(|path| {
-        // The root has the locks too, which make it if it is missing.
+        // The root also has the lock files, so it is created with their mode.
         let mode = if path == root { 0o700 } else { 0o777 & !mask };
         (MailDirectory { path: path.clone(), depth: MAILBOXES_DEPTH }, mode)
     });
@@ -50,12 +52,12 @@ pub fn mail_directories(config: &CustomerConfig) -> Vec<(MailDirectory, u32)> {
     mailboxes.chain(queue.map(|path| (MailDirectory { path, depth: QUEUE_DEPTH }, 0o700))).collect()
 }
 
-/// The name of a provider account in the names of files.
+/// The part of a file's name that names a provider account.
 pub fn account_file(name: &str, address: &str) -> String {
     recipients::directory_name(&format!("{name}@{address}"))
 }
 
-/// The file with the last call of an account ([`CallRecord`](crate::report::calls::CallRecord)).
+/// The file with the record of the last call of an account ([`CallRecord`](crate::report::calls::CallRecord)).
 pub fn call_record(root: &Path, name: &str, address: &str) -> PathBuf {
     root.join(".odmr").join(format!("last-{}", account_file(name, address)))
 }
@@ -65,7 +67,7 @@ pub fn next_call(root: &Path, name: &str, address: &str) -> PathBuf {
     root.join(".odmr").join(format!("next-{}", account_file(name, address)))
 }
 
-/// The file with the last reading of the configuration by the daemon, in the form of a call.
+/// The file with the record of the daemon's last reload, in the same form as that of a call.
 pub fn reload_record(root: &Path) -> PathBuf {
     root.join(".odmr/reload")
 }

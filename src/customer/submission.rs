@@ -1,8 +1,8 @@
 //! Submission by the customer's own users and programs over SMTP (RFC 6409): `odmr send -bs`, and the listener of
 //! `odmr pull --daemon`.
 //!
-//! A client here may send from any address to any address. There is no AUTH and no TLS, so only this machine and the
-//! networks that the configuration names are accepted. Messages go into the [`Outbox`].
+//! A client may send from any address to any address. There is no AUTH and no TLS, so clients are accepted only from
+//! this machine and the networks that the configuration names. Messages go into the [`Outbox`].
 
 use std::io;
 use std::net::TcpListener;
@@ -28,11 +28,11 @@ use crate::smtp::server::{Incoming, MessageSink, Server, ServerRole, SessionHand
 /// The name of the listeners in the log.
 pub const LISTENER_NAME: &str = "submission";
 
-/// Their name in the line `listening NAME ADDRESS`, which tests and supervisors outside read, and that of a socket that a
-/// supervisor passes.
+/// The name of the listeners in the line `listening NAME ADDRESS`, which supervisors and tests of others read, and in
+/// `LISTEN_FDNAMES` of a supervisor that passes sockets.
 pub const PLAIN_NAME: &str = "local";
 
-/// How long a rejected client may take to read the reply.
+/// The longest wait for a rejected client to read the reply.
 const REJECTION_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The listeners of `[outgoing]`, with a thread each.
@@ -43,8 +43,8 @@ pub struct SubmissionListeners {
 }
 
 impl SubmissionListeners {
-    /// Begins to accept connections, whose messages go to `outbox`; `None`: connections are rejected. `inherited`: a supervisor
-    /// has opened them. `cancel` ends it.
+    /// Begins to accept connections. Their messages go to `outbox`; `None`: connections are rejected. `inherited`: a
+    /// supervisor has opened the listeners. `cancel` ends the listeners, and each session between two commands.
     ///
     /// # Errors
     /// The system has no descriptors or threads.
@@ -71,13 +71,13 @@ impl SubmissionListeners {
         Ok(SubmissionListeners { service, limiter, threads })
     }
 
-    /// Sets where messages of the sessions go that begin from now on, and how many sessions there may be.
+    /// Sets the outbox of the sessions that begin from now on, and the limits of connections.
     pub fn set_outbox(&self, outbox: Option<Arc<Outbox>>, limits: ConnectionLimits) {
         self.limiter.set_limits(limits);
         *self.service.outbox.write().unwrap_or_else(PoisonError::into_inner) = outbox;
     }
 
-    /// Waits for the end of the sessions, which were cancelled, until the deadline; then ends them at once.
+    /// Waits until the deadline for the sessions to end, which were cancelled; then aborts those that are left.
     pub fn close(self, deadline: Instant) {
         for thread in self.threads {
             let _ = thread.join();
@@ -118,7 +118,7 @@ impl SubmissionService {
     }
 }
 
-/// Rejects a connection with 554 instead of a greeting (RFC 5321 section 3.1); returns the reason for the log.
+/// Rejects a connection with 554 instead of a greeting (RFC 5321 section 3.1). Returns the reason for the log.
 fn reject(mut connection: Connection) -> String {
     let mut octets = Vec::new();
     Reply::new(554, "5.7.1", "This server is for its own network only").write_to(&mut octets);
@@ -129,8 +129,9 @@ fn reject(mut connection: Connection) -> String {
     "not one of our networks".to_owned()
 }
 
-/// Serves one session up to its end; returns the reason of the end. `peer`: the client, for `Received`. `cancel` ends the
-/// session between two commands, `abort` at once. `accepted`: of a connection that a listener counts.
+/// Serves one session up to its end. Returns the reason of the end, for the log. `peer`: the client, for `Received`.
+/// `cancel` ends the session between two commands, `abort` at once. `accepted`: the connection, if a listener counts
+/// it.
 pub fn serve(
     outbox: &Arc<Outbox>, connection: Connection, peer: String, cancel: &CancelToken, abort: &CancelToken,
     accepted: Option<&Arc<AcceptedConnection>>,
@@ -163,7 +164,7 @@ impl SessionHandler for SubmissionHandler {
         let ids = &self.outbox.mailboxes.ids;
         let (id, arrived) = (ids.queue_id(), ids.clock().now());
         let received = incoming.received.field(&id, &arrived.rfc5322());
-        // A program that speaks SMTP writes its own header, `Bcc` included (RFC 6409 section 8.1).
+        // A program that submits by SMTP writes the header itself, `Bcc` included (RFC 6409 section 8.1).
         let submission = Submission { envelope, size: incoming.size, id, arrived, header_from: None, drop_bcc: false };
         match self.outbox.store(submission, &received) {
             Ok(writer) => Ok(Box::new(writer)),
@@ -187,7 +188,7 @@ mod tests {
         name = \"acme\"\nsecret = \"tanstaaf\"\n[mailboxes]\nroot = \"mail\"\naccept = [\"@example.org\"]\n\
         [outgoing]\nqueue = \"outgoing\"\n";
 
-    /// Listeners for this customer, and a client that has connected before they began to accept.
+    /// Listeners for this customer, and a client that connected before they began to accept.
     fn start(limits: &str) -> (SubmissionListeners, TcpStream, CancelToken) {
         let directory = tempfile::tempdir().unwrap();
         let file = directory.path().join("customer.toml");
@@ -235,7 +236,7 @@ mod tests {
         listeners.close(Instant::now() + Duration::from_secs(10));
     }
 
-    /// A client that has got one recipient accepted, or one message, has no place for ever.
+    /// Otherwise a client could hold its connection for ever after one accepted recipient or message.
     #[test]
     fn a_client_makes_room_after_its_transaction() {
         let (listeners, first, cancel) = start("[limits]\nconnections = 1\n");

@@ -1,8 +1,9 @@
 //! `odmr send` by a user who may not write into the outgoing queue: it submits by SMTP to the listener of the daemon.
 //!
-//! The message is the same as in the queue, its header is completed. The daemon is responsible for it after its 250. No
-//! content is sent before the daemon has accepted all recipients: if they need several transactions (RFC 9422 section 4.2),
-//! each is tried first and ends with RSET.
+//! The message is the same as it would be in the queue: its header is completed. After its 250 the daemon is
+//! responsible for the message. No content is sent before the daemon has accepted all recipients. If they need several
+//! transactions (RFC 9422 section 4.2), the recipients of each are sent first and the transaction is reset, so that a
+//! recipient that is rejected in the last one does not leave a message that some recipients have.
 
 use std::env;
 use std::io::{self, Read};
@@ -28,7 +29,8 @@ use crate::smtp::command::Envelope;
 use crate::smtp::reply::Reply;
 use crate::smtp::status::RecipientStatus;
 
-/// Where the mail of this user goes. It is decided once, before the message is read, so that no message goes both ways.
+/// Where the mail of this user goes. It is decided once, before the message is read, so that no message takes both
+/// routes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SubmissionRoute {
     /// Into the outgoing queue.
@@ -44,11 +46,11 @@ pub enum SubmitError {
     Session(SessionFailure),
     /// The reply to the RCPT of this recipient.
     Recipient(Box<Mailbox>, Reply),
-    /// The reply to MAIL, DATA or the content, or our own after the connection was lost within the content.
+    /// The reply to MAIL, DATA or the content, or our own if the connection was lost within the content.
     Message(Reply),
-    /// All content was sent and no reply arrived (RFC 1047): the daemon may have the message.
+    /// All content was sent and no reply arrived: the daemon may have the message (RFC 1047).
     InDoubt,
-    /// The system fails, or the content cannot be read.
+    /// A system call failed, or the content cannot be read.
     System(io::Error),
 }
 
@@ -58,7 +60,8 @@ impl From<SessionFailure> for SubmitError {
     }
 }
 
-/// Where a long message is kept meanwhile. A `$TMPDIR` that is empty, or no directory, loses no mail.
+/// The directory for the file of a long message: `$TMPDIR`, or `/tmp` if `$TMPDIR` does not name a directory. No mail
+/// is lost because of a wrong `$TMPDIR`.
 pub fn temporary_directory() -> PathBuf {
     let named = env::temp_dir();
     if named.is_dir() { named } else { PathBuf::from("/tmp") }
@@ -67,8 +70,8 @@ pub fn temporary_directory() -> PathBuf {
 /// Submits a message to the listener. Returns its last reply to the content.
 ///
 /// # Errors
-/// The listener has not accepted the message, with the number of recipients for whom it had accepted it before: more than
-/// none only if the recipients need several transactions, and the second or a later one failed at its content.
+/// Why the listener has not accepted the message, and the number of recipients for whom it has accepted it before that:
+/// more than 0 only if the recipients need several transactions, and the content of the second or a later one failed.
 pub fn submit(
     config: &CustomerConfig, ids: &Ids, listener: SocketAddr, message: &OutgoingMessage, content: &mut dyn Content,
 ) -> Result<Reply, (usize, SubmitError)> {
@@ -114,8 +117,8 @@ fn send_all(
     last.map_err(|error| (sent, error))
 }
 
-/// Begins a transaction, all recipients of which are accepted. A listener that replies slowly has `command` of the timeouts
-/// for all of it, and until `end`.
+/// Begins a transaction. All recipients must be accepted, within the timeout of one `command` together and before
+/// `end`, so that a listener that replies slowly does not hold up the user's program.
 fn begin(
     session: &mut ClientSession, timeouts: &Timeouts, end: Instant, message: &OutgoingMessage,
 ) -> Result<(), SubmitError> {
@@ -137,7 +140,7 @@ fn send_content(
     session: &mut ClientSession, message: &OutgoingMessage, content: &mut dyn Content,
 ) -> Result<Reply, SubmitError> {
     content.rewind().map_err(SubmitError::System)?;
-    // Content takes its time by its size, and its reply has a timeout of its own.
+    // The time for content depends on its size, and its reply has its own timeout.
     session.limit(None);
     let result = session.send_data(content, message.size);
     match result.recipients.into_iter().next() {
@@ -147,10 +150,11 @@ fn send_content(
     }
 }
 
-/// A message from the user with its completed header, and fields before it.
+/// A message of the user with its completed header.
 pub struct CompletedContent {
+    /// The fields that come first, and the completed header.
     head: Vec<u8>,
-    /// The message as it came.
+    /// The message as the user wrote it.
     content: SpooledContent,
     /// How many octets of it `head` replaces.
     replaced: usize,
@@ -159,12 +163,13 @@ pub struct CompletedContent {
 }
 
 impl CompletedContent {
-    /// `replaced`: the octets of the old header, which are in memory.
+    /// A message that begins with `head` instead of the first `replaced` octets of `content`, its old header. These
+    /// must be in memory.
     pub fn new(head: Vec<u8>, content: SpooledContent, replaced: usize) -> CompletedContent {
         CompletedContent { head, content, replaced, read: 0 }
     }
 
-    /// The octets on the wire. All lines end in LF here.
+    /// The number of octets on the wire, where each LF becomes CRLF.
     pub fn wire_size(&self) -> u64 {
         let wire = |octets: &[u8]| octets.iter().map(|octet| 1 + u64::from(*octet == b'\n')).sum::<u64>();
         self.content.wire_size() - wire(&self.content.first_octets()[..self.replaced]) + wire(&self.head)
@@ -191,13 +196,14 @@ impl Content for CompletedContent {
     }
 }
 
-/// `-bs`: passes the octets of one SMTP session between two descriptors of a program and the listener, until the listener
-/// ends it. The listener keeps the limits. `cancel` ends the input: a message that the listener has is accepted, and another
-/// is dropped.
+/// `-bs`: passes the octets of one SMTP session between two descriptors of a program and the listener, until the
+/// listener ends it. The listener enforces the limits. `cancel` ends the input: the listener accepts a message that it
+/// has completely, and drops another.
 ///
 /// # Errors
-/// `ConnectionRefused` and others before the session; `TimedOut` if neither side has sent anything for the longest timeout of
-/// SMTP, or the listener goes on for that long after the end of the input; a side has broken off.
+/// `ConnectionRefused` and others if there is no connection; `TimedOut` if neither side has sent anything for the
+/// longest timeout of SMTP, or if the listener goes on for that long after the end of the input; the connection was
+/// lost.
 pub fn pass_session(
     timeouts: &Timeouts, listener: SocketAddr, (input, output): (OwnedFd, OwnedFd), cancel: &CancelToken,
 ) -> io::Result<()> {
@@ -225,12 +231,12 @@ pub fn pass_session(
             (deadline, cancelled) = (Instant::now() + timeouts.shutdown, true);
         }
         if (program.ended() || cancelled) && listener.unsent() == 0 && !input_ended {
-            // The listener replies to what it has, and then closes.
+            // The listener replies to the commands that it has, and then closes the connection.
             rustix::net::shutdown(listener.output_fd(), Shutdown::Write)?;
             input_ended = true;
         }
         if Instant::now() >= deadline {
-            return Err(io::Error::new(io::ErrorKind::TimedOut, "no answer"));
+            return Err(io::Error::new(io::ErrorKind::TimedOut, "no reply"));
         }
         let mut descriptors = Vec::with_capacity(5);
         for (from, to, ended) in [(&program, &listener, input_ended), (&listener, &program, false)] {
@@ -248,7 +254,8 @@ pub fn pass_session(
     }
 }
 
-/// Passes on what has arrived, unless much waits already. Returns whether anything has moved.
+/// Passes on the octets that have arrived, unless [`CONTENT_BLOCK`] octets wait already. Returns whether any were
+/// moved.
 fn pass(from: &mut Connection, to: &mut Connection) -> io::Result<bool> {
     let before = to.unsent();
     let filled = if before < CONTENT_BLOCK { from.fill()? } else { Filled::Nothing };

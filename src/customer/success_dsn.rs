@@ -1,4 +1,4 @@
-//! The DSN of success for recipients whose mail a customer delivers itself (RFC 3461 section 5.2.3).
+//! The DSN of success for recipients to whom the customer itself delivers (RFC 3461 section 5.2.3).
 
 use super::mailboxes::Routing;
 use crate::net::trace::quoted;
@@ -7,22 +7,22 @@ use crate::report::Reporter;
 use crate::report::dsn::Action;
 use crate::smtp::command::Recipient;
 
-/// How many octets of a header are kept for the DSN.
+/// The DSN has this many octets of the header at most.
 const HEADER_LIMIT: usize = 64 * 1024;
 
-/// Collects what the DSN needs while the message arrives. If no sender asked for it, it does nothing.
+/// Collects the header for the DSN while the message arrives. If no recipient has NOTIFY=SUCCESS, it does nothing.
 pub struct SuccessDsn {
     reporter: Reporter,
-    /// The message for the recipients that have it here.
+    /// The message with the recipients that get it in a Maildir here.
     message: QueuedEnvelope,
-    /// Recipients whose next holder sends no DSN.
+    /// Recipients at next hops for whom the DSN is ours: they were expanded, or the next hop sends none.
     others: Vec<(Recipient, Action)>,
     requested: bool,
     header: Vec<u8>,
 }
 
 impl SuccessDsn {
-    /// Begins with the recipients of `message`, which go where `routing` says.
+    /// Prepares the DSN for the recipients of `message`, whose destinations are in `routing`.
     pub fn new(reporter: &Reporter, message: &QueuedEnvelope, routing: &Routing) -> SuccessDsn {
         SuccessDsn {
             reporter: reporter.clone(),
@@ -33,7 +33,7 @@ impl SuccessDsn {
         }
     }
 
-    /// Passes the next octets of the content, which begins with the header.
+    /// Reads the next octets of the content, which begins with the header.
     pub fn observe(&mut self, octets: &[u8]) {
         if self.requested {
             let room = HEADER_LIMIT.saturating_sub(self.header.len());
@@ -41,12 +41,12 @@ impl SuccessDsn {
         }
     }
 
-    /// Adds a recipient that was sent to a next hop which sends no DSN.
+    /// Adds a recipient whose mail was sent to a next hop that does not send DSNs.
     pub fn add_relayed(&mut self, recipient: &Recipient) {
         self.others.push((recipient.clone(), Action::Relayed));
     }
 
-    /// Sends the DSN. The message is delivered, so a failure is logged and does not reject it.
+    /// Sends the DSN. A failure is only logged: the message is delivered already, and cannot be rejected any more.
     pub fn send(&self) {
         if let Err(error) = self.reporter.report_delivered(&self.message, &self.others, &self.header) {
             log::error!("event=dsn-failed id={} error={}", self.message.id, quoted(error));
