@@ -9,9 +9,10 @@ use std::sync::Arc;
 
 use signal_hook::consts::SIGPIPE;
 
-/// The function of a target. Writes its seeds into its corpus, from which libFuzzer reads them next.
+/// Writes the seeds of a target into its corpus, which libFuzzer reads after this. Returns the function of the target.
 pub fn begin(name: &str) -> fn(&[u8]) {
-    // Otherwise a write to a peer that has gone ends the process. Rust does that before a `main` of its own, but not here.
+    // Without a handler for SIGPIPE, a write to a closed connection would end the process. Rust ignores the signal in
+    // programs with its own `main`, which libFuzzer replaces.
     signal_hook::flag::register(SIGPIPE, Arc::default()).expect("a handler");
     let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("corpus").join(name);
     fs::create_dir_all(&corpus).expect("the corpus");
@@ -22,7 +23,7 @@ pub fn begin(name: &str) -> fn(&[u8]) {
     found.unwrap_or_else(|| panic!("there is no target {name}")).1
 }
 
-/// The whole of `fuzz_targets/NAME.rs`.
+/// The contents of `fuzz_targets/NAME.rs`.
 #[macro_export]
 macro_rules! fuzz {
     ($name:literal) => {

@@ -1,4 +1,4 @@
-//! Addresses and lists of them: the input is an address, a list, and the header of a submitted message.
+//! Addresses and lists of them: the input is read as addresses, as a list, and as the header of a submitted message.
 
 use std::net::IpAddr;
 
@@ -90,7 +90,7 @@ fn one_mailbox(mailbox: &Mailbox) {
         assert_eq!(&mailbox.with_domain(domain), mailbox);
         assert_eq!(mailbox.with_domain(&home()).domain(), Some(&home()));
     }
-    // In a header it is the same address, in angle brackets or without them; unless it looks like an encoded word (RFC 2047).
+    // In a header the address is the same, with angle brackets or without; unless it looks like an encoded word (RFC 2047).
     let header = mailbox.header_form();
     if text.len() <= 900 && !mailbox.local().contains(char::REPLACEMENT_CHARACTER) && !text.contains("=?") {
         for form in [header.to_string(), format!("Eva <{header}>")] {
@@ -110,7 +110,7 @@ fn list(text: &str) {
         match &address.mailbox {
             Ok(mailbox) => {
                 one_mailbox(mailbox);
-                // Each alone reads as it does in the list.
+                // The address is within its entry.
                 assert!(address.address.start >= address.at && address.address.end <= end);
             }
             Err(reason) => assert!(!reason.is_empty() && address.address.is_empty()),
@@ -122,7 +122,7 @@ fn list(text: &str) {
     assert_eq!(parse_addresses(text, &home()), all);
 }
 
-/// The name of a client in EHLO goes into `Received`, and out of it to a next hop (XCLIENT).
+/// The name of a client in EHLO goes into the `Received` field, and from there to a next hop (XCLIENT).
 fn client(line: &str) {
     let Ok(Command::Ehlo(helo)) = parse(format!("EHLO {line}").as_bytes(), ALL) else { return };
     for address in ["192.0.2.1", "2001:db8::1"].map(|text| text.parse::<IpAddr>().expect("an address")) {
@@ -167,13 +167,13 @@ fn header(content: &[u8]) {
         let completed = header.complete(&additions);
         let again = Header::parse(&completed);
         assert_eq!(again.octets(), completed.len(), "the header has an end: {}", completed.escape_ascii());
-        // The recipients that the sender meant are those that the header names.
+        // A completed header names the same recipients.
         if !drop_bcc && let Ok(recipients) = header.recipients(&home()) {
             assert_eq!(again.recipients(&home()), Ok(recipients), "{}", completed.escape_ascii());
         }
-        // What is complete stays; but the second reading of text that is neither ASCII nor an address may differ.
+        // A complete header does not change. (Text that is neither ASCII nor an address may be read differently.)
         if content.is_ascii() {
-            // The line end of added lines is that of the first one, which may have been removed.
+            // Added lines have the line end of the first line, which may have been removed.
             let lines = |octets: &[u8]| octets.iter().filter(|octet| **octet != b'\r').copied().collect::<Vec<_>>();
             assert_eq!(lines(&again.complete(&additions)), lines(&completed), "{}", completed.escape_ascii());
         }

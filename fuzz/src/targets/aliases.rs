@@ -1,5 +1,5 @@
-//! Aliases, and who a recipient is: the input has the form of `testdata/rules`: the table `[mailboxes]`, the file `aliases`
-//! after a line `-- aliases --`, and addresses after a line of hyphens, each after `> `.
+//! Aliases and the rules for recipients. The input has the form of `testdata/rules`: the table `[mailboxes]`, the file
+//! `aliases` after a line `-- aliases --`, and addresses after a line of hyphens, each after `> `.
 
 use std::path::{Component, Path};
 
@@ -9,7 +9,7 @@ use odmr::recipients::Destination;
 
 use super::check;
 use super::config::write;
-use super::folder::folder;
+use super::directory::temporary_directory;
 
 const HEAD: &str = "hostname = \"mail.example.org\"\n[provider]\naddress = \"relay.example.net\"\nname = \"acme\"\n\
                     secret = \"tanstaaftanstaaf\"\n[mailboxes]\n";
@@ -31,10 +31,10 @@ pub fn run(input: &[u8]) {
     let (rules, typed) = text.split_once("------\n").unwrap_or((&text, ""));
     let (table, aliases) = rules.split_once("-- aliases --\n").unwrap_or(("", rules));
     let table = if table.trim().is_empty() { TABLE } else { table };
-    let folder = folder();
-    let path = folder.path().join("odmr.toml");
+    let root = temporary_directory();
+    let path = root.path().join("odmr.toml");
     write(&path, format!("{HEAD}{table}").as_bytes());
-    write(&folder.path().join("aliases"), aliases.as_bytes());
+    write(&root.path().join("aliases"), aliases.as_bytes());
     let config = match CustomerConfig::load(&path) {
         Ok(config) => config,
         Err(error) => return check::shown(&error.to_string()),
@@ -74,7 +74,7 @@ pub fn run(input: &[u8]) {
     }
 }
 
-/// Nobody's address leads out of the directory of mailboxes.
+/// Checks that no address leads out of the directory of mailboxes.
 fn destination<'a>(destination: &Destination, mut roots: impl Iterator<Item = &'a Path>) {
     let Destination::Maildir { path, folders } = destination else { return };
     let root = roots.find(|root| path.starts_with(root)).unwrap_or_else(|| panic!("{}", path.display()));

@@ -1,9 +1,9 @@
-//! What must hold for all that is sent.
+//! Checks of everything that the program sends and logs.
 
 use odmr::smtp::limits;
 use odmr::smtp::reply::Reply;
 
-/// The lines of a text, each of which ends in CRLF and has no other CR, LF or NUL.
+/// The lines of a text. Each must end in CRLF, and have no other CR, LF or NUL.
 pub fn lines(octets: &[u8]) -> Vec<&[u8]> {
     let mut lines = Vec::new();
     for line in octets.split_inclusive(|octet| *octet == b'\n') {
@@ -14,7 +14,7 @@ pub fn lines(octets: &[u8]) -> Vec<&[u8]> {
     lines
 }
 
-/// Replies of a server: RFC 5321 section 4.2.
+/// The lines of a server's replies, which must have the form of RFC 5321 section 4.2.
 pub fn replies(octets: &[u8]) -> Vec<&[u8]> {
     let lines = lines(octets);
     for line in &lines {
@@ -26,7 +26,7 @@ pub fn replies(octets: &[u8]) -> Vec<&[u8]> {
     lines
 }
 
-/// A reply of ours, as it is sent.
+/// Checks one of our replies, as it is sent.
 pub fn reply(reply: &Reply) {
     let mut octets = Vec::new();
     reply.write_to(&mut octets);
@@ -36,12 +36,12 @@ pub fn reply(reply: &Reply) {
     shown(&reply.to_string());
 }
 
-/// A text for one line of the log.
+/// Checks a text for one line of the log.
 pub fn shown(text: &str) {
     assert!(!text.chars().any(|character| character.is_control() && character != '\t'), "{}", text.escape_debug());
 }
 
-/// Commands of a client, without content; responses in AUTH are base64.
+/// The lines of a client's commands, without content. (Responses in AUTH are base64.)
 pub fn commands(octets: &[u8]) -> Vec<&[u8]> {
     let lines = lines(octets);
     for line in &lines {

@@ -1,5 +1,5 @@
-//! The SMTP client without its socket: all octets of a server. The first two octets of the input say what the client does, the
-//! rest are the lines of the server. Each reply is given to the client when it waits for one, as a driver does.
+//! The SMTP client without its socket: all octets of a server. The first two octets of the input say what the client does; the
+//! rest are the lines of the server. The client gets each reply when it waits for one, as in a session.
 
 use std::collections::VecDeque;
 
@@ -56,11 +56,11 @@ struct Session {
     tls: bool,
     tls_required: bool,
     waiting: VecDeque<OutgoingMessage>,
-    /// Each with whether its content was sent.
+    /// Messages that have no result yet, each with whether its content was sent.
     in_flight: VecDeque<(OutgoingMessage, bool)>,
     /// The stepwise message under way.
     step: Option<Steps>,
-    /// Whether a next hop has been told the client.
+    /// The client has sent XCLIENT or XFORWARD, if the server offers them.
     informed: bool,
 }
 
@@ -128,7 +128,7 @@ impl Session {
         }
     }
 
-    /// Gives the client what it writes to, and looks at what it has written.
+    /// Lets the client write, and checks what it has written.
     fn send<T>(&mut self, write: impl FnOnce(&mut Client, &mut Vec<u8>) -> T) -> T {
         let mut out = Vec::new();
         let is_closing = self.client.closing();
@@ -151,7 +151,7 @@ impl Session {
         result
     }
 
-    /// One reply of the server. Returns `false` if the session is over.
+    /// Passes one reply of the server to the client. Returns `false` if the session is over.
     fn replied(&mut self, reply: Reply) -> bool {
         let (awaited, code) = (self.client.awaiting(), reply.code());
         let step = self.send(|client, out| client.reply(reply, out));
@@ -162,7 +162,7 @@ impl Session {
         assert!(awaited.is_some() || code == 421);
         assert!(code != 421 || self.client.closing());
         if code == 421 && !matches!(step, ClientStep::MessageDone(_)) {
-            // A driver closes then.
+            // A session closes the connection then.
             if matches!(step, ClientStep::Replied(_)) && awaited == Some(Stage::Mail) {
                 self.in_flight.clear();
             }
@@ -269,7 +269,7 @@ impl Session {
             self.in_flight.clear();
             return;
         }
-        // The result has the recipients that were accepted.
+        // The result has only the recipients that were accepted.
         let (message, _) = self.in_flight.back_mut().expect("a message is under way");
         message.envelope.recipients.truncate(steps.accepted);
         if let ClientStep::Content { chunk } = self.send(|client, out| client.send_data(100, out)) {
@@ -284,7 +284,7 @@ impl Session {
         self.send(Client::content_sent);
     }
 
-    /// The connection is lost: each message that was begun has a result.
+    /// The connection is lost. Each message that was begun must have a result.
     fn lost(mut self) {
         let results = self.client.abandon(&connection_lost("lost"));
         if let (Some(steps), Some((message, _))) = (&self.step, self.in_flight.back_mut()) {
@@ -302,7 +302,7 @@ fn channel() -> TlsChannel {
     TlsChannel { exporter: Some([7; 32]), client_certificate: None }
 }
 
-/// Each recipient has one status, and none is sent without the content and a reply to it.
+/// Checks that each recipient has one status, and that none is `Sent` without the content and a reply to it.
 fn done(message: &OutgoingMessage, content_sent: bool, result: &DeliveryResult, replied: bool) {
     assert_eq!(result.recipients.len(), message.envelope.recipients.len());
     assert!(replied && content_sent || !result.recipients.iter().any(|status| status.is_sent()), "{result:?}");

@@ -1,5 +1,5 @@
-//! Command lines: each line of the input is a command. What the parser of the server accepts, the client sends, and the
-//! server parses that to the same.
+//! Command lines: each line of the input is a command. If the server's parser accepts it, our client sends it, and the parser
+//! must read that as the same command.
 
 use odmr::mail::address::{ForwardPath, ReversePath};
 use odmr::smtp::client::{Client, ClientOptions, OutgoingMessage};
@@ -92,7 +92,7 @@ fn recipient(command: Command) -> Option<String> {
     }
 }
 
-/// The envelope arrives as it is at a server with all extensions, and with its addresses at one without any.
+/// Checks that a server with all extensions receives the whole envelope, and a server without any receives its addresses.
 fn transaction(envelope: &Envelope, size: u64) {
     let message =
         OutgoingMessage { envelope: envelope.clone(), size, eight_bit: false, utf8_header: false, attempts: 0 };
@@ -141,7 +141,7 @@ fn transaction(envelope: &Envelope, size: u64) {
     }
 }
 
-/// As the client writes it.
+/// The path as the client writes it.
 fn spelled(path: &ReversePath, utf8: bool) -> String {
     match path {
         ReversePath::Mailbox(mailbox) if !utf8 => mailbox.with_a_labels().into_owned(),

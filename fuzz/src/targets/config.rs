@@ -1,4 +1,4 @@
-//! Configurations: the input is one file or several, each after a line `-- NAME --`. The first one is loaded.
+//! Configurations: the input is one file, or several, each after a line `-- NAME --`. The first one is loaded.
 
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt;
@@ -7,35 +7,35 @@ use std::path::Path;
 use odmr::config::{Config, ConfigError, effective};
 
 use super::check;
-use super::folder::folder;
+use super::directory::temporary_directory;
 
-/// Files of one input.
+/// The most files of one input.
 const MOST_FILES: usize = 8;
 
 pub fn run(input: &[u8]) {
-    let folder = folder();
+    let root = temporary_directory();
     let files = files(input);
     for (name, content) in &files {
-        write(&folder.path().join(name), content);
+        write(&root.path().join(name), content);
     }
     let Some((first, _)) = files.first() else { return };
-    let path = folder.path().join(first);
+    let path = root.path().join(first);
     let (built, findings) = Config::examine(&path);
     let loaded = Config::load(&path);
     findings.errors.iter().chain(&findings.skipped).chain(&findings.warnings).for_each(shown);
-    // All mistakes are found, and the first of them is the one that counts.
+    // The error of a load is one of those that the check finds.
     match &loaded {
         Ok(_) => assert!(findings.errors.is_empty() && built.is_some(), "{:?}", findings.errors),
         Err(error) => assert!(findings.errors.contains(error), "{error} is not among {:?}", findings.errors),
     }
     match (effective(&path), loaded) {
-        (Ok(printed), Ok(_)) => printed_again(folder.path(), &printed),
+        (Ok(printed), Ok(_)) => printed_again(root.path(), &printed),
         (Err(one), Err(other)) => assert_eq!(one, other),
         (one, other) => panic!("{one:?}, and loaded it is {:?}", other.map(drop)),
     }
 }
 
-/// The files of an input, with names that lead to no other directory.
+/// The files of an input. Their names do not lead to another directory.
 fn files(input: &[u8]) -> Vec<(String, Vec<u8>)> {
     let mut files: Vec<(String, Vec<u8>)> = Vec::new();
     for line in input.split_inclusive(|octet| *octet == b'\n') {
@@ -57,7 +57,7 @@ fn files(input: &[u8]) -> Vec<(String, Vec<u8>)> {
     files
 }
 
-/// Writes a file that only we may read; not if another one of the input is in the way.
+/// Writes a file that only this user may read. If the input has a file where a directory is needed, nothing is written.
 pub fn write(path: &Path, content: &[u8]) {
     let _ = path.parent().map(fs::create_dir_all);
     if fs::write(path, content).is_ok() {
@@ -71,12 +71,12 @@ fn shown(error: &ConfigError) {
     assert!(!text.is_empty());
 }
 
-/// What is printed is a configuration again, and prints the same.
-fn printed_again(folder: &Path, printed: &str) {
+/// Checks that the printed configuration can be loaded, and prints the same.
+fn printed_again(root: &Path, printed: &str) {
     let own = printed.split("\n# ").next().unwrap_or_default();
     let (head, rest) = own.split_once('\n').expect("a line with the name of the file");
     assert!(head.starts_with("# "));
-    let path = folder.join("printed.toml");
+    let path = root.join("printed.toml");
     write(&path, rest.as_bytes());
     let again = match effective(&path) {
         Ok(again) => again,

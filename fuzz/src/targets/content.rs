@@ -1,5 +1,5 @@
-//! Content between its form at rest and on the wire. The first octet of the input says how the rest is cut into pieces, which
-//! must not matter.
+//! Content at rest and on the wire. The first octet of the input says how the rest is divided into pieces. The result must
+//! not depend on that.
 
 use odmr::mail::address::Domain;
 use odmr::mail::header::{HeaderAdditions, HeaderCompleter};
@@ -8,12 +8,13 @@ use odmr::smtp::content::{ContentDecoder, ContentEncoder, HeaderScanner, WireSiz
 pub fn run(input: &[u8]) {
     let Some((cut, content)) = input.split_first() else { return };
     let pieces = || content.chunks(usize::from(*cut % 64) + 1);
-    decoder_does_not_care_for_pieces(content, pieces);
+    decoded(content, pieces);
     encoded(content, pieces);
     header(content, pieces);
 }
 
-/// What a decoder made of the pieces: content, octets used, its end, a bare CR or LF, the size.
+/// The result of a decoder: the content, the octets used, whether the content has ended, whether there was a bare CR or LF,
+/// and the size.
 type Decoded = (Vec<u8>, usize, bool, bool, u64);
 
 fn decode<'a>(mut decoder: ContentDecoder, pieces: impl Iterator<Item = &'a [u8]>) -> Decoded {
@@ -32,20 +33,20 @@ fn decode<'a>(mut decoder: ContentDecoder, pieces: impl Iterator<Item = &'a [u8]
     (out, used, end, decoder.bare(), decoder.size())
 }
 
-fn decoder_does_not_care_for_pieces<'a, P: Iterator<Item = &'a [u8]>>(content: &'a [u8], pieces: impl Fn() -> P) {
+fn decoded<'a, P: Iterator<Item = &'a [u8]>>(content: &'a [u8], pieces: impl Fn() -> P) {
     for make in [ContentDecoder::data, ContentDecoder::bdat] {
         let whole = decode(make(), std::iter::once(content));
         assert_eq!(decode(make(), pieces()), whole);
         let (out, used, end, ..) = &whole;
         if *end {
-            // RFC 5321 section 4.1.1.4: nothing else ends the content.
+            // RFC 5321 section 4.1.1.4: only this ends the content.
             assert!(content[..*used].ends_with(b"\r\n.\r\n") || content[..*used] == *b".\r\n");
         }
         assert!(out.len() <= content.len());
     }
 }
 
-/// The content as it arrives: each line ends in LF, and there is no other CR.
+/// The content as it arrives: each line ends in LF, and a bare CR has become a space.
 pub fn normalised(content: &[u8]) -> Vec<u8> {
     let mut out = Vec::with_capacity(content.len() + 1);
     for (at, octet) in content.iter().enumerate() {

@@ -1,5 +1,6 @@
-//! Replies of a name server. The input has the replies to one query after another, with two octets of length before each; the
-//! server of this target puts the id and the question of the query into each, if the first octet of the input is even.
+//! Replies of a name server. The input has the replies to one query after the other, each with its length in two octets
+//! before it. If the first octet of the input is even, the name server of this target inserts the id and the question of the
+//! query into each reply.
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, UdpSocket};
@@ -15,21 +16,21 @@ use odmr::net::resolver::{Answer, MxRoute, Record, Resolver, Rtype};
 
 use super::check;
 
-/// Replies of one input.
+/// The most replies of one input.
 const MOST_REPLIES: usize = 12;
 
-/// Octets of the header and the question `example.org`.
+/// Octets of the header.
 const HEADER: usize = 12;
 
-/// After each reply: one that belongs to the query in every case, so that nobody waits.
-const REFUSED: [u8; 13] = [1, 0, 0, 0x81, 0x85, 0, 1, 0, 0, 0, 0, 0, 0];
+/// A reply with RCODE 5, which the server sends after each reply: it always matches the query, so the resolver does not wait.
+const RCODE_5: [u8; 13] = [1, 0, 0, 0x81, 0x85, 0, 1, 0, 0, 0, 0, 0, 0];
 
 /// A name server in two threads.
 struct NameServer {
     address: SocketAddr,
-    /// No id and no port comes again soon: a late reply belongs to no later query.
+    /// Shared by all runs, so that an id does not come again soon: a late reply must not match a later query.
     ids: Ids,
-    /// What the next queries get.
+    /// Sends the replies to the next queries.
     replies: Vec<Sender<Vec<Vec<u8>>>>,
 }
 
@@ -117,7 +118,7 @@ fn start() -> NameServer {
     NameServer { address, ids: Ids::fixed(), replies: vec![udp, tcp] }
 }
 
-/// Replies of the latest input that are left.
+/// The next reply of the latest input, or one with RCODE 5 if none is left.
 fn next_reply(waiting: &Receiver<Vec<Vec<u8>>>, replies: &mut Vec<Vec<u8>>, query: &[u8]) -> Vec<u8> {
     while let Ok(fresh) = waiting.try_recv() {
         *replies = fresh;
@@ -125,14 +126,14 @@ fn next_reply(waiting: &Receiver<Vec<Vec<u8>>>, replies: &mut Vec<Vec<u8>>, quer
     }
     match replies.pop() {
         Some(reply) => made(&reply, query),
-        None => made(&REFUSED, query),
+        None => made(&RCODE_5, query),
     }
 }
 
-/// The reply, with the id and the question of the query if its first octet says so.
+/// The reply without its first octet, which says whether the id and the question of the query are inserted.
 fn made(reply: &[u8], query: &[u8]) -> Vec<u8> {
-    let (kept, reply) = (reply.first() != Some(&1), reply.get(1..).unwrap_or_default());
-    if kept || reply.len() < HEADER || query.len() <= HEADER {
+    let (unchanged, reply) = (reply.first() != Some(&1), reply.get(1..).unwrap_or_default());
+    if unchanged || reply.len() < HEADER || query.len() <= HEADER {
         return reply.to_vec();
     }
     // The name of the question has no pointers; its labels may have any octets.
@@ -151,7 +152,7 @@ fn serve_udp(socket: &UdpSocket, waiting: &Receiver<Vec<Vec<u8>>>) {
     let (mut query, mut replies) = ([0; 2048], Vec::new());
     while let Ok((length, peer)) = socket.recv_from(&mut query) {
         let query = &query[..length];
-        for reply in [next_reply(waiting, &mut replies, query), made(&REFUSED, query)] {
+        for reply in [next_reply(waiting, &mut replies, query), made(&RCODE_5, query)] {
             let _ = socket.send_to(&reply, peer);
         }
     }
@@ -169,7 +170,7 @@ fn serve_tcp(listener: &TcpListener, waiting: &Receiver<Vec<Vec<u8>>>) {
         if stream.read_exact(&mut query).is_err() {
             continue;
         }
-        for reply in [next_reply(waiting, &mut replies, &query), made(&REFUSED, &query)] {
+        for reply in [next_reply(waiting, &mut replies, &query), made(&RCODE_5, &query)] {
             let length = u16::try_from(reply.len()).unwrap_or(u16::MAX);
             let _ = stream.write_all(&[&length.to_be_bytes(), &reply[..length.into()]].concat());
         }

@@ -1,4 +1,5 @@
-//! The heads of files in a queue, and their names. The first octet of the input says how we read it, the rest is the file.
+//! The heads of files in a queue, and their names. The first octet of the input selects the options of the parser; the rest is
+//! the file.
 
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
@@ -41,7 +42,7 @@ fn reparsed(file: &[u8], options: ParseOptions<'_>) -> Box<ParsedEnvelope> {
     }
 }
 
-/// What follows the head does not matter, and a part of the head is not taken for all of it.
+/// Checks that the envelope does not depend on what follows the head, and that a part of the head is not read as all of it.
 fn head_alone(file: &[u8], parsed: &ParsedEnvelope, options: ParseOptions<'_>) {
     for end in [parsed.octets, parsed.octets / 2] {
         if let Parsed::Envelope(found) = parse(&file[..end], false, options) {
@@ -50,7 +51,8 @@ fn head_alone(file: &[u8], parsed: &ParsedEnvelope, options: ParseOptions<'_>) {
     }
 }
 
-/// A recipient whose mark is written is settled, the others are as they were: nothing is sent twice, or not at all.
+/// Checks that the mark of a recipient settles this recipient and no other: otherwise a message would be sent twice, or not at
+/// all.
 fn marked(file: &[u8], parsed: &ParsedEnvelope, options: ParseOptions<'_>) {
     for (number, marks) in parsed.marks.iter().enumerate().take(4) {
         for mark in [Mark::Done, Mark::Rejected] {
@@ -68,7 +70,7 @@ fn marked(file: &[u8], parsed: &ParsedEnvelope, options: ParseOptions<'_>) {
     }
 }
 
-/// What we write of it is read as the same.
+/// Checks that the head that we write has the same envelope.
 fn written(parsed: &ParsedEnvelope, options: ParseOptions<'_>) {
     if parsed.recipients().is_empty() {
         return;
@@ -88,7 +90,7 @@ fn written(parsed: &ParsedEnvelope, options: ParseOptions<'_>) {
     assert!(!continues_envelope(content.as_bytes()));
 }
 
-/// The first line of the file as the name of one.
+/// The first line of the input as the name of a file.
 fn name(file: &[u8]) {
     let name = file.split(|octet| matches!(octet, b'\n' | b'/' | 0)).next().unwrap_or_default();
     for seen in [false, true] {

@@ -1,5 +1,5 @@
-//! A queue with one file: the input is two octets, the name of the file, a line end, and the file. It is offered, read,
-//! settled, and offered again; and what it holds is stored anew by ourselves.
+//! A queue with one file. The input is two octets, the name of the file, a line end, and the file. The queue offers the
+//! message, it is read and settled, and offered again. Then its envelope and content are stored as a new message.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -18,7 +18,7 @@ use odmr::smtp::content::WireSize;
 use odmr::smtp::reply::Reply;
 use odmr::smtp::status::{DecidedBy, DeliveryResult, RecipientStatus};
 
-use super::folder::folder;
+use super::directory::temporary_directory;
 
 pub fn run(input: &[u8]) {
     let Some(([how, results], rest)) = input.split_first_chunk::<2>() else { return };
@@ -28,8 +28,8 @@ pub fn run(input: &[u8]) {
         // A message that has ended sessions may be skipped.
         return;
     }
-    let folder = folder();
-    let name = queue_name(folder.path(), "held", *how);
+    let root = temporary_directory();
+    let name = queue_name(root.path(), "held", *how);
     let path = place(&name, file_name, *how);
     let ids = Ids::fixed();
     let arrived = ids.clock().now();
@@ -39,7 +39,7 @@ pub fn run(input: &[u8]) {
     let parsed = match parse(file, true, options) {
         Parsed::Envelope(parsed) if !parsed.recipients().is_empty() => parsed,
         _ => {
-            // What cannot be sent stays where it is, unless all of its recipients are settled.
+            // A file that cannot be sent stays where it is, unless all of its recipients are settled.
             drop(queue.try_lock(&name).expect("the lock").next_message());
             return;
         }
@@ -47,26 +47,26 @@ pub fn run(input: &[u8]) {
     offered(&queue, &name, file, &parsed, *results);
     let left = parse_of(&name, options);
     check_left(&name, file, &parsed, *results, left);
-    stored(&queue, folder.path(), &parsed, &file[parsed.octets..], *how);
+    stored(&queue, root.path(), &parsed, &file[parsed.octets..], *how);
 }
 
-fn queue_name(folder: &Path, name: &str, how: u8) -> QueueName {
+fn queue_name(root: &Path, name: &str, how: u8) -> QueueName {
     let domain = Domain::parse("example.org").filter(|_| how & 1 == 1);
-    let path = folder.join(name);
+    let path = root.join(name);
     for directory in ["tmp", "new", "cur"] {
         fs::create_dir_all(path.join(directory)).expect("a directory");
     }
     QueueName { path, domain, retries: how & 2 == 2, ..QueueName::default() }
 }
 
-/// Where the file goes, if it can have its name.
+/// The path of the file: with the name of the input if that is a possible name of a file, otherwise with the name `1`.
 fn place(name: &QueueName, file: &[u8], how: u8) -> PathBuf {
     let good = !file.is_empty() && file.len() <= 200 && !file.contains(&b'/') && !file.contains(&0) && file[0] != b'.';
     let file = OsStr::from_bytes(if good { file } else { b"1" });
     name.path.join(if how & 4 == 4 { "cur" } else { "new" }).join(file)
 }
 
-/// What became of a recipient.
+/// The status of a recipient.
 fn status(results: u8, number: usize) -> RecipientStatus {
     match results >> (2 * (number % 4)) & 3 {
         0 => RecipientStatus::Sent(Reply::new(250, "2.0.0", "OK")),
@@ -98,7 +98,7 @@ fn offered(queue: &Queue, name: &QueueName, file: &[u8], parsed: &ParsedEnvelope
     let content = &file[parsed.octets..];
     assert_eq!(read(&mut message), content);
     assert_eq!(message.envelope, parsed.envelope.envelope);
-    // Of our own files the name tells the size.
+    // The name of a file that we have written has the size.
     if !parsed.ours {
         assert_eq!(message.size, size(content));
         assert_eq!(message.eight_bit, !content.is_ascii());
@@ -109,7 +109,7 @@ fn offered(queue: &Queue, name: &QueueName, file: &[u8], parsed: &ParsedEnvelope
     lock.settle(message, &DeliveryResult { recipients, decided_by: DecidedBy::PeerAtContent }).expect("a disk");
 }
 
-/// The file of a queue.
+/// The contents of the only file in a queue; `None`: there is none.
 fn file_of(name: &QueueName) -> Option<Vec<u8>> {
     let files = ["new", "cur"].map(|directory| fs::read_dir(name.path.join(directory)).expect("a directory"));
     let mut files = files.into_iter().flatten().map(|file| file.expect("an entry").path());
@@ -118,7 +118,7 @@ fn file_of(name: &QueueName) -> Option<Vec<u8>> {
     file
 }
 
-/// What is left in the queue, and what it says.
+/// The file that is left in the queue, and its envelope.
 fn parse_of(name: &QueueName, options: ParseOptions<'_>) -> Option<(Vec<u8>, Box<ParsedEnvelope>)> {
     let file = file_of(name)?;
     match parse(&file, true, options) {
@@ -127,7 +127,7 @@ fn parse_of(name: &QueueName, options: ParseOptions<'_>) -> Option<(Vec<u8>, Box
     }
 }
 
-/// No recipient is lost, and none is offered again that is settled.
+/// Checks that no recipient is lost, and that no recipient that is settled is offered again.
 fn check_left(
     name: &QueueName, file: &[u8], parsed: &ParsedEnvelope, results: u8, left: Option<(Vec<u8>, Box<ParsedEnvelope>)>,
 ) {
@@ -142,7 +142,7 @@ fn check_left(
         }
         None => {
             assert!(open.is_empty() && parsed.unread.is_empty(), "lost: {}", file.escape_ascii());
-            // What was rejected, and nobody was told of, is set aside.
+            // A message that was rejected without a DSN is set aside.
             let rejected = (0..parsed.recipients().len()).any(|number| status(results, number).is_rejected());
             if rejected {
                 let aside = fs::read_dir(name.path.join(".refused/new")).expect("a directory").count();
@@ -152,10 +152,10 @@ fn check_left(
     }
 }
 
-/// What we store is read back octet for octet.
-fn stored(queue: &Queue, folder: &Path, parsed: &ParsedEnvelope, content: &[u8], how: u8) {
+/// Checks that a message that we store is read back octet for octet.
+fn stored(queue: &Queue, root: &Path, parsed: &ParsedEnvelope, content: &[u8], how: u8) {
     const HEAD: &str = "Received: by relay.example.net; Fri, 02 Jan 2026 03:04:05 +0000\n";
-    let name = QueueName { retries: false, ..queue_name(folder, "stored", how) };
+    let name = QueueName { retries: false, ..queue_name(root, "stored", how) };
     let mut writer = queue.begin_message(&[(name.clone(), parsed.envelope.clone())], HEAD).expect("a short envelope");
     for piece in content.chunks(usize::from(how >> 3) * 7 + 1) {
         writer.write(piece).expect("a disk");

@@ -1,10 +1,10 @@
-//! What `make fuzz` runs: one file for each target, whose `run` gets the octets and panics at what must not be.
+//! What `make fuzz` runs: one file for each target. Its function `run` gets the octets, and panics if something is wrong.
 //!
-//! `fuzz_targets/` gives these functions to libFuzzer. The tests of odmr include the same files, and run each over its seeds
-//! (`tests/fuzz.rs`), so that a target that no longer fits the program fails in `cargo test`.
+//! libFuzzer calls these functions from `fuzz_targets/`. The tests of odmr include the same files, and run each target with
+//! its seeds (`tests/fuzz.rs`), so that a target that no longer fits the program fails in `cargo test`.
 //!
-//! To add one: a file here with `run`, a line in [`TARGETS`], a branch in [`seeds::of`], a file in `fuzz_targets/`, and its
-//! lines in `Cargo.toml`.
+//! To add a target: a file here with `run`, a line in [`TARGETS`], a branch in [`seeds::of`], a file in `fuzz_targets/`, and
+//! its lines in `Cargo.toml`.
 
 mod aliases;
 mod address;
@@ -16,7 +16,7 @@ mod content;
 mod customer;
 mod dns;
 mod envelope;
-mod folder;
+mod directory;
 mod maildir;
 mod provider;
 mod relay;
@@ -25,9 +25,9 @@ mod sasl;
 pub mod seeds;
 mod server;
 mod state;
-mod talk;
+mod peer;
 
-/// A target: its name, and what it does with the octets.
+/// A target: its name, and the function that gets the octets.
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All targets.

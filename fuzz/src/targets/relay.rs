@@ -1,5 +1,5 @@
-//! Our client against our server, over a socket. The input is a MAIL command, RCPT commands and an empty line; then content.
-//! What the client reports as sent, the server has: the same envelope, the same content.
+//! Our client and our server, over a socket. The input is a MAIL command, RCPT commands and an empty line; then content. If
+//! the client reports a message as sent, the server must have the same envelope and the same content.
 
 use std::os::unix::net::UnixStream;
 use std::thread;
@@ -32,8 +32,8 @@ pub fn run(input: &[u8]) {
     let (ours, theirs) = UnixStream::pair().expect("two sockets");
     let accepted = Accepted::default();
     let result = thread::scope(|scope| {
-        let kept = accepted.clone();
-        let server = scope.spawn(move || serve(connection(ours, 'S'), kept));
+        let messages = accepted.clone();
+        let server = scope.spawn(move || serve(connection(ours, 'S'), messages));
         let options = ClientOptions {
             name: "client.example.org".to_owned(),
             chunking: how & 1 == 1,
@@ -63,7 +63,7 @@ pub fn run(input: &[u8]) {
     assert_eq!(envelope.envelope_id, message.envelope.envelope_id);
     let mut recipients = envelope.recipients.iter();
     for (recipient, _) in sent {
-        // The server drops a recipient that comes twice.
+        // The server drops a recipient that is named twice.
         match recipients.as_slice().first() {
             Some(next) if next == recipient => drop(recipients.next()),
             _ => assert!(envelope.recipients.iter().any(|other| other.mailbox == recipient.mailbox)),
@@ -106,7 +106,7 @@ fn serve(connection: Connection, accepted: Accepted) {
     session.close();
 }
 
-/// As a server sends that asks a next hop about each recipient.
+/// Sends the message step by step, as a customer does that checks each recipient with its next hop.
 fn one_by_one(
     session: &mut odmr::session::client::ClientSession, message: &OutgoingMessage, content: &[u8],
 ) -> Vec<RecipientStatus> {

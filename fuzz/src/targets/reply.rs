@@ -1,4 +1,4 @@
-//! Replies: the lines of a peer become replies, which are relayed, softened, logged and read again.
+//! Replies: the lines of a peer are parsed as replies, which are relayed, softened, logged and parsed again.
 
 use odmr::smtp::extensions::PeerExtensions;
 use odmr::smtp::limits;
@@ -28,7 +28,7 @@ pub fn run(input: &[u8]) {
     }
 }
 
-/// Reads a reply as it is sent.
+/// Parses a reply as it is sent.
 fn read(octets: &[u8]) -> Reply {
     let mut reader = ReplyReader::default();
     let mut replies: Vec<Reply> =
@@ -40,7 +40,7 @@ fn read(octets: &[u8]) -> Reply {
 fn one(reply: &Reply) {
     assert!((200..600).contains(&reply.code()) && reply.is_from_peer());
     assert!((1..=limits::REPLY_LINES_KEPT).contains(&reply.lines().count()));
-    // Each octet that is not UTF-8 has become three.
+    // Each octet that is not UTF-8 was replaced by three octets.
     assert!(reply.lines().all(|line| line.len() <= 3 * limits::REPLY_LINE_KEPT));
     check::shown(&reply.to_string());
     assert!(reply.to_string().chars().count() <= 330);
@@ -66,7 +66,7 @@ fn one(reply: &Reply) {
     status(reply);
 }
 
-/// The reply as the host before us gets it.
+/// The reply as the client of this host gets it.
 fn relayed(reply: &Reply) {
     let relayed = reply.clone().for_relaying();
     check::reply(&relayed);
@@ -81,7 +81,7 @@ fn relayed(reply: &Reply) {
     }
 }
 
-/// What the reply means for a recipient: RFC 5321 section 4.2.1.
+/// The status of a recipient by the reply: RFC 5321 section 4.2.1.
 fn status(reply: &Reply) {
     assert!(!(is_about_us(reply) && may_be_about_sender(reply)));
     let (rcpt, content) = (RecipientStatus::after_rcpt(reply), RecipientStatus::after_content(reply));

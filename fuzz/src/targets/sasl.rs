@@ -1,5 +1,5 @@
-//! SASL exchanges: each mechanism, both sides. The first octet of the input says which, the rest is what the other side sends,
-//! message by message, with the octet 0xFF between them.
+//! SASL exchanges: each mechanism, both sides. The first octet of the input selects the mechanism; the rest are the messages
+//! of the other side, with the octet 0xFF between them.
 
 use std::sync::OnceLock;
 
@@ -8,7 +8,7 @@ use odmr::sasl::{
     Unavailable,
 };
 
-/// Messages of one exchange.
+/// The most messages of one exchange.
 const MOST_MESSAGES: usize = 6;
 
 const NAME: &str = "acme";
@@ -68,7 +68,7 @@ pub fn run(input: &[u8]) {
     agreement(mechanism, &channel, &messages, usize::from(how >> 3) % 4);
 }
 
-/// A server that knows the secret: it takes nobody for the account who has not proved to be it.
+/// A server that knows the secret. It must not authenticate a client that has not proved that it knows the secret.
 fn server(mechanism: Mechanism, channel: &TlsChannel, messages: &[&[u8]]) {
     let mut exchange = mechanism.server(&Store, channel, &Mechanism::ALL);
     assert_eq!(exchange.first().is_none(), mechanism.client_first());
@@ -104,14 +104,14 @@ fn digest() -> Option<Vec<u8>> {
     client.step(Store.challenge().as_bytes())
 }
 
-/// A client of a server that does not know the secret.
+/// A client whose server does not know the secret.
 fn client(mechanism: Mechanism, channel: &TlsChannel, messages: &[&[u8]]) {
     let Some(mut exchange) = mechanism.client(&login(SECRET), channel, &Mechanism::ALL, "client".to_owned()) else {
         return;
     };
     let initial = exchange.initial();
     assert!(initial.is_none() || mechanism.client_first());
-    for message in messages.iter().filter(|message| !asks_for_much(message)) {
+    for message in messages.iter().filter(|message| !is_slow(message)) {
         let Some(response) = exchange.step(message) else {
             break;
         };
@@ -123,12 +123,12 @@ fn client(mechanism: Mechanism, channel: &TlsChannel, messages: &[&[u8]]) {
 }
 
 /// A million iterations take half a second.
-fn asks_for_much(message: &[u8]) -> bool {
+fn is_slow(message: &[u8]) -> bool {
     let count = message.windows(2).position(|part| part == b"i=").map(|at| &message[at + 2..]);
     count.is_some_and(|count| count.iter().take_while(|octet| octet.is_ascii_digit()).count() > 4)
 }
 
-/// Both sides agree if they have the same secret, and not if one message was changed on its way.
+/// Checks that both sides succeed if they have the same secret, and that SCRAM fails if one message was changed in transit.
 fn agreement(mechanism: Mechanism, channel: &TlsChannel, messages: &[&[u8]], changed: usize) {
     let (secret, change) = (messages[0], messages.get(1).copied());
     let (secret, change) = if change.is_some() { (secret, change) } else { (SECRET, Some(secret)) };
@@ -137,8 +137,8 @@ fn agreement(mechanism: Mechanism, channel: &TlsChannel, messages: &[&[u8]], cha
     };
     let mut server = mechanism.server(&Store, channel, &Mechanism::ALL);
     let mut was_changed = false;
-    let mut on_its_way = |message: Vec<u8>, number: usize| match change {
-        Some(change) if number == changed && change != message && !asks_for_much(change) => {
+    let mut in_transit = |message: Vec<u8>, number: usize| match change {
+        Some(change) if number == changed && change != message && !is_slow(change) => {
             was_changed = true;
             change.to_vec()
         }
@@ -147,14 +147,14 @@ fn agreement(mechanism: Mechanism, channel: &TlsChannel, messages: &[&[u8]], cha
     let challenge = server.first();
     let first = client.initial();
     let mut response = match (challenge, first) {
-        (Some(challenge), _) => client.step(&on_its_way(challenge, 3)),
+        (Some(challenge), _) => client.step(&in_transit(challenge, 3)),
         (None, first) => first,
     };
     let mut end = None;
     for round in 0..MOST_MESSAGES {
         let Some(message) = response else { break };
-        match server.step(&on_its_way(message, 2 * round), &Store) {
-            ExchangeStep::Challenge(challenge) => response = client.step(&on_its_way(challenge, 2 * round + 1)),
+        match server.step(&in_transit(message, 2 * round), &Store) {
+            ExchangeStep::Challenge(challenge) => response = client.step(&in_transit(challenge, 2 * round + 1)),
             step => {
                 end = Some(step);
                 break;
@@ -167,7 +167,7 @@ fn agreement(mechanism: Mechanism, channel: &TlsChannel, messages: &[&[u8]], cha
         assert_eq!(done, right, "{mechanism} {end:?}");
         assert!(!done || client.finished());
     } else if mechanism.is_scram() {
-        // A message of SCRAM is bound to all others.
+        // The proofs of SCRAM cover all messages.
         assert!(!(done && client.finished()), "{mechanism}");
     }
 }

@@ -1,16 +1,16 @@
-//! The inputs to begin with, made of `testdata`: transcripts, rules, messages. And those of `found/TARGET`, which have found
-//! something.
+//! The seeds: inputs made of `testdata` (transcripts, rules, messages), and those of `found/TARGET`, each of which has found
+//! a fault.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use super::talk::PART;
+use super::peer::PART;
 use crate::transcripts::format::{self, Action, Transcript};
 
-/// Octets of a seed at most.
+/// The most octets of a seed.
 const LONGEST: usize = 8 * 1024;
 
-/// The directory of odmr, also in the tests of odmr.
+/// The root of odmr, in this crate and in the tests of odmr.
 fn root() -> &'static Path {
     let here = Path::new(env!("CARGO_MANIFEST_DIR"));
     if here.join("testdata").is_dir() { here } else { here.parent().expect("the root") }
@@ -20,7 +20,7 @@ fn testdata() -> PathBuf {
     root().join("testdata")
 }
 
-/// The inputs that have found something in a target.
+/// The inputs that have found a fault in a target.
 fn found(target: &str) -> Vec<Vec<u8>> {
     let files = fs::read_dir(root().join("fuzz/found").join(target)).into_iter().flatten();
     files.map(|file| read(&file.expect("an entry").path())).collect()
@@ -51,38 +51,38 @@ fn transcripts() -> Vec<Transcript> {
     files_with("smtp").into_iter().map(read).collect()
 }
 
-/// What the runner of a transcript says on its first connection: before the turn, after it; a part for each time that it
-/// listens.
-struct Said {
+/// What the runner of a transcript sends on its first connection, before the turn and after it. A new part begins after each
+/// step in which it receives.
+struct Sent {
     transcript: Transcript,
     before: Vec<Vec<u8>>,
     after: Vec<Vec<u8>>,
 }
 
-fn said(transcript: Transcript) -> Said {
-    let (mut before, mut after, mut turned, mut listened, mut connections) = (Vec::new(), Vec::new(), false, true, 0);
+fn sent(transcript: Transcript) -> Sent {
+    let (mut before, mut after, mut turned, mut received, mut connections) = (Vec::new(), Vec::new(), false, true, 0);
     for step in &transcript.steps {
         let parts: &mut Vec<Vec<u8>> = if turned { &mut after } else { &mut before };
         match &step.action {
             Action::Connect { .. } => connections += 1,
-            Action::Turn => (turned, listened) = (true, true),
+            Action::Turn => (turned, received) = (true, true),
             Action::Say { octets, .. } if connections == 1 => {
                 match parts.last_mut() {
-                    Some(last) if !listened => last.extend_from_slice(octets),
+                    Some(last) if !received => last.extend_from_slice(octets),
                     _ => parts.push(octets.clone()),
                 }
-                listened = false;
+                received = false;
             }
-            Action::Hear { .. } | Action::HearOctets { .. } => listened = true,
+            Action::Hear { .. } | Action::HearOctets { .. } => received = true,
             _ => {}
         }
     }
-    Said { transcript, before, after }
+    Sent { transcript, before, after }
 }
 
 /// The seeds of a target.
 pub fn of(target: &str) -> Vec<Vec<u8>> {
-    let said = || transcripts().into_iter().map(said);
+    let sent = || transcripts().into_iter().map(sent);
     let mut seeds: Vec<Vec<u8>> = match target {
         "address" => addresses(),
         "aliases" => files_with("txt")
@@ -90,21 +90,21 @@ pub fn of(target: &str) -> Vec<Vec<u8>> {
             .filter(|path| path.parent().is_some_and(|at| at.ends_with("rules")))
             .map(read)
             .collect(),
-        "client" => said().flat_map(replies).collect(),
-        "command" => said().flat_map(|said| [said.before, said.after].map(|parts| parts.concat())).collect(),
+        "client" => sent().flat_map(replies).collect(),
+        "command" => sent().flat_map(|sent| [sent.before, sent.after].map(|parts| parts.concat())).collect(),
         "config" => transcripts().iter().filter_map(configuration).collect(),
         "content" => {
             stored().into_iter().flat_map(|file| [[&[0], &file[..]].concat(), [&[63], &file[..]].concat()]).collect()
         }
-        "customer" => said().flat_map(customer).collect(),
+        "customer" => sent().flat_map(customer).collect(),
         "dns" => dns(),
         "envelope" => stored().into_iter().flat_map(|file| [0, 1, 3].map(|how| [&[how], &file[..]].concat())).collect(),
         "maildir" => stored().into_iter().enumerate().map(queued).collect(),
-        "provider" => said().flat_map(provider).collect(),
-        "relay" => said().flat_map(relayed).collect(),
-        "reply" => said().flat_map(|said| [said.before, said.after].map(|parts| parts.concat())).collect(),
-        "sasl" => sasl(said()),
-        "server" => said().flat_map(server).collect(),
+        "provider" => sent().flat_map(provider).collect(),
+        "relay" => sent().flat_map(relayed).collect(),
+        "reply" => sent().flat_map(|sent| [sent.before, sent.after].map(|parts| parts.concat())).collect(),
+        "sasl" => sasl(sent()),
+        "server" => sent().flat_map(server).collect(),
         "state" => state(),
         other => panic!("no seeds for {other}"),
     };
@@ -130,15 +130,15 @@ fn stored() -> Vec<Vec<u8>> {
     files
 }
 
-/// The letters of the provider: what it says before the turn are replies.
-fn is_customers(said: &Said) -> bool {
-    said.transcript.name.starts_with("customer/")
+/// Whether the transcript plays a provider, which sends replies before the turn.
+fn is_customers(sent: &Sent) -> bool {
+    sent.transcript.name.starts_with("customer/")
 }
 
 fn addresses() -> Vec<Vec<u8>> {
     let mut seeds = stored();
-    for said in transcripts().into_iter().map(said) {
-        for line in said.before.concat().split(|octet| *octet == b'\n') {
+    for sent in transcripts().into_iter().map(sent) {
+        for line in sent.before.concat().split(|octet| *octet == b'\n') {
             if let (Some(begin), Some(end)) =
                 (line.iter().position(|octet| *octet == b'<'), line.iter().rposition(|octet| *octet == b'>'))
             {
@@ -160,10 +160,10 @@ fn addresses() -> Vec<Vec<u8>> {
     seeds
 }
 
-fn replies(said: Said) -> Vec<Vec<u8>> {
-    let (how, parts): (&[[u8; 2]], _) = match is_customers(&said) {
-        true => (&[[8, 2], [8, 0], [9, 3]], said.before),
-        false => (&[[0, 0], [16, 0], [32, 1], [0, 5]], said.after),
+fn replies(sent: Sent) -> Vec<Vec<u8>> {
+    let (how, parts): (&[[u8; 2]], _) = match is_customers(&sent) {
+        true => (&[[8, 2], [8, 0], [9, 3]], sent.before),
+        false => (&[[0, 0], [16, 0], [32, 1], [0, 5]], sent.after),
     };
     how.iter().map(|how| [&how[..], &parts.concat()].concat()).collect()
 }
@@ -197,28 +197,28 @@ fn parts(how: u8, parts: &[Vec<u8>]) -> Vec<u8> {
     [vec![how], parts.join(&[PART][..])].concat()
 }
 
-fn customer(said: Said) -> Vec<Vec<u8>> {
-    if !is_customers(&said) {
+fn customer(sent: Sent) -> Vec<Vec<u8>> {
+    if !is_customers(&sent) {
         return Vec::new();
     }
-    let whole: Vec<_> = said.before.iter().chain(&said.after).cloned().collect();
-    [parts(0, &whole), parts(2, &whole), parts(1, &said.after)].into()
+    let whole: Vec<_> = sent.before.iter().chain(&sent.after).cloned().collect();
+    [parts(0, &whole), parts(2, &whole), parts(1, &sent.after)].into()
 }
 
-fn provider(said: Said) -> Vec<Vec<u8>> {
-    if is_customers(&said) {
+fn provider(sent: Sent) -> Vec<Vec<u8>> {
+    if is_customers(&sent) {
         return Vec::new();
     }
-    let inbound = matches!(&said.transcript.steps.first().map(|step| &step.action), Some(Action::Connect { listener, .. }) if listener == "inbound");
-    let whole: Vec<_> = said.before.iter().chain(&said.after).cloned().collect();
+    let inbound = matches!(&sent.transcript.steps.first().map(|step| &step.action), Some(Action::Connect { listener, .. }) if listener == "inbound");
+    let whole: Vec<_> = sent.before.iter().chain(&sent.after).cloned().collect();
     let mut seeds = vec![parts(if inbound { 0 } else { 5 }, &whole)];
-    seeds.extend((!said.after.is_empty()).then(|| parts(2, &said.after)));
+    seeds.extend((!sent.after.is_empty()).then(|| parts(2, &sent.after)));
     seeds
 }
 
-/// Of a message in a dialogue: its envelope and its content.
-fn relayed(said: Said) -> Vec<Vec<u8>> {
-    let octets = [said.before, said.after].concat().concat();
+/// The envelope and the content of each message in a dialogue.
+fn relayed(sent: Sent) -> Vec<Vec<u8>> {
+    let octets = [sent.before, sent.after].concat().concat();
     let text = String::from_utf8_lossy(&octets).into_owned();
     let (mut envelope, mut seeds) = (String::new(), Vec::new());
     let mut rest = text.as_str();
@@ -237,11 +237,11 @@ fn relayed(said: Said) -> Vec<Vec<u8>> {
     seeds
 }
 
-/// What a client says: the peers of the provider before the turn, the provider after it.
-fn server(said: Said) -> Vec<Vec<u8>> {
-    match is_customers(&said) {
-        true => vec![parts(3, &said.after), parts(35, &[vec![Vec::new()], said.after].concat())],
-        false => [0, 1, 2, 9].map(|how| parts(how, &said.before)).into(),
+/// What a client sends: the peer of a provider before the turn, the provider after it.
+fn server(sent: Sent) -> Vec<Vec<u8>> {
+    match is_customers(&sent) {
+        true => vec![parts(3, &sent.after), parts(35, &[vec![Vec::new()], sent.after].concat())],
+        false => [0, 1, 2, 9].map(|how| parts(how, &sent.before)).into(),
     }
 }
 
@@ -251,10 +251,10 @@ fn queued((number, file): (usize, Vec<u8>)) -> Vec<u8> {
 }
 
 /// The challenges and responses of all AUTH commands.
-fn sasl(said: impl Iterator<Item = Said>) -> Vec<Vec<u8>> {
+fn sasl(sent: impl Iterator<Item = Sent>) -> Vec<Vec<u8>> {
     let mut seeds: Vec<Vec<u8>> = (0..32).map(|how| vec![how]).collect();
-    for said in said {
-        let octets = said.before.concat();
+    for sent in sent {
+        let octets = sent.before.concat();
         let messages: Vec<Vec<u8>> = octets
             .split(|octet| matches!(octet, b'\n' | b'\r' | b' '))
             .filter_map(|word| {
@@ -274,7 +274,7 @@ fn sasl(said: impl Iterator<Item = Said>) -> Vec<Vec<u8>> {
     seeds
 }
 
-/// Base64, as well as it goes.
+/// Decodes base64, and skips characters that do not belong to it.
 fn decode(text: &str) -> Vec<u8> {
     let value = |octet: u8| match octet {
         b'A'..=b'Z' => Some(octet - b'A'),
@@ -297,7 +297,7 @@ fn decode(text: &str) -> Vec<u8> {
 
 /// Replies of a name server about example.org.
 fn dns() -> Vec<Vec<u8>> {
-    // Header without the id, and with the question left out: the target puts both in.
+    // A header with an empty id, and no question: the target inserts both.
     let reply = |flags: [u8; 2], records: &[(u16, &[u8])], authority: &[(u16, &[u8])]| {
         let count = |records: &[(u16, &[u8])]| u16::try_from(records.len()).expect("few").to_be_bytes();
         let mut octets = [&[0, 0][..], &flags, &[0, 1], &count(records), &count(authority), &[0, 0]].concat();

@@ -1,5 +1,6 @@
-//! Server sessions: all octets of a client. The first octet of the input says which listener it is, and what it demands; the
-//! rest is what the client sends. After the octet 0xFF it goes on when it has got a reply; after STARTTLS, under TLS.
+//! Server sessions: all octets of a client. The first octet of the input selects the listener and its options; the rest is
+//! what the client sends. At the octet 0xFF the client waits for a reply before it continues; after STARTTLS it continues
+//! under TLS.
 
 use std::io::Write;
 use std::os::unix::net::UnixStream;
@@ -22,9 +23,9 @@ use odmr::smtp::server::{Incoming, MessageSink, Server, ServerOptions, ServerRol
 use odmr::turn;
 
 use super::check;
-use super::folder::folder;
+use super::directory::temporary_directory;
+use super::peer::{PART, PAUSE, Socket, play, receive};
 use super::sasl::Store;
-use super::talk::{PART, PAUSE, Socket, hear, talk};
 
 /// Octets of a message.
 const MAX_SIZE: u64 = 2000;
@@ -32,7 +33,8 @@ const MAX_SIZE: u64 = 2000;
 /// Messages that were accepted, with their content.
 pub type Accepted = Arc<Mutex<Vec<(Envelope, Vec<u8>)>>>;
 
-/// Accepts mail, but from `refused`, to `no` and `later`, and content with `FULL` or `LATE`.
+/// Accepts mail. It rejects the sender `rejected` and the recipient `no`, and defers the recipient `later` and content with
+/// `FULL` or `LATE`.
 pub struct Handler {
     pub role: ServerRole,
     pub accepted: Accepted,
@@ -40,7 +42,7 @@ pub struct Handler {
 
 fn reply_to(local: &str) -> Result<(), Reply> {
     match local {
-        "refused" | "no" => Err(Reply::new(550, "5.1.1", "No")),
+        "rejected" | "no" => Err(Reply::new(550, "5.1.1", "No")),
         "later" => Err(Reply::new(451, "4.3.0", "Later")),
         _ => Ok(()),
     }
@@ -109,15 +111,15 @@ impl MessageSink for Sink {
     }
 }
 
-/// A certificate, and who trusts it.
+/// A server's certificate, and a client that trusts it.
 fn tls() -> &'static (ServerTls, ClientTls) {
     static TLS: OnceLock<(ServerTls, ClientTls)> = OnceLock::new();
     TLS.get_or_init(|| {
-        let folder = folder();
+        let root = temporary_directory();
         let (certificate, key) = self_signed(&["relay.example.net"]).expect("a certificate");
         let files = [("relay.pem", certificate), ("relay.key", key)].map(|(name, text)| {
-            super::config::write(&folder.path().join(name), text.as_bytes());
-            folder.path().join(name)
+            super::config::write(&root.path().join(name), text.as_bytes());
+            root.path().join(name)
         });
         let server = ServerTls::load(&files[0], &files[1]).expect("a certificate");
         let client = ClientTls::new(&Trust::Authorities(files[0].clone())).expect("a certificate");
@@ -125,7 +127,7 @@ fn tls() -> &'static (ServerTls, ClientTls) {
     })
 }
 
-/// Tokens that nothing cancels.
+/// A token that is never cancelled.
 pub fn never() -> &'static CancelToken {
     static NEVER: OnceLock<CancelToken> = OnceLock::new();
     NEVER.get_or_init(|| CancelToken::new().expect("a token"))
@@ -156,16 +158,16 @@ pub fn run(input: &[u8]) {
     let mut parts: Vec<&[u8]> = rest.split(|octet| *octet == PART).take(12).collect();
     let (options, accepted) = (options(*how), Accepted::default());
     let (ours, mut theirs) = UnixStream::pair().expect("two sockets");
-    // A customer gets nothing before its greeting, but QUIT.
+    // Before the customer's greeting the provider may send nothing but QUIT.
     let early = (options.role == ServerRole::Customer && how & 32 == 32).then(|| parts.remove(0));
     if let Some(early) = early {
-        theirs.write_all(early).expect("room for it");
+        theirs.write_all(early).expect("room in the buffer");
     }
     if parts.is_empty() {
         theirs.end();
     }
-    let heard = thread::scope(|scope| {
-        let client = scope.spawn(|| converse(theirs, &parts, early.is_some()));
+    let received = thread::scope(|scope| {
+        let client = scope.spawn(|| play_client(theirs, &parts, early.is_some()));
         let connection = connection(ours, 'P');
         match early {
             Some(early) => {
@@ -177,20 +179,20 @@ pub fn run(input: &[u8]) {
         }
         client.join().expect("the client")
     });
-    let count = [&heard.clear, &heard.tls].map(|replies| {
+    let count = [&received.clear, &received.tls].map(|replies| {
         let replies = check::replies(replies);
         replies.iter().filter(|reply| reply.starts_with(b"250 2.6.0 OK, id=")).count()
     });
     assert_eq!(count.iter().sum::<usize>(), accepted.lock().expect("no panic").len(), "each 250 is a message");
-    if let Some(begun) = &heard.begun {
-        // RFC 3207 section 6: nothing in clear counts after it.
+    if let Some(begun) = &received.begun {
+        // RFC 3207 section 6: octets in clear after STARTTLS are not read as commands.
         assert!(matches!(begun[..], [] | [0x15 | 0x16, ..]), "{}", begun.escape_ascii());
         let ends = |count| parts[..count].concat().trim_ascii_end().to_ascii_uppercase().ends_with(b"STARTTLS");
         assert!((1..=parts.len()).any(ends), "octets after STARTTLS");
     }
 }
 
-/// The customer's half of the turn, with these octets on the line.
+/// The customer's half of the turn. `early`: octets that have arrived before its greeting.
 fn after_turn(mut connection: Connection, options: ServerOptions, early: &[u8]) -> Option<(Connection, Server)> {
     let _ = connection.fill();
     let turned = turn::accept(connection, Client::new(ClientOptions::default()), options, never()).ok();
@@ -213,48 +215,50 @@ fn serve(connection: Connection, server: Server, options: &ServerOptions, accept
     session.close();
 }
 
-/// What a client has got.
+/// What a client has received.
 #[derive(Default)]
-struct Heard {
+struct Received {
+    /// In clear, up to the 220 to STARTTLS.
     clear: Vec<u8>,
-    /// In clear, after the go-ahead to STARTTLS.
+    /// In clear, after the 220 to STARTTLS; `None`: there was none.
     begun: Option<Vec<u8>>,
+    /// Under TLS.
     tls: Vec<u8>,
 }
 
 const GO_AHEAD: &[u8] = b"220 2.0.0 Go ahead\r\n";
 
-/// `listens`: it sends nothing before the greeting.
-fn converse(mut socket: UnixStream, parts: &[&[u8]], listens: bool) -> Heard {
-    let mut heard = Heard::default();
+/// Plays the client. `waits`: it sends nothing before the greeting.
+fn play_client(mut socket: UnixStream, parts: &[&[u8]], waits: bool) -> Received {
+    let mut received = Received::default();
     for (number, part) in parts.iter().enumerate() {
-        if (number > 0 || listens) && !hear(&mut socket, &mut heard.clear, Some(PAUSE)) {
+        if (number > 0 || waits) && !receive(&mut socket, &mut received.clear, Some(PAUSE)) {
             break;
         }
-        if heard.clear.ends_with(GO_AHEAD) {
-            heard.tls = converse_in_tls(socket, &parts[number..]);
-            heard.begun = Some(Vec::new());
-            return heard;
+        if received.clear.ends_with(GO_AHEAD) {
+            received.tls = play_in_tls(socket, &parts[number..]);
+            received.begun = Some(Vec::new());
+            return received;
         }
         if socket.write_all(part).is_err() {
             break;
         }
     }
-    heard.clear.extend(talk(&mut socket, &[], false));
-    if let Some(at) = heard.clear.windows(GO_AHEAD.len()).position(|part| part == GO_AHEAD) {
-        heard.begun = Some(heard.clear.split_off(at + GO_AHEAD.len()));
+    received.clear.extend(play(&mut socket, &[], false));
+    if let Some(at) = received.clear.windows(GO_AHEAD.len()).position(|part| part == GO_AHEAD) {
+        received.begun = Some(received.clear.split_off(at + GO_AHEAD.len()));
     }
-    heard
+    received
 }
 
-/// Goes on under TLS, and ends without a word.
-fn converse_in_tls(socket: UnixStream, parts: &[&[u8]]) -> Vec<u8> {
+/// Continues under TLS, and closes the connection without QUIT.
+fn play_in_tls(socket: UnixStream, parts: &[&[u8]]) -> Vec<u8> {
     let deadline = Instant::now() + Duration::from_secs(20);
     let end = socket.try_clone().expect("a descriptor");
     let mut connection = connection(socket, 'C');
-    let mut heard = Vec::new();
+    let mut received = Vec::new();
     if connection.start_tls_client(&tls().1, "relay.example.net", deadline, None).is_err() {
-        return heard;
+        return received;
     }
     for number in 0..=parts.len() {
         match parts.get(number) {
@@ -268,20 +272,20 @@ fn converse_in_tls(socket: UnixStream, parts: &[&[u8]]) -> Vec<u8> {
         loop {
             match connection.wait_input(until, never()) {
                 Ok(WaitResult::Ready) => {}
-                // The server may wait for the rest of something, too.
+                // The server may be waiting for the rest of a command.
                 Ok(_) if number < parts.len() => break,
-                Ok(other) => panic!("{other:?} after {}", heard.escape_ascii()),
-                Err(_) => return heard,
+                Ok(other) => panic!("{other:?} after {}", received.escape_ascii()),
+                Err(_) => return received,
             }
             let filled = connection.fill();
-            heard.extend_from_slice(connection.received());
+            received.extend_from_slice(connection.received());
             connection.consume(usize::MAX);
             match filled {
                 Ok(Filled::Bytes(_)) if number < parts.len() => break,
                 Ok(Filled::Bytes(_) | Filled::Nothing) => {}
-                Ok(Filled::End) | Err(_) => return heard,
+                Ok(Filled::End) | Err(_) => return received,
             }
         }
     }
-    heard
+    received
 }

@@ -1,4 +1,4 @@
-//! Files of state, which may be damaged: the input is one, which each of their readers gets.
+//! State files, which may be damaged. The input is one file, which each reader of a state file reads.
 
 use std::fs;
 use std::path::Path;
@@ -15,23 +15,23 @@ use odmr::report::clock_history::ClockHistory;
 use odmr::report::clock_watch::ClockWatch;
 
 use super::check;
-use super::folder::folder;
+use super::directory::temporary_directory;
 
 pub fn run(input: &[u8]) {
-    let folder = folder();
-    let path = folder.path().join("state");
+    let root = temporary_directory();
+    let path = root.path().join("state");
     fs::write(&path, input).expect("a file");
     let text = String::from_utf8_lossy(input);
     call(&path);
     unknown(&path);
     clock(&text);
     logins(input);
-    usage(folder.path(), input);
+    usage(root.path(), input);
     let _ = read_time(&path);
-    let state = folder.path().join(".odmr");
+    let state = root.path().join(".odmr");
     fs::create_dir_all(&state).expect("a directory");
     fs::write(state.join("clock"), input).expect("a file");
-    let watch = ClockWatch::new(folder.path(), Clock::Fixed);
+    let watch = ClockWatch::new(root.path(), Clock::Fixed);
     watch.look();
     watch.age(now());
 }
@@ -48,7 +48,7 @@ fn domain() -> Domain {
     Domain::parse("example.org").expect("a domain")
 }
 
-/// The record of a call: what the next one writes over it is read.
+/// The record of a call. The next call replaces it, and that record must be readable.
 fn call(path: &Path) {
     CallRecord::last_call(path, now());
     if let Some(record) = CallRecord::read(path) {
@@ -76,7 +76,7 @@ fn clock(text: &str) {
     for step in [0, 60, -86_400, 400 * 86_400, i64::MAX, i64::MIN, 0] {
         history.look(later(step));
         for arrived in [-1_000_000, 0, 1_000_000].map(later) {
-            // No mail is older than the clock says.
+            // No message is older than its time of arrival and the clock permit.
             let most = u64::try_from(history.seen.seconds() - arrived.seconds()).unwrap_or(0);
             assert!(history.age(arrived).as_secs() <= most, "{}", history.text());
         }
@@ -108,7 +108,7 @@ fn logins(text: &[u8]) {
     }
 }
 
-/// A bound that is wrong does not reject mail: the files are counted first.
+/// A wrong record of usage must not reject mail: the files are counted first.
 fn usage(root: &Path, input: &[u8]) {
     let directory = root.join(".odmr");
     fs::create_dir_all(&directory).expect("a directory");
