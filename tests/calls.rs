@@ -1,5 +1,4 @@
-//! What `odmr pull` reports of a call, by its output and exit code: which recipients this side did not accept, and why. The
-//! provider is a script.
+//! The output and exit code of `odmr pull`: which recipients the customer did not accept, and why. The provider is a script.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
@@ -13,7 +12,7 @@ use rustix::process::Signal;
 
 use crate::running::Running;
 
-/// What the provider sends after the turn. A group in one line is pipelined; `.` ends content.
+/// What the provider sends after the turn. The lines of one entry are pipelined; `.` ends content.
 type Script<'a> = &'a [&'a str];
 
 /// A directory with the configuration and the mailboxes of one customer.
@@ -23,7 +22,7 @@ struct PullResult {
     code: i32,
     out: String,
     error: String,
-    /// The provider's view: the replies after the turn.
+    /// The customer's replies after the turn.
     replies: Vec<String>,
 }
 
@@ -49,7 +48,7 @@ impl Place {
         config
     }
 
-    /// Calls a provider that plays this script. `limit`: a command of the shell that starts the program.
+    /// Calls a provider that plays this script. `limit`: a shell command before the start of the program.
     fn pull(&self, words: &[&str], limit: &str, script: Script<'_>) -> PullResult {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let config = self.configure(&listener);
@@ -57,7 +56,7 @@ impl Place {
         shell.arg("-c").arg(format!("{limit} exec \"$0\" pull \"$@\"")).arg(env!("CARGO_BIN_EXE_odmr"));
         shell.args(["-c"]).arg(&config).args(words).env_remove("RUST_LOG");
         std::thread::scope(|scope| {
-            let provider = scope.spawn(|| provide(&listener.accept().unwrap().0, script));
+            let provider = scope.spawn(|| play_call(&listener.accept().unwrap().0, script));
             let done = shell.output().unwrap();
             let text = |octets: &[u8]| String::from_utf8_lossy(octets).into_owned();
             let replies = provider.join().unwrap();
@@ -73,16 +72,18 @@ impl Place {
 
 /// Plays the provider in one call, which announces as many messages as the script has. Returns the replies to the script, one
 /// for each line that gets one.
-fn provide(stream: &TcpStream, script: Script<'_>) -> Vec<String> {
-    // A second transaction with the same line has other recipients of the same message.
+fn play_call(stream: &TcpStream, script: Script<'_>) -> Vec<String> {
+    // Two transactions with the same MAIL command have the same message, for different recipients.
     let mails = script.iter().flat_map(|text| text.lines()).filter(|line| line.starts_with("MAIL "));
     let messages = mails.collect::<std::collections::HashSet<_>>().len();
-    let replies = say(stream, &format!("250 2.0.0 OK now reversing the connection, {messages} messages\r\n"), script);
+    let replies =
+        play_atrn(stream, &format!("250 2.0.0 OK now reversing the connection, {messages} messages\r\n"), script);
     replies.expect("the call turns")
 }
 
-/// Plays the provider in one call, whose reply to ATRN is `atrn`. `None`: the customer does not turn.
-fn say(mut stream: &TcpStream, atrn: &str, script: Script<'_>) -> Option<Vec<String>> {
+/// Plays the provider in one call, whose reply to ATRN is `atrn`. Returns the replies to the script; `None`: the customer does
+/// not turn.
+fn play_atrn(mut stream: &TcpStream, atrn: &str, script: Script<'_>) -> Option<Vec<String>> {
     stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
     let mut reader = BufReader::new(stream);
     let mut line = move || {
@@ -107,7 +108,7 @@ fn say(mut stream: &TcpStream, atrn: &str, script: Script<'_>) -> Option<Vec<Str
     }
     let mut replies = Vec::new();
     for text in ["EHLO relay.example.net"].iter().chain(script).chain(&["QUIT"]) {
-        // Content is sent in the same piece as its end.
+        // Content and its end are one entry, and get one reply.
         let expected = if text.ends_with("\r\n.") { 1 } else { text.lines().count() };
         send(&format!("{text}\r\n"));
         for _ in 0..expected {
@@ -135,9 +136,9 @@ fn words(script: &[String]) -> Vec<&str> {
     script.iter().map(String::as_str).collect()
 }
 
-/// A mailbox over its quota: the recipient is deferred, the call brings the others, and the exit code is 75.
+/// A mailbox is over its quota: its recipient is deferred, the others are accepted, and the exit code is 75.
 #[test]
-fn what_was_deferred_here_is_reported_also_if_quiet() {
+fn a_deferred_recipient_is_reported_also_if_quiet() {
     let place = Place::new(ALICE);
     let mailbox = place.0.path().join("mailboxes/example.org/alice");
     for directory in ["new", "cur", "tmp"] {
@@ -148,7 +149,7 @@ fn what_was_deferred_here_is_reported_also_if_quiet() {
     let line = "from <eva@example.net> to <alice@example.org>: deferred by us: 452 4.2.2 ";
     let script = [message("eva@example.net", "alice@example.org"), message("eva@example.net", "bob@example.org")];
     let mut script = script.concat();
-    // No recipient is left, so there is no content.
+    // The first message has no accepted recipient, so its content is not sent.
     script.drain(2..4);
     script.insert(2, "RSET".to_owned());
     let call = place.pull(&[], "", &words(&script));
@@ -168,7 +169,7 @@ fn what_was_deferred_here_is_reported_also_if_quiet() {
     assert!(quiet.out.starts_with(line) && quiet.out.lines().count() == 1, "{}", quiet.out);
 }
 
-/// A full disk, for which a limit of file sizes stands, at the content.
+/// The disk is full at the content. A limit of file sizes acts like a full disk.
 #[test]
 fn a_full_disk_is_reported_for_each_recipient() {
     let place = Place::new(ALICE);
@@ -181,7 +182,8 @@ fn a_full_disk_is_reported_for_each_recipient() {
     assert_eq!(lines, [deferred("alice@example.org"), deferred("BOB@example.org")]);
 }
 
-/// Before a recipient is accepted, by the size that MAIL announces. The rest of the group names them, and is no other failure.
+/// MAIL announces a size for which the disk has no room. The pipelined RCPT commands name the recipients, and are not counted
+/// as other failures.
 #[test]
 fn a_full_disk_is_reported_for_the_sender() {
     let place = Place::new(&format!("{ALICE}max-size = \"1000000GiB\"\n"));
@@ -193,7 +195,7 @@ fn a_full_disk_is_reported_for_the_sender() {
     assert_eq!(call.out, text);
 }
 
-/// Mail that waits and cannot be sent must not look like a call that has sent all; incoming mail is fetched all the same.
+/// If outgoing mail cannot be sent, the call must not look like a success. Incoming mail is fetched all the same.
 #[test]
 fn a_queue_that_cannot_be_locked_fails_the_call_after_the_incoming_mail() {
     let script = message("eva@example.net", "alice@example.org");
@@ -219,9 +221,9 @@ fn a_queue_that_cannot_be_locked_fails_the_call_after_the_incoming_mail() {
     }
 }
 
-/// The first call of a customer whose `accept` is not complete: the message stays with the provider.
+/// If `accept` of a new customer is not complete, the message stays with the provider.
 #[test]
-fn with_soft_bounce_what_would_be_rejected_is_deferred_and_printed() {
+fn soft_bounce_defers_instead_of_rejecting_and_prints_it() {
     let place = Place::new(ALICE);
     let script = ["MAIL FROM:<eva@example.net>", "RCPT TO:<carol@example.org>\r\nRCPT TO:<x@elsewhere.example>"];
     let call = place.pull(&["--soft-bounce", "-q"], "", &script);
@@ -233,7 +235,7 @@ fn with_soft_bounce_what_would_be_rejected_is_deferred_and_printed() {
     let lines: Vec<_> = call.out.lines().collect();
     assert!(lines[0].starts_with(&line("carol@example.org", "1.1")), "{}", call.out);
     assert!(lines[1].starts_with(&line("x@elsewhere.example", "7.1")) && lines.len() == 2, "{}", call.out);
-    // A size that MAIL announces, of the second message.
+    // The size of the second message is too large.
     let script = [
         "MAIL FROM:<eva@example.net>",
         "RCPT TO:<carol@example.org>",
@@ -244,7 +246,7 @@ fn with_soft_bounce_what_would_be_rejected_is_deferred_and_printed() {
     let lines: Vec<_> = call.out.lines().collect();
     let line = "from <big@example.net> to -: deferred by us: 451 4.3.4 Soft bounce: 552 5.3.4 ";
     assert!(lines.len() == 2 && lines[1].starts_with(line), "{}", call.out);
-    // As many as would end another session with 421.
+    // Without soft bounce so many rejections would end the session with 421.
     let mut script = vec!["MAIL FROM:<eva@example.net>".to_owned()];
     script.extend((0..500).map(|number| format!("RCPT TO:<x{number}@example.org>")));
     script.push("RCPT TO:<alice@example.org>".to_owned());
@@ -258,7 +260,7 @@ fn with_soft_bounce_what_would_be_rejected_is_deferred_and_printed() {
 }
 
 #[test]
-fn what_was_rejected_here_is_reported_and_is_no_failure() {
+fn rejected_recipients_are_reported_and_the_call_succeeds() {
     let place = Place::new(&format!("{ALICE}max-size = 70000\n"));
     let bare = "Subject: x\r\n\r\nsmug\ngled\r\n.";
     let long = "x".repeat(13_000);
@@ -266,7 +268,7 @@ fn what_was_rejected_here_is_reported_and_is_no_failure() {
         "MAIL FROM:<big@example.net> SIZE=70001",
         "MAIL FROM:<eva@example.net> SIZE=100",
         "RCPT TO:<nobody@example.org>\r\nRCPT TO:<x@elsewhere.example>\r\nRCPT TO:<no\x1baddress>",
-        // No recipient was accepted, which is not told a second time.
+        // No recipient was accepted, which was reported already.
         "DATA",
         "RCPT TO:<alice@example.org>",
         &long,
@@ -292,9 +294,9 @@ fn what_was_rejected_here_is_reported_and_is_no_failure() {
     }
 }
 
-/// The provider sends the 101st recipient in another transaction.
+/// The provider sends the 101st recipient again, in another transaction.
 #[test]
-fn a_recipient_that_was_one_too_many_at_first_is_not_reported() {
+fn a_recipient_that_is_accepted_in_another_transaction_is_not_reported() {
     let place = Place::new("accept = [\"@example.org\"]\n");
     let mut script = vec!["MAIL FROM:<eva@example.net> SIZE=20".to_owned()];
     script.extend((0..=100).map(|number| format!("RCPT TO:<a{number}@example.org>")));
@@ -319,7 +321,7 @@ fn a_next_hop_that_is_down_is_named() {
     assert!(call.out.starts_with(line), "{}", call.out);
 }
 
-/// The schedule alone would call an hour later.
+/// By the schedule the daemon would call an hour later.
 #[test]
 fn the_daemon_calls_again_after_a_pause_if_mail_was_deferred_here() {
     let schedule = "[schedule]\nevery = \"1h\"\nretry-first = \"1s\"\njitter = \"none\"\n";
@@ -330,13 +332,13 @@ fn the_daemon_calls_again_after_a_pause_if_mail_was_deferred_here() {
     let mut daemon = Running::start(program.args(["pull", "--daemon", "-c"]).arg(config));
     for (size, result, next) in [("1000000000000000", "deferred", true), ("10", "done", false)] {
         let script = [format!("MAIL FROM:<eva@example.net> SIZE={size}"), "RSET".to_owned()];
-        provide(&listener.accept().unwrap().0, &words(&script));
+        play_call(&listener.accept().unwrap().0, &words(&script));
         let call = daemon.wait_for("event=call ");
         assert!(call.ends_with(&format!(" result={result}")), "{call}");
         daemon.wait_for("event=next-call ");
         listener.set_nonblocking(true).unwrap();
         std::thread::sleep(Duration::from_millis(300));
-        assert!(listener.accept().is_err(), "at once again");
+        assert!(listener.accept().is_err(), "the daemon called again at once");
         listener.set_nonblocking(!next).unwrap();
     }
     daemon.signal(Signal::TERM);
@@ -349,9 +351,9 @@ fn a_call_without_mail_is_a_success_and_silent() {
     assert_eq!((call.code, call.out.as_str(), call.error.as_str()), (0, "", ""));
 }
 
-/// The provider's `min-interval`: no alarm, and the record of the call before stays. A script may try again (75).
+/// A call within the provider's `min-interval`: the record of the last call stays. A script may try again (exit code 75).
 #[test]
-fn a_call_that_comes_too_soon_is_no_failure_for_the_daemon_and_the_status() {
+fn a_call_that_comes_too_soon_is_not_a_failure_for_the_daemon_and_the_status() {
     let place = Place::new(&format!("{ALICE}[schedule]\nevery = \"1h\"\nretry-first = \"1s\"\njitter = \"none\"\n"));
     let (done, _) = pull_in_calls(&place, &[]);
     assert_eq!(done.status.code(), Some(0));
@@ -370,12 +372,12 @@ fn a_call_that_comes_too_soon_is_no_failure_for_the_daemon_and_the_status() {
     assert_eq!((done.status.code(), count), (Some(75), 1), "{error}");
     assert!(error.contains("call again in 42 seconds") && error.contains(" result=too-soon"), "{error}");
 
-    // cron mails what a job prints.
+    // `-q` prints nothing, because cron would mail it.
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let mut quiet = Command::new(env!("CARGO_BIN_EXE_odmr"));
     quiet.args(["pull", "-q", "-c"]).arg(place.configure(&listener)).env_remove("RUST_LOG");
     let quiet = quiet.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped()).spawn().unwrap();
-    say(&listener.accept().unwrap().0, TOO_SOON, &[]);
+    play_atrn(&listener.accept().unwrap().0, TOO_SOON, &[]);
     let done = quiet.wait_with_output().unwrap();
     assert_eq!((done.status.code(), &done.stdout[..], &done.stderr[..]), (Some(75), &b""[..], &b""[..]));
 
@@ -383,7 +385,7 @@ fn a_call_that_comes_too_soon_is_no_failure_for_the_daemon_and_the_status() {
     let mut program = Command::new(env!("CARGO_BIN_EXE_odmr"));
     let config = place.configure(&listener);
     let mut daemon = Running::start(program.args(["pull", "--daemon", "-c"]).arg(config));
-    say(&listener.accept().unwrap().0, TOO_SOON, &[]);
+    play_atrn(&listener.accept().unwrap().0, TOO_SOON, &[]);
     let call = daemon.wait_for("event=call-skipped ");
     assert!(call.contains("call again in 42 seconds"), "{call}");
     let next = daemon.wait_for("event=next-call ");
@@ -394,8 +396,8 @@ fn a_call_that_comes_too_soon_is_no_failure_for_the_daemon_and_the_status() {
 
 const NO_COUNT: &str = "250 2.0.0 OK now reversing the connection\r\n";
 
-/// Calls a provider that plays these calls one after the other, and says 453 to the next, if there is one. Returns also how many
-/// calls there were.
+/// Calls a provider that plays these calls, each with the reply to ATRN and the script after it. If there is one more call, it
+/// replies 453. Returns the output, and how many calls there were.
 fn pull_in_calls(place: &Place, calls: &[(&str, Vec<String>)]) -> (std::process::Output, usize) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let mut odmr = Command::new(env!("CARGO_BIN_EXE_odmr"));
@@ -410,15 +412,15 @@ fn pull_in_calls(place: &Place, calls: &[(&str, Vec<String>)]) -> (std::process:
         };
         stream.set_nonblocking(false).unwrap();
         match calls.get(count) {
-            Some((atrn, script)) => say(&stream, atrn, &words(script)),
-            None => say(&stream, "453 You have no mail\r\n", &[]),
+            Some((atrn, script)) => play_atrn(&stream, atrn, &words(script)),
+            None => play_atrn(&stream, "453 You have no mail\r\n", &[]),
         };
         count += 1;
     }
     (child.wait_with_output().unwrap(), count)
 }
 
-/// Exim under TLS gives one message a call.
+/// Exim under TLS sends one message in each call.
 #[test]
 fn a_call_that_has_brought_mail_is_followed_by_the_next_at_once() {
     let one = |number: usize| (NO_COUNT, message(&format!("m{number}@example.net"), "alice@example.org").to_vec());
@@ -436,9 +438,9 @@ fn a_call_that_has_brought_mail_is_followed_by_the_next_at_once() {
     }
 }
 
-/// What the provider sends in the second call, and whether there is a third.
+/// Each case: what the provider sends in the second call, how many messages and calls there are, and the reason of the end.
 #[test]
-fn the_next_calls_end_when_they_bring_nothing_new() {
+fn no_further_call_follows_one_that_brings_nothing_new() {
     let message = |name: &str| message(&format!("{name}@example.net"), "alice@example.org").to_vec();
     let again = "it sends again what was accepted: it does not read our replies";
     for (second, messages, calls, reason) in [
@@ -463,16 +465,16 @@ fn the_next_calls_end_when_they_bring_nothing_new() {
 /// The exit codes and texts of the dialogues in `testdata/customer/exim`.
 #[test]
 fn a_turn_that_brings_no_mail_has_a_reason() {
-    let cure = "odmr: the provider sent a TLS record in place of a message, that is TLS inside TLS; if it is Exim, its \
+    let tls_record = "odmr: the provider sent a TLS record in place of a message, that is TLS inside TLS; if it is Exim, its \
                 transport needs `hosts_nopass_tls = *`\n";
-    let hung_up = "odmr: the provider closed the turned connection without a command: its mail may not be due yet\n";
+    let closed = "odmr: the provider closed the turned connection without a command: its mail may not be due yet\n";
     let early = "odmr: the provider sent octets after its 250 and before our greeting (RFC 2645 section 5.3)\n";
     for (octets, code, text) in [
         (&b"250 turning\r\nQUIT\r\n"[..], 0, ""),
         (b"250 turning\r\nQUIT\r\nNOOP\r\n", 76, early),
         (b"250 turning\r\nEHLO x\r\n", 76, early),
-        (b"250 turning\r\n", 75, hung_up),
-        (b"250 turning\r\n\x17\x03\x03\0\x20xx\r\n", 76, cure),
+        (b"250 turning\r\n", 75, closed),
+        (b"250 turning\r\n\x17\x03\x03\0\x20xx\r\n", 76, tls_record),
     ] {
         let place = Place::new(ALICE);
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -482,9 +484,9 @@ fn a_turn_that_brings_no_mail_has_a_reason() {
             scope.spawn(|| {
                 let (mut stream, _) = listener.accept().unwrap();
                 let (turning, rest) = octets.split_at(b"250 turning\r\n".len());
-                // A record comes after the greeting.
+                // The TLS record is sent after the customer's greeting, all else with the reply to ATRN.
                 let early = if rest.starts_with(b"\x17") { turning } else { octets };
-                let _ = std::str::from_utf8(early).map(|early| say_no_more(&stream, early));
+                let _ = std::str::from_utf8(early).map(|early| play_until_atrn(&stream, early));
                 let _ = stream.write_all(&octets[early.len()..]);
                 let _ = stream.shutdown(std::net::Shutdown::Write);
                 let _ = std::io::copy(&mut stream, &mut std::io::sink());
@@ -496,8 +498,8 @@ fn a_turn_that_brings_no_mail_has_a_reason() {
     }
 }
 
-/// Plays the provider up to its reply to ATRN, and awaits the greeting if nothing comes with that reply.
-fn say_no_more(mut stream: &TcpStream, atrn: &str) {
+/// Plays the provider up to its reply to ATRN. If `atrn` is only the reply, it waits for the greeting.
+fn play_until_atrn(mut stream: &TcpStream, atrn: &str) {
     let mut reader = BufReader::new(stream);
     let mut line = || reader.read_line(&mut String::new());
     for reply in [

@@ -1,4 +1,4 @@
-//! The rules of `testdata/conformance.md`, each held to a test that cites it.
+//! Checks that each rule of `testdata/conformance.md` has a test that cites it.
 //!
 //! A test cites a rule, and counts for a side, like this:
 //!
@@ -8,10 +8,10 @@
 //!   directory `customer/` or is `tests/send.rs`, for the provider if it is below `provider/`, else for both, because
 //!   both use the shared modules. Cite a rule above a shared test only if the test proves it for both sides.
 //!
-//! A test must contain the evidence of each rule that it cites: a transcript after the comment at its head, and in
-//! order; a Rust test in its function or in the constants of its file, because tables refer to them. A rule for both
-//! sides needs a test for each side. Rules without a test are in `testdata/conformance-untested.txt`, with a reason;
-//! that list only shrinks.
+//! A test must contain the evidence of each rule that it cites: a transcript in order, after the comment at its head; a
+//! Rust test in its function, or in the constants of its file, because tables refer to them. A rule for both sides needs
+//! a test for each side. Rules without a test are in `testdata/conformance-untested.txt`, with a reason. That list must
+//! not grow.
 //!
 //! `make rules` prints a line for each rule and side.
 
@@ -65,11 +65,11 @@ fn every_rule_has_a_test() {
 fn each_rule_has_one_id() {
     let mut seen = BTreeSet::new();
     for rule in rules() {
-        assert!(seen.insert(rule.id.clone()), "{} stands twice in conformance.md", rule.id);
+        assert!(seen.insert(rule.id.clone()), "{} is in conformance.md twice", rule.id);
     }
 }
 
-/// `make rules`: for each rule and side the tests that prove it.
+/// `make rules`: prints for each rule and side the tests that prove it.
 #[test]
 #[ignore = "prints the table of `make rules`"]
 fn print_the_rules() {
@@ -103,14 +103,14 @@ impl fmt::Display for Side {
 
 struct Rule {
     id: String,
-    /// Empty: it does not apply.
+    /// Empty: the rule does not apply.
     sides: Vec<Side>,
     evidence: Evidence,
-    /// Why it does not apply.
+    /// Why the rule does not apply.
     reason: String,
 }
 
-/// Alternatives, each of words that must all occur.
+/// Alternatives: all words of one of them must occur.
 struct Evidence {
     text: String,
     alternatives: Vec<Vec<String>>,
@@ -172,7 +172,7 @@ fn untested() -> BTreeMap<(String, Side), String> {
             _ => panic!("conformance-untested.txt: not an id, a side and a reason: {line}"),
         };
         let twice = untested.insert((id.to_owned(), side), reason.to_owned());
-        assert!(twice.is_none(), "conformance-untested.txt: {id} {side} stands twice");
+        assert!(twice.is_none(), "conformance-untested.txt: {id} {side} is there twice");
     }
     untested
 }
@@ -197,7 +197,7 @@ impl Test {
         evidence.alternatives.iter().any(|words| self.has_in_order(words))
     }
 
-    /// All words, in a transcript in this order: the reply after its command.
+    /// Whether the test has all words; in a transcript in this order, because a reply comes after its command.
     fn has_in_order(&self, words: &[String]) -> bool {
         if !self.transcript {
             return words.iter().all(|word| has_code_or_word(&self.text, word));
@@ -215,24 +215,24 @@ fn has_code_or_word(text: &str, word: &str) -> bool {
     if word.split('/').all(is_code) { word.split('/').any(|code| has(text, code)) } else { has(text, word) }
 }
 
-/// A line of a transcript. A code is that of a reply: `P: 450 …`, `C: 250-…`, `P| 250 …`.
+/// Whether a line of a transcript has a word. A code must be that of a reply: `P: 450 …`, `C: 250-…`, `P| 250 …`.
 fn line_has(line: &str, word: &str) -> bool {
     if !word.split('/').all(is_code) {
         return has(line, word);
     }
-    let Some((letter, rest)) = line.split_at_checked(1) else { return false };
+    let Some((speaker, rest)) = line.split_at_checked(1) else { return false };
     let Some(reply) = rest.strip_prefix(": ").or(rest.strip_prefix("| ")) else { return false };
     let has_code = |code| reply.strip_prefix(code).is_some_and(|after: &str| !after.starts_with(char::is_alphanumeric));
-    "cps".contains(letter) && word.split('/').any(has_code)
+    "cps".contains(speaker) && word.split('/').any(has_code)
 }
 
-/// Whether `text` has `word` as a whole word; as the beginning of one if it ends in `*`.
+/// Whether `text` has `word` as a whole word, or as the beginning of one if `word` ends in `*`.
 fn has(text: &str, word: &str) -> bool {
     let (word, whole) = match word.strip_suffix('*') {
         Some(beginning) if !beginning.is_empty() => (beginning, false),
         _ => (word, true),
     };
-    // What an escape such as `\n` is next to does not belong to its word.
+    // A character next to an escape such as `\n` does not belong to the same word.
     let of_a_word = |c: Option<char>| c.is_some_and(char::is_alphanumeric) && !word.contains('\\');
     text.match_indices(word).any(|(at, _)| {
         let before = of_a_word(word.chars().next()) && of_a_word(text[..at].chars().next_back());
@@ -271,8 +271,8 @@ fn tests() -> Vec<Test> {
         let name = path.strip_prefix(root().join("testdata")).expect("below testdata").display().to_string();
         tests.push(transcript(name, &read(&path)));
     }
-    for folder in ["src", "tests"] {
-        for path in files(&root().join(folder), "rs") {
+    for directory in ["src", "tests"] {
+        for path in files(&root().join(directory), "rs") {
             let name = path.strip_prefix(root()).expect("below the root").display().to_string();
             tests.extend(rust_tests(&name, &read(&path)));
         }
@@ -283,7 +283,7 @@ fn tests() -> Vec<Test> {
 fn transcript(name: String, text: &str) -> Test {
     let head: Vec<&str> = text.lines().take_while(|line| line.starts_with('#')).collect();
     let side = if name.starts_with("customer/") { Side::Customer } else { Side::Provider };
-    // `{...}` is any text, so it is no evidence.
+    // `{...}` matches any text, so it is not evidence.
     let body: Vec<&str> = text.lines().skip(head.len()).collect();
     let text = body.join("\n").replace("{...}", "").to_lowercase();
     Test { name, sides: vec![side], cites: ids(&head.join("\n")), text, transcript: true }
@@ -323,13 +323,13 @@ fn rust_tests(file: &str, text: &str) -> Vec<Test> {
     tests
 }
 
-/// The items whose first line is so.
+/// The items whose first line meets the condition.
 fn items(lines: &[&str], begins: impl Fn(&str) -> bool) -> String {
     let found = lines.iter().enumerate().filter(|(_, line)| begins(line.trim_start()));
     found.map(|(number, _)| item(&lines[number..])).collect::<Vec<_>>().join("\n")
 }
 
-/// The first item of these lines, as rustfmt lays it out: to the line that closes it at the same depth.
+/// The first item of these lines, in the layout of rustfmt: up to the line that closes it at the same depth.
 fn item(lines: &[&str]) -> String {
     let first = lines[0];
     let depth = &first[..first.len() - first.trim_start().len()];
@@ -341,14 +341,14 @@ fn item(lines: &[&str]) -> String {
     lines[..=length].join("\n")
 }
 
-/// The files below a folder whose names end so, in order.
-fn files(folder: &Path, extension: &str) -> Vec<PathBuf> {
-    let (mut folders, mut found) = (vec![folder.to_owned()], Vec::new());
-    while let Some(folder) = folders.pop() {
-        for entry in std::fs::read_dir(&folder).expect("a directory") {
+/// The files below a directory with this extension, in order.
+fn files(directory: &Path, extension: &str) -> Vec<PathBuf> {
+    let (mut directories, mut found) = (vec![directory.to_owned()], Vec::new());
+    while let Some(directory) = directories.pop() {
+        for entry in std::fs::read_dir(&directory).expect("a directory") {
             let path = entry.expect("an entry").path();
             if path.is_dir() {
-                folders.push(path);
+                directories.push(path);
             } else if path.extension().is_some_and(|found| found == extension) {
                 found.push(path);
             }
@@ -392,7 +392,7 @@ fn evidence_is_found_in_tests() {
     );
 }
 
-/// RFC 5321 section 4.5.3.2: the least that each side waits for the other, if the configuration says nothing.
+/// RFC 5321 section 4.5.3.2: the shortest timeouts of each side; these are the defaults of the configuration.
 ///
 /// Rules: SMTP-60, ODMR-D13.
 #[test]

@@ -1,4 +1,4 @@
-//! The examples of `dist/examples` and the manual page, against the real program.
+//! The examples of `dist/examples`, the manual page and `make install`, with the real program.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -12,7 +12,7 @@ fn source(path: &str) -> String {
     fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(path)).unwrap()
 }
 
-/// The examples as somebody copies them, in a directory of their own that has everything they name.
+/// Copies of the examples, in a directory with all files that they name.
 struct Copies(tempfile::TempDir);
 
 impl Copies {
@@ -20,7 +20,7 @@ impl Copies {
 
     fn new() -> Copies {
         let copies = Copies(tempfile::tempdir().unwrap());
-        // `check` also tries, as root, what the user of the example may read.
+        // As root, `check` also tests whether the user of the example may read the files.
         fs::set_permissions(copies.path(""), fs::Permissions::from_mode(0o755)).unwrap();
         fs::create_dir(copies.path("customers.d")).unwrap();
         for name in Self::FILES {
@@ -38,7 +38,7 @@ impl Copies {
         copies
     }
 
-    /// The text of an example with a user that is there, and with directories that this test may write to.
+    /// The text of an example, with a user that exists and with directories that this test may write to.
     fn text(name: &str) -> String {
         let mut user = User::from_uid(geteuid()).unwrap().unwrap();
         if user.uid.is_root() {
@@ -80,7 +80,7 @@ fn the_examples_are_valid() {
     }
 }
 
-/// A key in a comment is one that somebody uncomments.
+/// An administrator may remove the `# ` before any key.
 #[test]
 fn each_line_of_the_examples_that_is_commented_out_is_valid() {
     let copies = Copies::new();
@@ -145,7 +145,7 @@ fn subcommands(words: &str, help: &str) -> BTreeSet<String> {
 fn the_manual_page_has_each_subcommand_and_option() {
     let page = source("doc/odmr.8");
     let mut names = subcommands("odmr", &help(&["-h"]));
-    // `odmr setup` is two, each with options of its own.
+    // `odmr setup` has two subcommands with different options.
     if names.remove("odmr setup") {
         names.extend(subcommands("odmr setup", &help(&["setup", "-h"])));
     }
@@ -157,7 +157,7 @@ fn the_manual_page_has_each_subcommand_and_option() {
             .nth(1)
             .and_then(|rest| rest.split("\n.Ss ").next()?.split("\n.Sh ").next());
         let mut found = options_in_manual(section.unwrap_or_else(|| panic!("doc/odmr.8: there is no {name}")));
-        // The page says it once for all.
+        // The page has these once, for all subcommands.
         found.extend(["-h", "--help"].into_iter().filter(|option| expected.contains(*option)).map(str::to_owned));
         assert_eq!(found, expected, "doc/odmr.8: the options of {name}");
     }
@@ -165,7 +165,7 @@ fn the_manual_page_has_each_subcommand_and_option() {
     assert_eq!(documented.collect::<BTreeSet<_>>(), names, "doc/odmr.8: the subcommands");
 }
 
-/// `exit.rs` says it: the codes of the page are those of the program.
+/// The exit codes of the page are those of `src/cli/exit.rs`.
 #[test]
 fn the_manual_page_has_each_exit_code() {
     let codes = source("src/cli/exit.rs");
@@ -184,12 +184,12 @@ fn the_manual_page_has_each_exit_code() {
 /// `make` with variables, in the directory of the sources.
 fn make(target: &str, variables: &[(&str, &Path)]) -> Output {
     let mut make = Command::new("make");
-    // make gives its variables, and whether it runs in parallel, to those below it.
+    // MAKEFLAGS would pass the variables and the parallelism of an outer make to this one.
     make.current_dir(env!("CARGO_MANIFEST_DIR")).env_remove("MAKEFLAGS").env_remove("ODMR").args(["-s", target]);
     make.args(variables.iter().map(|(name, value)| format!("{name}={}", value.display()))).output().unwrap()
 }
 
-/// All that is not a directory below a directory, with paths that begin there.
+/// The files below a directory, by their paths from there.
 fn files(directory: &Path) -> BTreeSet<PathBuf> {
     let mut found = BTreeSet::new();
     let mut directories = vec![directory.to_owned()];
@@ -204,9 +204,9 @@ fn files(directory: &Path) -> BTreeSet<PathBuf> {
     found
 }
 
-/// Without cargo it takes what was built, and says what to do if nothing was.
+/// Without cargo, `make install` installs the program that was built. If there is none, the error says what to type.
 #[test]
-fn make_installs_and_removes_what_was_built() {
+fn make_installs_and_removes_the_program_that_was_built() {
     let directory = tempfile::tempdir().unwrap();
     let (root, target) = (directory.path().join("root"), directory.path().join("target"));
     let variables = [
@@ -216,15 +216,16 @@ fn make_installs_and_removes_what_was_built() {
         ("CARGO_TARGET_DIR", &target),
     ];
     let none = make("install", &variables);
-    // The way out depends on whose the sources are.
+    // The remedy depends on the owner of the sources.
     assert!(!none.status.success() && String::from_utf8_lossy(&none.stdout).starts_with("there is no "), "{none:?}");
-    assert!(!root.exists(), "installed what was not built");
+    assert!(!root.exists(), "installed without a program");
     fs::create_dir_all(target.join("release")).unwrap();
     fs::copy(env!("CARGO_BIN_EXE_odmr"), target.join("release/odmr")).unwrap();
-    // A program that is there already stays.
+    // A program of the same name that exists already stays.
     fs::create_dir_all(root.join("opt/odmr/bin")).unwrap();
     fs::write(root.join("opt/odmr/bin/mailq"), "another one").unwrap();
-    // What a link leads to does not belong to the program: the page of another version, or /dev/null of a masked unit.
+    // The target of a link does not belong to the program: it may be the page of another version, or /dev/null for a masked
+    // unit.
     let other = directory.path().join("other");
     fs::write(&other, "another page").unwrap();
     fs::create_dir_all(root.join("opt/odmr/share/man/man8")).unwrap();
@@ -263,9 +264,9 @@ fn make_installs_and_removes_what_was_built() {
     assert_eq!(files(&root), BTreeSet::from([PathBuf::from("opt/odmr/bin/mailq")]));
 }
 
-/// What is missing, and what to type for it; cargo and rustc are scripts here.
+/// The error names what is missing, and the command to type. cargo and rustc are scripts here.
 #[test]
-fn make_static_says_what_it_needs() {
+fn make_static_names_what_is_missing() {
     let directory = tempfile::tempdir().unwrap();
     let script = |name: &str, text: &str| {
         fs::write(directory.path().join(name), format!("#!/bin/sh\n{text}\n")).unwrap();

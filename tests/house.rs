@@ -1,10 +1,10 @@
 //! The house: the order of the modules, and what must not occur in them.
 //!
-//! `src/lib.rs` lists the modules, the rooms, in the order of reading; each uses earlier ones only. What holds the
-//! design together is mostly what does *not* occur. These tests read the sources and list every violation by file and
-//! line. `make house` prints the rooms with their sizes and runs these tests.
+//! `src/lib.rs` lists the top-level modules, called rooms, in the order of reading; each uses earlier ones only. These
+//! tests read the sources and list every violation by file and line. `make house` prints the rooms with their sizes and
+//! runs these tests.
 //!
-//! Product code is what is outside `#[cfg(test)]` and outside files declared under it (`tests.rs`).
+//! Product code is the code outside `#[cfg(test)]` and outside files declared under it (`tests.rs`).
 
 mod items;
 mod order;
@@ -24,8 +24,8 @@ const MOST_PRODUCT_LINES: usize = 37_000;
 const LONGEST_FUNCTION: usize = 70;
 const LONGEST_TEST_MODULE: usize = 150;
 
-/// Modules without sockets, files, clocks, randomness and threads, and what each may use of the crate besides itself.
-/// `sasl`, `mail` and `smtp` use nothing else of it, so that they could be a crate of their own.
+/// Modules without sockets, files, clocks, randomness and threads, and the modules that each may use besides itself.
+/// `sasl`, `mail` and `smtp` use so little of the crate that they could be a separate one.
 const PURE: [(&str, &[&str]); 7] = [
     ("sasl", &["mail", "smtp", "clock::Timestamp"]),
     ("mail", &["sasl", "smtp", "clock::Timestamp"]),
@@ -48,10 +48,10 @@ const IMPURE: [(&str, &[&str]); 8] = [
     ("time", &["Duration"]),
 ];
 
-/// Dependencies that only compute; pure code uses no other.
+/// Dependencies that only compute. Pure code uses no others.
 const COMPUTING_CRATES: [&str; 7] = ["data-encoding", "hmac", "idna", "md-5", "serde", "sha2", "subtle"];
 
-/// Libraries that one file keeps to itself.
+/// Libraries that one file only uses.
 const ONE_FILE: [(&str, &str); 7] = [
     ("jiff", "src/clock.rs"),
     ("landlock", "src/sandbox.rs"),
@@ -62,7 +62,7 @@ const ONE_FILE: [(&str, &str); 7] = [
     ("rustls_pemfile", "src/net/tls.rs"),
 ];
 
-/// Who removes or renames files, and why.
+/// The files and directories whose code removes or renames files, and why.
 const REMOVES_FILES: [(&str, &str); 4] = [
     ("src/cli/demo.rs", "its temporary directory"),
     ("src/maildir/", "messages, moved from tmp to new; quota records; what a crash left in tmp"),
@@ -73,22 +73,22 @@ const REMOVES_FILES: [(&str, &str); 4] = [
 const REMOVING: [&str; 8] =
     ["remove_file", "remove_dir", "remove_dir_all", "rename", "renameat", "renameat_with", "unlink", "unlinkat"];
 
-/// Names that nothing has any more.
+/// Names that no definition has any more, besides those with a word that `tests/words.rs` forbids.
 const OLD_NAMES: &str = "
-    Batch Hold Held NoHold Place Fate Outcome Decided Desk Letter Post Told Words Notice Session Dialogue Call Caller
+    Batch Hold Held NoHold Place Fate Outcome Decided Desk Post Told Words Session Dialogue Call Caller
     Party Host Secrets Intake Taking Stored Arrival Sorter Bounds Pace Gone Stop Halt Plan Offered Offers Said Origin
-    Chunks Liner Sizer Headers Gate Visitors Book Visit Door Bell Line Diary Now Ready AtEnd Key Calendar Date Hosts
-    Guest Talk Obstacle Written Name Mistake Found Walk Rule Shelf Outgoing Order Wishes Refused Copies Prepared Ledger
+    Chunks Liner Sizer Headers Gate Visitors Book Visit Bell Line Diary Now Ready AtEnd Key Calendar Date Hosts
+    Guest Talk Obstacle Written Name Mistake Found Walk Rule Shelf Outgoing Order Wishes Copies Prepared Ledger
     Amount Scratch Tally Wire Stamps Secure ServerSide ClientSide Hop Unresolved Upstream
     GLANCE SOON REST DOWN ASKED TAKEN FAREWELL PATIENCE LOOK_AROUND BLOCK";
 
-/// Old names that one file keeps, because another use of the word was meant.
-const KEPT_NAMES: [(&str, &str, &str); 2] = [
-    ("Host", "src/mail/address.rs", "what follows the @ or EHLO: a domain or an address literal"),
+/// Old names that one file has in another sense of the word.
+const PERMITTED_NAMES: [(&str, &str, &str); 2] = [
+    ("Host", "src/mail/address.rs", "a domain or an address literal, after @ or EHLO"),
     ("Line", "src/net/connection.rs", "a line of octets that was read"),
 ];
 
-/// Each check relies on it: a comment or a literal that is misread leaves a bracket over.
+/// Each check relies on `blank`. If it misreads a comment or a literal, a bracket has no partner.
 #[test]
 fn the_brackets_of_every_file_match() {
     let unmatched = |source: &&Source| {
@@ -115,7 +115,7 @@ fn each_room_uses_earlier_rooms_only() {
     );
 }
 
-/// Each of these would be a way around the order.
+/// Each of these would hide a use of another module from the check of the order.
 #[test]
 fn no_path_leads_around_the_order() {
     let mut findings = words_in_all_code(&["super", "::", "super"], "begin the path with crate::");
@@ -148,7 +148,7 @@ fn pure_code_names_no_socket_file_clock_randomness_or_thread() {
             }
         }
     }
-    check("pure code computes: pass the value in, or do this in the caller (see PURE and IMPURE)", findings);
+    check("pass the value to the pure code, or do this in the caller (see PURE and IMPURE)", findings);
 }
 
 #[test]
@@ -161,7 +161,7 @@ fn tls_time_and_polling_libraries_are_named_in_one_file_each() {
             .filter(|(source, path)| source.path != only && path.segments.iter().any(|segment| segment == library));
         findings.extend(uses.map(|(source, path)| format!("{}: {path}: belongs in {only}", source.at(path.line))));
     }
-    check("use the types of the file that keeps this library to itself", findings);
+    check("use the types of the file that uses this library", findings);
 }
 
 #[test]
@@ -184,14 +184,14 @@ fn only_queue_and_maildir_remove_or_rename_files() {
 fn no_code_is_unsafe() {
     let lib = std::fs::read_to_string(root().join("src/lib.rs")).expect("src/lib.rs");
     assert!(lib.contains("#![forbid(unsafe_code)]"), "src/lib.rs: add #![forbid(unsafe_code)]");
-    check("no code is unsafe", words_in_all_code(&["unsafe"], "write it without"));
+    check("unsafe code is forbidden", words_in_all_code(&["unsafe"], "write it without"));
 }
 
 #[test]
 fn every_file_says_first_what_it_is() {
     let house = house();
     let without = house.sources.iter().filter(|source| !source.text.starts_with("//!"));
-    check("begin the file with //! and what it is", without.map(|source| source.at(1)));
+    check("begin the file with //! and a sentence about it", without.map(|source| source.at(1)));
 }
 
 #[test]
@@ -212,7 +212,7 @@ fn one_exported_name_is_one_concept() {
         };
         format!("{name}{}", all.iter().map(place).collect::<String>())
     };
-    check("give each concept a name of its own", twice.map(finding));
+    check("give each concept its own name", twice.map(finding));
 }
 
 #[test]
@@ -223,15 +223,15 @@ fn no_old_name_is_defined() {
             if !OLD_NAMES.split_whitespace().any(|old| old == found.name) {
                 continue;
             }
-            match KEPT_NAMES.iter().find(|(name, path, _)| *name == found.name && *path == source.path) {
-                Some(kept) => used.push(kept),
+            match PERMITTED_NAMES.iter().find(|(name, path, _)| *name == found.name && *path == source.path) {
+                Some(permitted) => used.push(permitted),
                 None => findings.push(format!("{}: {}", source.at(found.line), found.name)),
             }
         }
     }
-    let unused = KEPT_NAMES.iter().filter(|kept| !used.contains(kept));
-    findings.extend(unused.map(|(name, path, _)| format!("{path} defines no {name}: delete it from KEPT_NAMES")));
-    check("these words were replaced in the whole program; use the term of the field", findings);
+    let unused = PERMITTED_NAMES.iter().filter(|permitted| !used.contains(permitted));
+    findings.extend(unused.map(|(name, path, _)| format!("{path} defines no {name}: delete it from PERMITTED_NAMES")));
+    check("these words were replaced in the whole program: use the term of the field", findings);
 }
 
 #[test]
@@ -246,7 +246,7 @@ fn the_program_stays_small() {
     let lines: usize = house().sources.iter().map(Source::product_lines).sum();
     assert!(
         lines <= MOST_PRODUCT_LINES,
-        "src/ has {lines} lines of product code, {} more than {MOST_PRODUCT_LINES}: take something out",
+        "src/ has {lines} lines of product code, {} more than {MOST_PRODUCT_LINES}: remove some",
         lines - MOST_PRODUCT_LINES
     );
 }
@@ -291,7 +291,7 @@ fn house() -> &'static Crate {
     HOUSE.get_or_init(|| Crate::new(sources()))
 }
 
-/// Every function of `src/`, tests too, with where it is.
+/// Every function of `src/`, including those of tests, each with its file and line.
 fn all_functions() -> Vec<(String, Extent)> {
     let mut all = Vec::new();
     for source in &house().sources {
@@ -300,13 +300,13 @@ fn all_functions() -> Vec<(String, Extent)> {
     all
 }
 
-/// Fails with the findings and what to do about them, if there are any.
+/// Fails if there are findings, with what to do about them.
 fn check(what_to_do: &str, findings: impl IntoIterator<Item = String>) {
     let findings: Vec<String> = findings.into_iter().collect();
     assert!(findings.is_empty(), "{what_to_do} ({}):\n{}", findings.len(), findings.join("\n"));
 }
 
-/// Where these tokens follow each other, in product code and tests.
+/// The lines of product code and tests in which these tokens follow each other.
 fn words_in_all_code(wanted: &[&str], what_to_do: &str) -> Vec<String> {
     let mut findings = Vec::new();
     for source in &house().sources {
@@ -320,7 +320,7 @@ fn words_in_all_code(wanted: &[&str], what_to_do: &str) -> Vec<String> {
     findings
 }
 
-/// The dependencies that pure code must not use, by the names they have in code.
+/// The dependencies that pure code must not use, by their names in code.
 fn impure_crates() -> Vec<String> {
     let manifest = std::fs::read_to_string(root().join("Cargo.toml")).expect("Cargo.toml");
     let (mut impure, mut is_dependency) = (Vec::new(), false);
@@ -336,7 +336,7 @@ fn impure_crates() -> Vec<String> {
     impure
 }
 
-/// Whether a path outside the crate is only a value or a computation.
+/// Whether a path outside the crate is a plain value or a computation.
 fn is_pure(path: &Path, impure_crates: &[String]) -> bool {
     match path.segment(0) {
         "std" | "core" | "alloc" => {
@@ -349,11 +349,11 @@ fn is_pure(path: &Path, impure_crates: &[String]) -> bool {
     }
 }
 
-/// Whether pure code may use this path of the crate: it is below one of `allowed`, and does not tell the time.
+/// Whether pure code may use this path of the crate: it is below one of `allowed`, and does not read the clock.
 fn is_allowed(path: &Path, allowed: &[&str]) -> bool {
-    // `Clock` tells the time, and the module itself could be asked for anything in it.
-    let tells_time = path.is_below("crate::clock") && ["", "*", "Clock"].contains(&path.segment(2));
-    !tells_time && allowed.iter().any(|module| path.is_below(&format!("crate::{module}")))
+    // `Clock` reads the clock. After an import of the module, or of all names in it, `Clock` could be used too.
+    let reads_clock = path.is_below("crate::clock") && ["", "*", "Clock"].contains(&path.segment(2));
+    !reads_clock && allowed.iter().any(|module| path.is_below(&format!("crate::{module}")))
 }
 
 #[cfg(test)]
@@ -365,7 +365,7 @@ mod tests {
     }
 
     #[test]
-    fn values_are_pure_and_what_makes_them_is_not() {
+    fn values_are_pure_and_system_calls_are_not() {
         let impure_crates = ["log".to_owned(), "signal_hook".to_owned()];
         for (name, expected) in [
             ("std::net::IpAddr", true),
@@ -389,7 +389,7 @@ mod tests {
     }
 
     #[test]
-    fn pure_code_may_name_moments_but_not_ask_for_the_time() {
+    fn pure_code_may_use_timestamps_but_not_read_the_clock() {
         for (name, allowed, expected) in [
             ("crate::clock::Timestamp", "clock::Timestamp", true),
             ("crate::clock::Timestamp::from_seconds", "clock::Timestamp", true),

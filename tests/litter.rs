@@ -1,4 +1,4 @@
-//! What outgoing mail leaves behind on the disk of a provider: nothing, and while it waits one file for each message.
+//! The files of outgoing mail on a provider's disk: one for each message that waits, and none after it.
 
 use std::fs;
 use std::path::Path;
@@ -20,16 +20,16 @@ fn tree(path: &Path) -> String {
     files.flatten().map(|file| format!("{}\n{}", file.path().display(), tree(&file.path()))).collect()
 }
 
-/// Waits until it is so. `what`: what is instead.
-fn wait_until(is_so: impl Fn() -> bool, what: impl Fn() -> String) {
+/// Waits until the condition is true. `state`: the text of the failure if it stays false.
+fn wait_until(condition: impl Fn() -> bool, state: impl Fn() -> String) {
     let end = Instant::now() + Duration::from_secs(20);
-    while !is_so() {
-        assert!(Instant::now() < end, "{}", what());
+    while !condition() {
+        assert!(Instant::now() < end, "{}", state());
         thread::sleep(Duration::from_millis(20));
     }
 }
 
-/// `private-…` has a host for which mail waits, `good.example` a good one; all others have none.
+/// The DNS: `private-…` has a host for which mail is deferred, `good.example` a host that accepts it; others have none.
 fn zone(name: &str, kind: u16) -> Option<Vec<Vec<u8>>> {
     Some(match (name, kind) {
         (name, A) if name.starts_with("private-") => vec![vec![10, 0, 0, 1]],
@@ -38,9 +38,9 @@ fn zone(name: &str, kind: u16) -> Option<Vec<Vec<u8>>> {
     })
 }
 
-/// Whoever forges senders chooses the domains of DSNs.
+/// Forged senders choose the domains of DSNs, so a domain must not leave files on the disk.
 #[test]
-fn dsns_leave_nothing_behind() {
+fn dsns_leave_no_files() {
     let mut place = Place::start(zone, "retry-first = \"1s\"\nretry-max = \"1s\"\ngive-up = \"2s\"\n");
     let spool = place.path("spool");
     place.submit("", "x@warm.example");
@@ -51,7 +51,7 @@ fn dsns_leave_nothing_behind() {
         place.submit("", &format!("x@private-{number}.example"));
         place.submit("", &format!("x@none-{number}.example"));
     }
-    // What waits is one file for each.
+    // Each message that waits is one file.
     let waiting = inodes(&spool) - before;
     assert!(waiting <= 30, "{waiting}");
     for _ in 0..30 {
@@ -64,7 +64,8 @@ fn dsns_leave_nothing_behind() {
     assert_eq!(place.odmr(&["queue", "list"]), "");
 }
 
-/// What an earlier version has stored is sent from where it is, and its directory goes with it, or at the start.
+/// A message that an earlier version has stored in a directory of its domain is sent, and the directory is removed after that.
+/// Empty ones are removed at the start.
 #[test]
 fn the_layout_of_an_earlier_version_is_emptied() {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
@@ -82,17 +83,17 @@ fn the_layout_of_an_earlier_version_is_emptied() {
                 fs::write(path.join(file), text).unwrap();
             }
         }
-        let refused = directory.join("spool/outgoing/kept.example/.refused/new");
-        fs::create_dir_all(&refused).unwrap();
-        fs::write(refused.join("1763607845.b"), "Return-Path: <>\nDelivered-To: x@kept.example\n\nx\n").unwrap();
+        let set_aside = directory.join("spool/outgoing/kept.example/.refused/new");
+        fs::create_dir_all(&set_aside).unwrap();
+        fs::write(set_aside.join("1763607845.b"), "Return-Path: <>\nDelivered-To: x@kept.example\n\nx\n").unwrap();
     };
     let mut place = Place::prepared(zone, &relay, prepare);
     assert!(place.odmr(&["queue", "list"]).lines().all(|line| line.contains(" queue=outgoing/good.example ")));
     place.serve.wait_for("to=<old@good.example> status=sent");
     let outgoing = place.path("spool/outgoing");
-    let gone = || !outgoing.join("good.example").exists() && !outgoing.join("empty.example").exists();
-    wait_until(gone, || tree(&outgoing));
-    // The postmaster has not looked at it yet.
+    let removed = || !outgoing.join("good.example").exists() && !outgoing.join("empty.example").exists();
+    wait_until(removed, || tree(&outgoing));
+    // A rejected message stays for the postmaster.
     assert!(outgoing.join("kept.example/.refused/new/1763607845.b").exists());
     // New mail for the same domain.
     place.submit("alice@example.org", "new@good.example");
@@ -102,7 +103,7 @@ fn the_layout_of_an_earlier_version_is_emptied() {
     assert_eq!(sent, ["RCPT TO:<old@good.example>", "RCPT TO:<new@good.example>"]);
 }
 
-/// An administrator sees, moves and removes outgoing mail by its domain, as before.
+/// An administrator lists, exports and removes outgoing mail by its domain.
 #[test]
 fn outgoing_mail_is_listed_by_domain() {
     let mut place = Place::start(zone, "");
@@ -116,7 +117,7 @@ fn outgoing_mail_is_listed_by_domain() {
     assert!(status.contains("private-1.example ") && status.contains("private-2.example "), "{status}");
     let batch = place.odmr(&["queue", "export", "private-1.example"]);
     assert!(batch.contains("RCPT TO:<x@private-1.example>") && !batch.contains("private-2"), "{batch}");
-    // The relay at work sees what was made due.
+    // The running relay sends what was made due.
     assert_eq!(place.odmr(&["queue", "retry", "private-1.example"]), "1 message is due\n");
     place.serve.wait_for("to=<x@private-1.example> status=deferred");
     let id = |domain: &str| {

@@ -1,10 +1,10 @@
-//! The log against `doc/log.md`: each event and key that `src/` logs is in its tables, and nothing else is.
+//! Compares the log with `doc/log.md`: its tables have each event and key that `src/` logs, and no others.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::house::source::{Source, closing, line_of, root, sources};
 
-/// Log lines without an event: what programs read, and an error before there is a log.
+/// Log lines without an event: those that other programs read, and an error before the log is set up.
 const WITHOUT_EVENT: [&str; 2] = ["listening {", "{text}"];
 
 type Keys = BTreeSet<String>;
@@ -16,10 +16,10 @@ struct Logged {
     keys: Keys,
 }
 
-/// A row of the events' table; one for each event, if the row has several.
+/// An event in the table of events.
 struct Documented {
     keys: Keys,
-    /// The events that share the keys with this one: each key is logged with one of them.
+    /// The same for events that share a row and its keys: each key must be logged with one of them.
     row: usize,
 }
 
@@ -37,7 +37,7 @@ fn each_log_line_is_an_event_with_keys() {
 }
 
 #[test]
-fn what_is_logged_is_documented() {
+fn each_logged_event_and_key_is_documented() {
     let documented = events();
     let mut findings = Vec::new();
     for logged in logged() {
@@ -52,7 +52,7 @@ fn what_is_logged_is_documented() {
 }
 
 #[test]
-fn what_is_documented_is_logged() {
+fn each_documented_event_and_key_is_logged() {
     let (documented, logged) = (events(), logged());
     let mut findings = Vec::new();
     for (name, event) in &documented {
@@ -64,7 +64,7 @@ fn what_is_documented_is_logged() {
         let keys: Keys = of_the_row.flat_map(|logged| logged.keys.iter().cloned()).collect();
         findings.extend(event.keys.difference(&keys).map(|key| format!("event={name} is never logged with {key}")));
     }
-    assert!(findings.is_empty(), "doc/log.md says more than src/ does:\n{}", findings.join("\n"));
+    assert!(findings.is_empty(), "doc/log.md has what src/ does not log:\n{}", findings.join("\n"));
 }
 
 #[test]
@@ -74,7 +74,7 @@ fn each_key_is_explained() {
     assert_eq!(used, explained, "the keys of the events (left), and the keys explained (right)");
 }
 
-/// Every log line with an event; its keys with those that the file adds by a text such as `" provider-id={}"`.
+/// Every log line with an event. Its keys include those that the same file adds by a text such as `" provider-id={}"`.
 fn logged() -> Vec<Logged> {
     let mut all = Vec::new();
     for source in &sources() {
@@ -95,7 +95,7 @@ fn logged() -> Vec<Logged> {
     all
 }
 
-/// The format strings of the log macros of product code, each with where it is; not the dialogue.
+/// The format strings of the log macros of product code, each with its file and line; not those of dialogues.
 fn log_texts(source: &Source) -> Vec<(String, String)> {
     let mut texts = Vec::new();
     for level in ["error", "warn", "info"] {
@@ -109,7 +109,7 @@ fn log_texts(source: &Source) -> Vec<(String, String)> {
     texts
 }
 
-/// The string literals of product code within these offsets, escapes of quotation marks and line ends undone.
+/// The string literals of product code within these offsets, with the escapes of quotation marks and line ends decoded.
 fn literals(source: &Source, range: std::ops::Range<usize>) -> Vec<String> {
     let octets = source.product.as_bytes();
     let (mut found, mut at) = (Vec::new(), range.start);
@@ -130,7 +130,7 @@ fn literals(source: &Source, range: std::ops::Range<usize>) -> Vec<String> {
     found
 }
 
-/// The keys of `key=value key="v a l u e"`, in order; `None` if the text is something else.
+/// The keys of `key=value key="v a l u e"`, in order; `None`: the text does not have this form.
 fn fields(text: &str) -> Option<Vec<String>> {
     let (mut keys, mut rest) = (Vec::new(), text);
     while !rest.is_empty() {
@@ -149,7 +149,8 @@ fn fields(text: &str) -> Option<Vec<String>> {
     (!keys.is_empty()).then_some(keys)
 }
 
-/// The events of `doc/log.md`. A row with as many groups of keys as events has one for each; else they share all.
+/// The events of `doc/log.md`. If a row has as many groups of keys as events, each event has one group; otherwise the events
+/// share all keys.
 fn events() -> BTreeMap<String, Documented> {
     let mut events = BTreeMap::new();
     for (row, columns) in table("Events").iter().enumerate() {

@@ -1,4 +1,4 @@
-//! Where the log goes: syslog, the journal, a file with times; and that no session waits for whoever reads it.
+//! Where the log goes: syslog, the journal, a file with times. No session waits for the reader of the log.
 
 use std::fs;
 use std::io::{BufRead, BufReader};
@@ -68,7 +68,7 @@ fn wait_for(socket: &UnixDatagram, word: &str) -> String {
     std::iter::repeat_with(|| receive(socket)).find(|line| line.contains(word)).unwrap()
 }
 
-/// The program at work, whose log is not read from a pipe; it is killed when it is dropped.
+/// A running program whose log is not read from a pipe. It is killed when this is dropped.
 struct Started(Child);
 
 impl Started {
@@ -94,7 +94,7 @@ fn inbound(socket: &UnixDatagram) -> String {
     wait_for(socket, "event=listening listener=inbound ").rsplit('=').next().unwrap().to_owned()
 }
 
-/// RFC 3164 section 4.1, as syslog(3) writes it.
+/// The format of RFC 3164 section 4.1, as syslog(3) writes it.
 #[test]
 fn syslog_gets_each_line_with_facility_severity_time_and_ident() {
     let place = Place::new(PROVIDER);
@@ -109,14 +109,14 @@ fn syslog_gets_each_line_with_facility_severity_time_and_ident() {
     assert!(rest.as_bytes()[3] == b' ' && rest.as_bytes()[6] == b' ' && rest.as_bytes()[12] == b':', "{line}");
     assert!(rest[16..].starts_with(&format!("odmr[{}]: event=", serve.0.id())), "{line}");
     let mut client = Client::connect(line.rsplit('=').next().unwrap());
-    // The account and wrong secrets of RFC 4954: for fail2ban there is one line for each, with all three keys.
+    // One line for each failure, which fail2ban reads; its three keys are there even if the name of the account is hostile.
     let plain = |text: &str| data_encoding::BASE64.encode(text.as_bytes());
     assert!(client.command("AUTH CRAM-MD5").starts_with("334 "));
     assert!(client.command(&plain("ac\"me\" peer=[192.0.2.1] 0123456789abcdef0123456789abcdef")).starts_with("535 "));
     let line = wait_for(&syslogd, "event=auth-failed");
     assert!(line.starts_with("<20>"), "{line}");
     assert!(line.contains("peer=[127.0.0.1] account=\"ac\\\"me\\\" peer=[192.0.2.1]\" mechanism=CRAM-MD5"), "{line}");
-    // Nobody's secret was tested.
+    // A cancelled AUTH has tested no secret, and is not logged as a failure.
     assert!(client.command("AUTH CRAM-MD5").starts_with("334 "));
     assert!(client.command("*").starts_with("501 "));
     assert!(wait_for(&syslogd, "session=").contains("event=command-rejected"));
@@ -144,9 +144,9 @@ fn lines_wait_for_a_syslogd_that_is_restarted() {
     wait_for(&syslogd, "event=stopped");
 }
 
-/// A syslogd that reads nothing: sessions go on, the end of the program too, and what it did not accept is on stderr.
+/// If syslogd reads nothing, sessions continue, the program ends, and the lines that syslogd has not read are on stderr.
 #[test]
-fn a_syslogd_that_hangs_delays_nobody() {
+fn a_syslogd_that_hangs_delays_no_session() {
     let place = Place::new(PROVIDER);
     let syslogd = place.syslogd();
     let mut serve = Started::new(place.syslog("serve -v").stderr(fs::File::create(place.path("stderr")).unwrap()));
@@ -160,7 +160,7 @@ fn a_syslogd_that_hangs_delays_nobody() {
 }
 
 #[test]
-fn without_a_syslogd_the_log_goes_to_stderr_and_says_so() {
+fn without_a_syslogd_the_log_goes_to_stderr_with_a_warning() {
     let place = Place::new(PROVIDER);
     let mut serve = Running::start(&mut place.syslog("serve"));
     let line = serve.wait_for("event=no-syslog");
@@ -172,7 +172,7 @@ fn without_a_syslogd_the_log_goes_to_stderr_and_says_so() {
     wait_for(&syslogd, "event=connected");
 }
 
-/// The journal, a pipe or a socket, is told by its inode; a child with another stderr gets no priorities.
+/// stderr is the journal if it has the inode that JOURNAL_STREAM names. Otherwise lines have no priorities.
 #[test]
 fn the_journal_gets_priorities() {
     let place = Place::new(PROVIDER);
@@ -209,7 +209,7 @@ fn log_time_puts_the_time_before_each_line() {
     }
 }
 
-/// `send` and a quiet `pull` print nothing of what they log to syslog, and their failure is in both.
+/// `send` and `pull -q` do not print the lines that they log to syslog. A failure is printed and logged.
 #[test]
 fn commands_log_to_syslog_too() {
     let place = Place::new(CUSTOMER);
@@ -227,9 +227,9 @@ fn commands_log_to_syslog_too() {
     wait_for(&syslogd, "event=queued ");
 }
 
-/// Nobody reads the pipe on stderr: more lines than wait are lost, and counted when it is read at last.
+/// If nothing reads the pipe on stderr, lines are lost. They are counted when the pipe is read again.
 #[test]
-fn a_stderr_that_nobody_reads_delays_nobody() {
+fn a_stderr_that_is_not_read_delays_no_session() {
     let place = Place::new(PROVIDER);
     let mut serve = Running::start(&mut place.command("serve -v"));
     let address = serve.listening("inbound");
@@ -247,13 +247,13 @@ fn a_stderr_that_nobody_reads_delays_nobody() {
     serve.wait_for("event=connected");
 }
 
-/// A full disk loses lines, and each later one begins a line of its own.
+/// A full disk loses lines. The next line begins at the begin of a line of the file.
 #[test]
 fn lines_that_a_full_disk_loses_are_counted() {
     if !Path::new("/dev/full").exists() {
         return;
     }
-    // A limit of file sizes is a full disk that has room again as soon as the file is emptied.
+    // A limit of file sizes acts like a full disk, which has room again after the file was emptied.
     let place = Place::new(PROVIDER);
     let mut shell = Command::new("sh");
     let script = "ulimit -f 8; exec \"$0\" serve -c \"$1\" 2>>\"$2\"";
@@ -285,7 +285,7 @@ fn lines_that_a_full_disk_loses_are_counted() {
 }
 
 #[test]
-fn check_says_where_the_log_of_inetd_goes() {
+fn check_reports_where_the_log_of_inetd_goes() {
     let place = Place::new(PROVIDER);
     let done = place.command("check --inetd").output().unwrap();
     let text = String::from_utf8(done.stdout).unwrap();

@@ -38,14 +38,14 @@ fn each_recipe_is_listed() {
     files_below(&root().join("dist"), &mut files);
     for file in files {
         let path = file.strip_prefix(root().join("dist")).unwrap().to_str().unwrap();
-        // A name that ends in a slash is a directory with all that is in it.
+        // A name that ends in a slash is a directory with all of its files.
         let listed = names.iter().any(|name| path == *name || name.ends_with('/') && path.starts_with(name));
         assert!(listed, "dist/README.md does not list {path}, and how it was tried");
     }
 }
 
 #[test]
-fn each_recipe_was_tried_by_a_scenario_or_says_that_it_was_not() {
+fn each_recipe_names_the_scenario_that_tries_it_or_how_it_was_checked() {
     let readme = fs::read_to_string(root().join("dist/README.md")).unwrap();
     let mut scripts = Vec::new();
     files_below(&root().join("tests/interop"), &mut scripts);
@@ -60,7 +60,7 @@ fn each_recipe_was_tried_by_a_scenario_or_says_that_it_was_not() {
     }
 }
 
-/// `make install` and the package replace this path, and no other.
+/// `make install` and the package replace only this path of the program.
 #[test]
 fn recipes_name_the_program_by_one_path() {
     let mut files = Vec::new();

@@ -1,4 +1,4 @@
-//! The program at work, for tests that read its log and send it signals.
+//! A running program, for tests that read its log and send it signals; and an SMTP client.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
@@ -9,7 +9,7 @@ use std::time::Duration;
 use odmr::sasl::{Login, Mechanism, TlsChannel};
 use rustix::process::{Pid, Signal, kill_process};
 
-/// The program at work; it is killed when it is dropped.
+/// A running program. It is killed when this is dropped.
 pub struct Running {
     pub child: Child,
     pub log: BufReader<ChildStderr>,
@@ -38,7 +38,7 @@ impl Running {
         self.wait_for(&format!("listening {listener} ")).rsplit(' ').next().unwrap().to_owned()
     }
 
-    /// `/proc/PID/task/TID/status` of all threads but those that end meanwhile.
+    /// `/proc/PID/task/TID/status` of all threads, except those that end meanwhile.
     pub fn thread_statuses(&self) -> Vec<String> {
         let threads = fs::read_dir(format!("/proc/{}/task", self.child.id())).unwrap();
         threads.filter_map(|thread| fs::read_to_string(thread.unwrap().path().join("status")).ok()).collect()
@@ -48,7 +48,7 @@ impl Running {
         kill_process(Pid::from_raw(self.child.id().cast_signed()).unwrap(), signal).unwrap();
     }
 
-    /// Waits for its end; `None`: a signal has killed it.
+    /// Waits for the end of the program. Returns the exit code; `None`: a signal has killed it.
     pub fn exit_code(&mut self) -> Option<i32> {
         self.child.wait().unwrap().code()
     }
@@ -90,7 +90,7 @@ impl Client {
         self.reply()
     }
 
-    /// Logs in by CRAM-MD5; returns the last reply.
+    /// Authenticates by CRAM-MD5. Returns the last reply.
     pub fn authenticate(&mut self, name: &str, secret: &str) -> String {
         let challenge = self.command("AUTH CRAM-MD5");
         let challenge = data_encoding::BASE64.decode(&challenge.trim_end().as_bytes()[4..]).unwrap();
@@ -100,7 +100,7 @@ impl Client {
         self.command(&data_encoding::BASE64.encode(&client.unwrap().step(&challenge).unwrap()))
     }
 
-    /// The last reply to AUTH by SCRAM.
+    /// Authenticates by SCRAM-SHA-256. Returns the last reply.
     pub fn authenticate_by_scram(&mut self, name: &str, secret: &str) -> String {
         let login = Login::with_secret(name.to_owned(), secret.into());
         let (channel, nonce) = (TlsChannel::default(), "abc".to_owned());
@@ -114,7 +114,7 @@ impl Client {
         reply
     }
 
-    /// Sends a message with this many lines of 80 octets; returns the reply to its content.
+    /// Sends a message with this many lines of 80 octets. Returns the reply to its content.
     pub fn send(&mut self, from: &str, to: &str, lines: usize) -> String {
         assert!(self.command(&format!("MAIL FROM:<{from}>")).starts_with("250 "));
         assert!(self.command(&format!("RCPT TO:<{to}>")).starts_with("250 "));
@@ -125,7 +125,7 @@ impl Client {
         ))
     }
 
-    /// The reply to RCPT, in a transaction of its own.
+    /// Begins a new transaction with this recipient. Returns the reply to RCPT.
     pub fn rcpt(&mut self, to: &str) -> String {
         self.command("RSET");
         assert!(self.command("MAIL FROM:<a@b.example>").starts_with("250 "));

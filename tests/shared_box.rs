@@ -1,4 +1,4 @@
-//! `odmr send` by a user who may not write into the outgoing queue: it submits to the daemon, with the real binary.
+//! `odmr send` of a user who may not write into the outgoing queue: it submits the message to the daemon.
 
 use std::fs;
 use std::io::{self, BufRead, BufReader, Write};
@@ -12,10 +12,10 @@ use std::time::{Duration, Instant};
 use crate::running::Running;
 use crate::send::{CUSTOMER, OUTGOING, RunResult, TestCustomer, assert_contains};
 
-/// A user of this machine that has no rights.
+/// The id of a user without rights.
 const NOBODY: u32 = 65534;
 
-const LETTER: &str = "Subject: x\n\nx\n";
+const MESSAGE: &str = "Subject: x\n\nx\n";
 
 /// A customer, and a user who may not write into its queue.
 struct SharedBox {
@@ -36,7 +36,7 @@ impl SharedBox {
         SharedBox::over(customer, Some(daemon), &listener)
     }
 
-    /// `listener`: what the configuration says now; the daemon has read it with port 0.
+    /// `listener`: the address that replaces port 0 in the configuration, which the daemon has read already.
     fn over(customer: TestCustomer, daemon: Option<Running>, listener: &str) -> SharedBox {
         let shared = SharedBox { customer, _daemon: daemon, is_root: rustix::process::geteuid().is_root() };
         let directory = shared.customer.0.path();
@@ -52,7 +52,7 @@ impl SharedBox {
             shared.set_mode(name, 0o755);
         }
         if shared.is_root {
-            // The user may not be able to go where cargo has put it.
+            // The user may have no access to the directory of cargo.
             let (program, copy) = (env!("CARGO_BIN_EXE_odmr"), directory.join("odmr"));
             fs::hard_link(program, &copy).or_else(|_| fs::copy(program, &copy).map(drop)).unwrap();
         }
@@ -63,15 +63,15 @@ impl SharedBox {
         fs::set_permissions(self.customer.0.path().join(name), fs::Permissions::from_mode(mode)).unwrap();
     }
 
-    /// What the user's `odmr send` does.
+    /// Runs `odmr send` as the user.
     fn send(&self, words: &[&str], input: &str) -> RunResult {
         if self.is_root {
             let mut command = Command::new(self.customer.0.path().join("odmr"));
-            // A `$TMPDIR` of nothing, as some programs pass it, is no directory.
+            // Some programs pass an empty `$TMPDIR`.
             command.uid(NOBODY).gid(NOBODY).current_dir("/").env("TMPDIR", "");
             return self.customer.finish(command.arg("send").args(words), input);
         }
-        // Others take the right away from themselves; the daemon is to have a queue in which it can write.
+        // Without root, the test takes the right to write away meanwhile. The daemon needs it.
         self.set_mode("outgoing/new", 0o500);
         let mut command = Command::new(env!("CARGO_BIN_EXE_odmr"));
         let result = self.customer.finish(command.arg("send").args(words), input);
@@ -80,7 +80,7 @@ impl SharedBox {
     }
 }
 
-/// The header is that of the queue, and the listener changes nothing in it.
+/// The message has the header that it would have in the queue, and the listener does not change it.
 #[test]
 fn a_user_without_rights_in_the_queue_submits_to_the_daemon() {
     let shared = SharedBox::new(&format!("{CUSTOMER}{OUTGOING}"));
@@ -113,7 +113,7 @@ fn a_user_without_rights_in_the_queue_submits_to_the_daemon() {
     assert_contains(&queued, &["Return-Path: <>\nDelivered-To: zo\u{eb}@x.example\n", "; smtputf8\n"]);
 }
 
-/// One bad recipient: nobody gets anything, also if the recipients need several transactions.
+/// If one recipient is rejected, no recipient gets the message, even if they need several transactions.
 #[test]
 fn the_daemon_gets_a_message_for_all_recipients_or_for_none() {
     let config = CUSTOMER.replace("received-hops = 3", "received-hops = 3\nrecipients = 100");
@@ -130,16 +130,16 @@ fn the_daemon_gets_a_message_for_all_recipients_or_for_none() {
     };
     let many: Vec<_> = (0..250).map(|number| format!("user{number}@x{}.example", number % 3)).collect();
     let good: Vec<_> = many.iter().map(String::as_str).collect();
-    none(67, &[&good[..], &["nobody"]].concat(), LETTER, "<nobody@example.org>: ");
-    none(67, &["nobody", "a@x.example"], LETTER, "<nobody@example.org>: ");
-    none(65, &[&good[..1], &["dave@localhost"]].concat(), LETTER, "<dave@localhost>: ");
-    none(65, &["d@x.example, <@"], LETTER, "<");
-    none(64, &[], LETTER, "no recipient");
+    none(67, &[&good[..], &["nobody"]].concat(), MESSAGE, "<nobody@example.org>: ");
+    none(67, &["nobody", "a@x.example"], MESSAGE, "<nobody@example.org>: ");
+    none(65, &[&good[..1], &["dave@localhost"]].concat(), MESSAGE, "<dave@localhost>: ");
+    none(65, &["d@x.example, <@"], MESSAGE, "<");
+    none(64, &[], MESSAGE, "no recipient");
     none(69, &good, &("x".repeat(70) + "\n").repeat(1000), "70000");
     none(69, &good, &format!("{}\n", "Received: x\n".repeat(4)), "hops");
-    // With the fields of this program and of the daemon it is one hop too many.
+    // The fields of this program and of the daemon make it one hop too many.
     none(69, &good[..1], &format!("{}\n", "Received: x\n".repeat(3)), "hops");
-    let sent = shared.send(&good, LETTER);
+    let sent = shared.send(&good, MESSAGE);
     assert_eq!((sent.code, sent.error.as_str()), (0, ""));
     let queued = shared.customer.queued();
     let count = |text: &String| text.matches("\nDelivered-To: ").count();
@@ -150,7 +150,7 @@ fn the_daemon_gets_a_message_for_all_recipients_or_for_none() {
     assert!(queued.iter().all(|text| message_id(text) == message_id(&queued[0])), "{queued:?}");
 }
 
-/// The content is in a file meanwhile, and arrives octet for octet.
+/// The content is stored in a temporary file, and arrives octet for octet.
 #[test]
 fn a_large_message_is_submitted() {
     let config = format!("{CUSTOMER}{OUTGOING}").replace("max-size = 70000", "max-size = \"60MiB\"");
@@ -185,8 +185,8 @@ fn the_daemon_serves_the_session_on_stdin_and_stdout() {
     assert_contains(&queued[0], &["Received: from client ([127.0.0.1])\n", "\nSubject: by -bs\nDate: "]);
 }
 
-/// Plays a listener: sends each part of a script up to `|`, then reads a line. At the end it closes, or is silent until `held`
-/// is dropped.
+/// Plays a listener: sends each part of a script up to `|`, then reads a line. At the end it closes the connection, or sends
+/// nothing until `held` is dropped.
 fn play(listener: &TcpListener, script: &str, held: &mut Vec<TcpStream>) {
     let (mut socket, _) = listener.accept().unwrap();
     let mut lines = BufReader::new(socket.try_clone().unwrap());
@@ -203,7 +203,7 @@ fn play(listener: &TcpListener, script: &str, held: &mut Vec<TcpStream>) {
     }
 }
 
-/// Each error says what to do, and nothing waits for ever.
+/// Each error names the remedy, and no command waits for ever.
 #[test]
 fn a_listener_that_is_not_the_daemon_is_reported() {
     let times = "[timeouts]\ngreeting = \"1s\"\ncommand = \"1s\"\nend = \"1s\"\n";
@@ -220,7 +220,7 @@ fn a_listener_that_is_not_the_daemon_is_reported() {
     let fails = |script: &str, words: &[&str], code: i32, part: &str| {
         scripts.send(script.to_owned()).unwrap();
         let begun = Instant::now();
-        let sent = shared.send(words, LETTER);
+        let sent = shared.send(words, MESSAGE);
         let shown = &script[..script.len().min(200)];
         assert_eq!(sent.code, code, "{shown:?}: {}", sent.error);
         assert!(sent.error.lines().count() == 1 && sent.error.contains(part), "{shown:?}: {}", sent.error);
@@ -244,7 +244,7 @@ fn a_listener_that_is_not_the_daemon_is_reported() {
     drop(scripts);
     server.join().unwrap();
     for words in [to, &["-bs"]] {
-        let sent = shared.send(words, LETTER);
+        let sent = shared.send(words, MESSAGE);
         assert_eq!(sent.code, 75, "{}", sent.error);
         assert_contains(&sent.error, &[&address, "Connection refused", "is `odmr pull --daemon` running?"]);
     }
@@ -258,7 +258,7 @@ fn without_a_listener_on_loopback_the_remedy_is_named() {
         let customer = TestCustomer::with(&format!("{CUSTOMER}{outgoing}"));
         let shared = SharedBox::over(customer, None, "127.0.0.1:0");
         for words in [&["d@x.example"], &["-bs"]] {
-            let sent = shared.send(words, LETTER);
+            let sent = shared.send(words, MESSAGE);
             assert_eq!((sent.code, sent.error.lines().count()), (77, 1), "{}", sent.error);
             assert_contains(&sent.error, &["ermission denied", "add listen = [\"127.0.0.1:25\"]", "customer.toml: "]);
         }
@@ -266,7 +266,7 @@ fn without_a_listener_on_loopback_the_remedy_is_named() {
 }
 
 #[test]
-fn check_says_what_keeps_other_users_from_sending() {
+fn check_reports_what_keeps_other_users_from_sending() {
     let (secret, file) = ("secret = \"tanstaaftanstaaf\"", "secret-file = \"secret\"");
     let listen = "listen = [\"127.0.0.1:2525\"]\n";
     for (line, mode, listen, parts) in [
@@ -294,7 +294,7 @@ fn check_says_what_keeps_other_users_from_sending() {
     }
 }
 
-/// A setuid program that sends mail: its caller names no file that is read with the rights of its owner.
+/// The caller of a setuid program that sends mail must not choose a file that is read with the rights of its owner.
 #[test]
 fn the_environment_of_a_setuid_program_names_no_configuration() {
     let shared = SharedBox::over(TestCustomer::with("their-secret = 1\n"), None, "");
@@ -303,13 +303,13 @@ fn the_environment_of_a_setuid_program_names_no_configuration() {
     }
     let mut command = Command::new("setpriv");
     command.args(["--ruid", "65534", "--clear-groups"]).arg(shared.customer.0.path().join("odmr"));
-    let sent = shared.customer.finish(command.args(["send", "d@x.example"]), LETTER);
+    let sent = shared.customer.finish(command.args(["send", "d@x.example"]), MESSAGE);
     assert!(sent.code == 78 && sent.error.contains("/etc/odmr/customer.toml"), "{}", sent.error);
 }
 
-/// Only root can make files that another user may not read.
+/// Runs as root only, which can make files that another user may not read.
 #[test]
-fn what_a_user_may_not_read_is_named() {
+fn files_that_the_user_may_not_read_are_named() {
     let shared = SharedBox::new(&format!("{CUSTOMER}{OUTGOING}"));
     if !shared.is_root {
         return;
@@ -320,15 +320,15 @@ fn what_a_user_may_not_read_is_named() {
     assert_contains(&listed.error, &["outgoing", "Permission denied", "be its owner, or root"]);
     let aliases = shared.send(&["-bi"], "").out;
     assert!(aliases.starts_with("0 aliases, "), "{aliases}");
-    // With `user` the owner could not read what another user queues.
+    // With `user`, the message goes to the daemon: the owner could not read a file that another user has queued.
     let config = fs::read_to_string(shared.customer.config()).unwrap();
     fs::write(shared.customer.config(), format!("user = \"daemon\"\n{config}")).unwrap();
     ["outgoing", "outgoing/tmp", "outgoing/new"].iter().for_each(|name| shared.set_mode(name, 0o777));
-    let sent = shared.send(&["d@x.example"], LETTER);
+    let sent = shared.send(&["d@x.example"], MESSAGE);
     assert_eq!((sent.code, sent.error.as_str()), (0, ""));
     assert_contains(&shared.customer.only_queued(), &["([127.0.0.1])"]);
     shared.set_mode("customer.toml", 0o640);
-    let sent = shared.send(&["d@x.example"], LETTER);
+    let sent = shared.send(&["d@x.example"], MESSAGE);
     assert_eq!(sent.code, 77);
     assert_contains(&sent.error, &["customer.toml: Permission denied", "`secret-file`", "`chmod 644 "]);
 }

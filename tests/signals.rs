@@ -1,4 +1,4 @@
-//! Signals and the limit of file sizes, with the real binary: what ends a daemon, and what does not.
+//! Signals and the limit of file sizes: what ends the program, and what does not.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
@@ -12,7 +12,7 @@ use rustix::process::Signal;
 
 use crate::running::{Client, Running};
 
-/// Signals that end a process by default, but no daemon of ours.
+/// Signals that end a process by default, but not the daemons.
 const IGNORED: [Signal; 11] = [
     Signal::HUP,
     Signal::USR1,
@@ -70,7 +70,7 @@ impl Place {
         fs::read_dir(self.0.path().join(maildir).join("new")).map_or(0, Iterator::count)
     }
 
-    /// Starts the program by a shell, after `setup`.
+    /// Starts the program from a shell, after `setup`.
     fn start(&self, setup: &str, words: &str) -> Running {
         let mut shell = Command::new("sh");
         let script = format!("{setup} exec \"$0\" {words} -c \"$1\"");
@@ -79,13 +79,13 @@ impl Place {
     }
 }
 
-/// Sends each signal of `IGNORED` and waits for its line in the log, if it has one. `is_used` signals have another.
+/// Sends each signal of `IGNORED`, and waits for its line in the log. `is_used`: signals with an effect, and its log line.
 fn send_all_ignored(daemon: &mut Running, is_used: &[(Signal, &str)]) {
     for signal in IGNORED {
         daemon.signal(signal);
         match is_used.iter().find(|(used, _)| *used == signal) {
             Some((_, event)) => drop(daemon.wait_for(event)),
-            // The system gives no signal to a process that ignores SIGPIPE; after SIGXFSZ the write reports its error.
+            // These two are not logged.
             None if matches!(signal, Signal::PIPE | Signal::XFSZ) => {}
             None => drop(daemon.wait_for(&format!("event=signal-ignored signal={}", signal.as_raw()))),
         }
@@ -140,10 +140,10 @@ fn the_daemon_of_a_customer_is_ended_by_sigterm_and_sigint_only() {
     }
 }
 
-/// The terminal of a call was closed: the call ends as after SIGTERM. If it was started by nohup(1), it goes on.
+/// If the terminal of a call is closed, the call ends as after SIGTERM. If nohup(1) has started it, it continues.
 #[test]
-fn a_hangup_ends_one_call_in_good_order() {
-    // nohup(1) may have started the tests, and then their children ignore SIGHUP too.
+fn sighup_ends_a_single_call_as_sigterm_does() {
+    // If nohup(1) has started the tests, their children ignore SIGHUP too.
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
     let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:")).map_or("0", str::trim);
     let ignored = u64::from_str_radix(mask, 16).unwrap() & 1 == 1;
@@ -164,7 +164,7 @@ fn a_hangup_ends_one_call_in_good_order() {
         assert!(line().starts_with("EHLO "));
         call.signal(signal);
         if goes_on {
-            // The signal was sent before the reply, so a call that it ends sends no other command.
+            // The signal was sent before this reply. A call that SIGHUP ends would send no further command.
             send("250-relay.example.net\r\n250-AUTH CRAM-MD5\r\n250 ATRN\r\n");
             assert!(line().starts_with("AUTH "));
             call.signal(Signal::TERM);
@@ -174,7 +174,7 @@ fn a_hangup_ends_one_call_in_good_order() {
     }
 }
 
-/// RLIMIT_FSIZE, 8 KiB: a message beyond it is deferred as if the disk were full, and mail within it is accepted.
+/// RLIMIT_FSIZE of 8 KiB: a longer message is deferred as if the disk were full.
 const LIMIT: &str = "ulimit -f 16;";
 
 #[test]
@@ -225,7 +225,7 @@ fn sendmail_reports_the_limit_of_file_sizes() {
         shell.arg("-c").arg(script).arg(Path::new(env!("CARGO_BIN_EXE_odmr"))).arg(customer.config());
         let mut child = shell.stdin(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         let content = format!("Subject: x\n\n{}", "x\n".repeat(lines));
-        // It may exit before it has read everything.
+        // The program may exit before it has read all of its input.
         let _ = child.stdin.take().unwrap().write_all(content.as_bytes());
         let output = child.wait_with_output().unwrap();
         assert_eq!(output.status.code(), Some(code), "{}", String::from_utf8_lossy(&output.stderr));

@@ -1,4 +1,4 @@
-//! The real binary under a supervisor: readiness, and listening sockets by their names.
+//! The program under a supervisor: readiness, and listening sockets by their names.
 
 use std::fs;
 use std::io::Read;
@@ -41,7 +41,7 @@ impl Place {
         fs::set_permissions(self.path(name), fs::Permissions::from_mode(0o600)).unwrap();
     }
 
-    /// A shell that becomes the program after `setup`: redirections and variables.
+    /// A shell that executes the program after `setup`: redirections and variables.
     fn shell(&self, setup: &str, words: &str) -> Command {
         let mut shell = Command::new("sh");
         let script = format!("{setup} exec \"$0\" {words} -c \"$1\"");
@@ -50,14 +50,14 @@ impl Place {
         shell
     }
 
-    /// Runs it to its end; returns the exit code and the error.
+    /// Runs the command to its end. Returns the exit code and stderr.
     fn fails(&self, command: &mut Command) -> (Option<i32>, String) {
         let done = command.stderr(Stdio::piped()).output().unwrap();
         (done.status.code(), String::from_utf8(done.stderr).unwrap())
     }
 }
 
-/// The reports that come on a socket.
+/// Receives the next report on the socket of the supervisor.
 fn report(socket: &UnixDatagram) -> String {
     let mut space = [0; 512];
     let length = socket.recv(&mut space).unwrap();
@@ -107,7 +107,7 @@ fn a_newline_on_a_descriptor_means_ready() {
         let place = Place::new(config);
         let mut daemon = Running::start(place.shell("exec 7>&1 1>&2;", words).stdout(Stdio::piped()));
         let mut written = String::new();
-        // To its end: the descriptor is closed.
+        // The end of the pipe shows that the descriptor was closed.
         daemon.child.stdout.take().unwrap().read_to_string(&mut written).unwrap();
         assert_eq!(written, "\n", "{words}");
         daemon.signal(Signal::TERM);
@@ -148,7 +148,7 @@ fn sockets() -> [TcpListener; 2] {
 fn passed_sockets_replace_listen_by_name() {
     let [one, other] = sockets();
     let addresses = [&one, &other].map(|socket| socket.local_addr().unwrap().to_string());
-    // 192.0.2.1 is no address of this machine: a listener that was passed is not bound.
+    // This machine does not have the address 192.0.2.1, so binding it would fail: `listen` is not used.
     let place = Place::new(&PROVIDER.replacen("127.0.0.1", "192.0.2.1", 1));
     let mut command = place.shell(PASSED, "serve");
     pass(&mut command, [&one, &other]);
@@ -161,7 +161,7 @@ fn passed_sockets_replace_listen_by_name() {
     for address in &addresses {
         assert!(Client::connect(address).send("a@b.example", "alice@example.org", 1).starts_with("250 "));
     }
-    // After a reload too.
+    // They stay after a reload.
     serve.signal(Signal::HUP);
     serve.wait_for("event=reloaded");
     Client::connect(&addresses[0]);
@@ -182,9 +182,9 @@ fn sockets_of_another_process_are_ignored() {
     assert!(!serve.wait_for("event=listening listener=inbound").contains("source="));
 }
 
-/// Each duplicate that is made here gets the next free number, which must not be taken for a socket of the supervisor.
+/// A descriptor that the program itself opens gets the next free number. It must not be used as a socket of the supervisor.
 #[test]
-fn a_count_beyond_the_passed_sockets_is_an_error() {
+fn a_count_of_more_sockets_than_were_passed_is_an_error() {
     let place = Place::new(PROVIDER);
     for count in 3..7 {
         let setup = PASSED.replace("LISTEN_FDS=2", &format!("LISTEN_FDS={count}"));
@@ -201,7 +201,7 @@ fn a_count_beyond_the_passed_sockets_is_an_error() {
 }
 
 #[test]
-fn sockets_that_nothing_is_for_are_errors() {
+fn sockets_that_the_configuration_does_not_use_are_errors() {
     let (place, customer) = (Place::new(PROVIDER), Place::new(CUSTOMER.split("[outgoing]").next().unwrap()));
     for (place, words, names, phrase) in [
         (&place, "serve", None, "2 sockets have been passed without names; for each write FileDescriptorName="),

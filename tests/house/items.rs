@@ -1,16 +1,16 @@
-//! What a file defines: its types and constants, its functions, its test modules.
+//! The items of a file: its types and constants, its functions, its test modules.
 
 use super::paths::{Token, tokens};
 use super::source::{closing, line_of, test_items};
 
-/// A type, trait, constant or static; not the ones of an `impl` or a trait.
+/// A type, trait, constant or static, but not one in an `impl` or a trait.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Definition {
     pub name: String,
     pub line: usize,
     /// `pub`, `pub(crate)`, `pub(super)`.
     pub exported: bool,
-    /// The modules within the file that it is in.
+    /// The inline modules around it.
     pub inline: Vec<String>,
 }
 
@@ -22,7 +22,7 @@ pub struct Extent {
     pub length: usize,
 }
 
-/// What a brace belongs to.
+/// The kind of a block in braces.
 #[derive(Clone, PartialEq, Eq)]
 enum Block {
     Module(String),
@@ -41,7 +41,7 @@ pub fn definitions(code: &str) -> Vec<Definition> {
             "(" | "[" => depth += 1,
             ")" | "]" => depth -= 1,
             "{" => {
-                // Within the parentheses of a call, a new block begins statements of its own.
+                // A block within the parentheses of a call has its own statements.
                 blocks.push((block(&tokens[begin..at]), std::mem::take(&mut depth)));
                 begin = at + 1;
             }
@@ -83,7 +83,7 @@ fn block(statement: &[Token]) -> Block {
     }
 }
 
-/// Whether an item is exported, by the tokens before its keyword; `None` if the keyword begins no item.
+/// Whether an item is exported, by the tokens before its keyword; `None`: the keyword does not begin an item.
 fn exported(mut before: &[Token]) -> Option<bool> {
     while let [first, bracket, rest @ ..] = before
         && (first.text, bracket.text) == ("#", "[")
@@ -107,7 +107,7 @@ fn exported(mut before: &[Token]) -> Option<bool> {
     }
 }
 
-/// The functions of a blanked text that have a body, in order; the length is from the `fn` line to the closing brace.
+/// The functions of a blanked text that have a body, in order. The length is from the line of `fn` to the closing brace.
 pub fn functions(code: &str) -> Vec<Extent> {
     let tokens = tokens(code);
     let named = tokens.windows(2).filter(|pair| pair[0].text == "fn" && pair[1].is_word());
@@ -120,7 +120,7 @@ pub fn functions(code: &str) -> Vec<Extent> {
     named.filter_map(extent).collect()
 }
 
-/// Where the body of the function at `begin` opens; `None` if it has none.
+/// The offset at which the body of the function at `begin` opens; `None`: it has no body.
 fn body(code: &str, begin: usize) -> Option<usize> {
     let mut at = begin;
     while let Some(octet) = code.as_bytes().get(at) {
@@ -135,7 +135,7 @@ fn body(code: &str, begin: usize) -> Option<usize> {
     None
 }
 
-/// The test modules that are written out in a blanked text.
+/// The test modules of a blanked text that have a body.
 pub fn test_modules(code: &str) -> Vec<Extent> {
     let written_out = test_items(code).into_iter().filter(|item| item.has_body);
     let extent = |item: super::source::TestItem| {

@@ -1,11 +1,11 @@
-//! Which room uses which, and which file of a room uses which.
+//! The uses between rooms, and between the files of a room.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use super::paths::{Names, Path, Place, names, tokens};
 use super::source::Source;
 
-/// All files, and what their names mean.
+/// All files, and the names in them.
 pub struct Crate {
     pub sources: Vec<Source>,
     /// The names of each file, in the order of `sources`.
@@ -33,17 +33,17 @@ impl Crate {
         files.flat_map(|(source, names)| names.paths.iter().map(move |path| (source, path)))
     }
 
-    /// The same without the paths that begin with an imported name: the import says it once.
+    /// The same without the paths that begin with an imported name, because the import is a use already.
     pub fn uses(&self) -> impl Iterator<Item = (&Source, &Path)> {
         self.paths().filter(|(_, path)| path.place != Place::Imported)
     }
 
-    /// The place of a room in the order.
+    /// The position of a room in the order.
     fn number(&self, room: &str) -> Option<usize> {
         self.rooms.iter().position(|other| other == room)
     }
 
-    /// The uses of a room that is not listed before the one that uses it.
+    /// The uses of a room that `src/lib.rs` lists after the room that uses it.
     pub fn uses_against_the_order(&self) -> Vec<String> {
         let mut findings = Vec::new();
         for (source, path) in self.uses() {
@@ -84,7 +84,7 @@ impl Crate {
         findings
     }
 
-    /// For each file the files of its room that it uses, with the line of the first use.
+    /// For each file, the files of its room that it uses, with the line of the first use.
     fn edges(&self) -> BTreeMap<usize, BTreeMap<usize, usize>> {
         let mut edges: BTreeMap<usize, BTreeMap<usize, usize>> = BTreeMap::new();
         for (index, source) in self.sources.iter().enumerate() {
@@ -100,19 +100,19 @@ impl Crate {
         edges
     }
 
-    /// The paths of a file, without the names that it only passes on from its own directory.
+    /// The paths of a file, without the names that it only re-exports from its own directory.
     fn real_uses(&self, index: usize) -> Vec<&Path> {
         let (source, names) = (&self.sources[index], &self.names[index]);
         let own = source.module.join("::");
-        let passed_on = |path: &Path| {
+        let re_exported = |path: &Path| {
             let below = path.place == Place::PublicUse && path.is_below(&format!("crate::{own}"));
             let name = || names.imported.iter().find(|(_, imported)| *imported == path).map(|(name, _)| name);
             below && name().is_none_or(|name| !is_used_alone(&source.product, name))
         };
-        names.paths.iter().filter(|path| !passed_on(path)).collect()
+        names.paths.iter().filter(|path| !re_exported(path)).collect()
     }
 
-    /// The files that a path leads to: the one of its module; or, if that one has the name from elsewhere, that file.
+    /// The files that a path leads to: that of its module; or, if the module imports the name, the file that defines it.
     fn files_of(&self, path: &Path, depth: usize) -> BTreeSet<usize> {
         let Some(("crate", segments)) = path.segments.split_first().map(|(head, rest)| (head.as_str(), rest)) else {
             return BTreeSet::new();
@@ -146,7 +146,7 @@ fn rooms(lib: &str) -> Vec<String> {
     declared.map(|three| three[1].text.to_owned()).collect()
 }
 
-/// Whether a name occurs outside `use`, not as part of a path, a call on a value or a declaration.
+/// Whether a name occurs outside `use`, and not as part of a path, a method call or a declaration.
 fn is_used_alone(code: &str, name: &str) -> bool {
     let (mut in_use, mut before) = (false, "");
     tokens(code).windows(2).any(|pair| {
@@ -158,7 +158,7 @@ fn is_used_alone(code: &str, name: &str) -> bool {
     })
 }
 
-/// The shortest circle through each node, each circle once.
+/// The shortest circle through each node. Each circle is listed once.
 fn circles(edges: &BTreeMap<usize, BTreeMap<usize, usize>>) -> Vec<Vec<usize>> {
     let (mut circles, mut seen) = (Vec::new(), BTreeSet::new());
     for node in edges.keys() {
@@ -243,7 +243,7 @@ use std::io;"
     #[test]
     fn circles_of_files_are_found() {
         for (files, expected) in [
-            // A child may use its parent, and the parent may pass on the child's names.
+            // A child may use its parent, and the parent may re-export the child's names.
             (
                 vec![
                     (
@@ -277,7 +277,7 @@ struct A(B);",
                 ],
                 "a: b → c → d → b",
             ),
-            // A name that the parent passes on is its child's.
+            // A name that the parent re-exports belongs to its child.
             (
                 vec![
                     ("src/a/mod.rs", "pub use b::B;"),
@@ -294,7 +294,7 @@ struct A(B);",
                 ],
                 "a: b → c → b",
             ),
-            // Directories within a room are part of its graph.
+            // Files in subdirectories of a room belong to the room.
             (
                 vec![
                     ("src/a/d/mod.rs", "use e::E;"),
@@ -303,7 +303,7 @@ struct A(B);",
                 ],
                 "a: b → d → d/e → b",
             ),
-            // Tests may use what they like.
+            // Tests may use any module.
             (
                 vec![
                     (

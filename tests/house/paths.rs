@@ -1,6 +1,6 @@
 //! The paths that a file uses, resolved to the module that each names.
 //!
-//! A resolved path begins with `crate` for what is ours, else with the name of a library. In `src/queue/x.rs`,
+//! A resolved path begins with `crate`, or with the name of a library. In `src/queue/x.rs`,
 //! `use super::{a, b::C}` uses `crate::queue::a` and `crate::queue::b::C`; after `use std::io;`, `io::Read` is
 //! `std::io::Read`.
 
@@ -19,10 +19,10 @@ pub struct Path {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Place {
     Code,
-    /// In code, beginning with a name that a `use` brings in.
+    /// In code, beginning with a name that a `use` imports.
     Imported,
     Use,
-    /// `pub use`: the name is passed on.
+    /// `pub use`: the name is re-exported.
     PublicUse,
 }
 
@@ -45,13 +45,13 @@ impl std::fmt::Display for Path {
     }
 }
 
-/// What a file's names mean.
+/// The names in a file, and the paths that they mean.
 pub struct Names {
     /// Each path of the file, resolved.
     pub paths: Vec<Path>,
-    /// The names that `use` brings into the file, with the path that each stands for.
+    /// The names that `use` imports into the file, with the path of each.
     pub imported: BTreeMap<String, Path>,
-    /// The modules of which `use …::*` brings in every name.
+    /// The modules of which `use …::*` imports every name.
     pub globs: Vec<Path>,
 }
 
@@ -64,7 +64,7 @@ pub fn names(source: &Source, modules: &BTreeSet<Vec<String>>) -> Names {
         let place = if by_import && raw.place == Place::Code { Place::Imported } else { raw.place };
         Path { segments, line: raw.line, place }
     };
-    // An import may begin with a name that another one brings in, so the first pass only collects them.
+    // An import may begin with a name that another one imports, so the first pass only collects the names.
     let mut imported = BTreeMap::new();
     for _ in 0..2 {
         let uses =
@@ -101,9 +101,9 @@ struct Raw {
     segments: Vec<String>,
     line: usize,
     place: Place,
-    /// The name that it brings into the file, if it is a `use`.
+    /// The name that it imports into the file, if it is a `use`.
     name: Option<String>,
-    /// The modules within the file that it is in.
+    /// The inline modules around it.
     inline: Vec<String>,
 }
 
@@ -145,10 +145,10 @@ fn written(code: &str) -> Vec<Raw> {
     raws
 }
 
-/// A leaf of a `use`: its path, the name that it brings in, its line.
+/// A leaf of a `use`: its path, the name that it imports, its line.
 type Leaf = (Vec<String>, Option<String>, usize);
 
-/// Reads a tree of a `use` from token `at`; returns the token after it.
+/// Reads a tree of a `use` from token `at`. Returns the index of the token after it.
 fn leaves_of(tokens: &[Token], mut at: usize, prefix: &[String], leaves: &mut Vec<Leaf>) -> usize {
     let mut path = prefix.to_vec();
     let begin = at;
@@ -184,7 +184,7 @@ fn leaves_of(tokens: &[Token], mut at: usize, prefix: &[String], leaves: &mut Ve
     if !path.is_empty() {
         leaves.push((path, name, tokens[begin].line));
     }
-    // A token that cannot be in a `use` is passed over, so that reading ends.
+    // Skip a token that cannot be in a `use`: otherwise the loop would not end.
     if at == begin { at + 1 } else { at }
 }
 
@@ -201,7 +201,7 @@ impl Token<'_> {
     }
 }
 
-/// Words, numbers, lifetimes, `::`, and every other character by itself.
+/// The tokens of a blanked text: words, numbers, lifetimes, `::`, and every other character by itself.
 pub fn tokens(code: &str) -> Vec<Token<'_>> {
     let (mut tokens, mut at, mut line) = (Vec::new(), 0, 1);
     while let Some(first) = code[at..].chars().next() {
@@ -259,7 +259,7 @@ mod tests {
     }
 
     #[test]
-    fn a_reexport_is_told_from_a_use() {
+    fn a_reexport_is_distinguished_from_a_use() {
         let source = Source::new("src/queue/mod.rs", "pub(crate) use retry::Retry;\nuse retry::A;\n");
         let modules = [vec!["queue".to_owned()], vec!["queue".to_owned(), "retry".to_owned()]];
         let names = names(&source, &BTreeSet::from(modules));

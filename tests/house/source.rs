@@ -1,25 +1,25 @@
 //! The source files of the program, as text that is safe to scan.
 //!
-//! [`blank`] removes comments and fills literals, and keeps every offset and line end, so that what a check finds in
-//! the result is code, at the line it has in the file.
+//! [`blank`] removes comments and fills literals. It does not change offsets and line ends, so that a finding of a check
+//! is code, and has the same line as in the file.
 
 use std::collections::BTreeSet;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-/// Stands for each octet of a literal. Rust has no such token, so a check never takes it for code.
+/// Replaces each octet of a literal. Rust has no such token, so a check never reads it as code.
 const FILLER: u8 = b'~';
 
 pub struct Source {
     /// `src/queue/mod.rs`
     pub path: String,
-    /// The module that the file is: `["queue"]`; empty for `src/lib.rs` and `src/main.rs`.
+    /// The path of the module: `["queue"]`; empty for `src/lib.rs` and `src/main.rs`.
     pub module: Vec<String>,
-    /// As it is in the file.
+    /// The contents of the file.
     pub text: String,
     /// Without comments and literals.
     pub code: String,
-    /// `code` without its tests; blank if the whole file is a test.
+    /// `code` without its tests; blank if the whole file is for tests.
     pub product: String,
 }
 
@@ -40,7 +40,7 @@ impl Source {
         self.module.first().map(String::as_str)
     }
 
-    /// How many lines of product code it has: without tests, comments and blank lines.
+    /// The number of lines of product code: without tests, comments and blank lines.
     pub fn product_lines(&self) -> usize {
         self.product.lines().filter(|line| !line.trim().is_empty()).count()
     }
@@ -73,7 +73,7 @@ pub fn sources() -> Vec<Source> {
     sources
 }
 
-/// The root of the package; `HOUSE` names another, to try the checks on a copy.
+/// The root of the package. The environment variable `HOUSE` names another one, to try the checks on a copy.
 pub fn root() -> PathBuf {
     std::env::var_os("HOUSE").map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).to_owned(), PathBuf::from)
 }
@@ -118,7 +118,7 @@ pub fn blank(text: &str) -> String {
     String::from_utf8(out).expect("only whole literals and comments are filled")
 }
 
-/// The end of the comment or literal that begins at `at`, and what it is filled with.
+/// The end of the comment or literal that begins at `at`, and the octet that replaces each of its octets.
 fn comment_or_literal(text: &str, at: usize) -> Option<(usize, u8)> {
     let octets = text.as_bytes();
     let literal = |end| (end, FILLER);
@@ -140,7 +140,7 @@ fn end_of_word(octets: &[u8], at: usize) -> usize {
     octets[at..].iter().position(|octet| !is_word(*octet)).map_or(octets.len(), |length| at + length)
 }
 
-/// Where `wanted` begins, or the end of the text.
+/// The offset of `wanted`, or that of the end of the text.
 fn find(octets: &[u8], from: usize, wanted: &[u8]) -> usize {
     octets[from.min(octets.len())..]
         .windows(wanted.len())
@@ -148,7 +148,7 @@ fn find(octets: &[u8], from: usize, wanted: &[u8]) -> usize {
         .map_or(octets.len(), |at| from + at)
 }
 
-/// Block comments nest.
+/// The end of a block comment. Block comments may be nested.
 fn end_of_comment(octets: &[u8], at: usize) -> usize {
     let (mut depth, mut at) = (0, at);
     while at < octets.len() {
@@ -179,7 +179,7 @@ fn end_of_string(octets: &[u8], mut at: usize) -> usize {
     octets.len()
 }
 
-/// The end of a character literal; `None` if the quotation mark begins a lifetime.
+/// The end of a character literal; `None`: the quotation mark begins a lifetime.
 fn end_of_character(text: &str, at: usize) -> Option<usize> {
     let mut characters = text[at + 1..].char_indices();
     let (_, first) = characters.next()?;
@@ -190,7 +190,7 @@ fn end_of_character(text: &str, at: usize) -> Option<usize> {
     characters.next().filter(|(_, second)| *second == '\'').map(|(offset, _)| at + 1 + offset + 1)
 }
 
-/// The end of a raw string; `None` for a raw identifier (`r#type`) and every other word.
+/// The end of a raw string; `None`: it is a raw identifier (`r#type`) or another word.
 fn end_of_raw_string(octets: &[u8], at: usize) -> Option<usize> {
     let prefix = end_of_word(octets, at);
     if ![b"r".as_slice(), b"br", b"cr"].contains(&&octets[at..prefix]) {
@@ -208,9 +208,9 @@ fn end_of_raw_string(octets: &[u8], at: usize) -> Option<usize> {
 /// An item under `#[cfg(test)]`.
 pub struct TestItem<'a> {
     pub range: Range<usize>,
-    /// The module's name, if it is one.
+    /// The name, if the item is a module.
     pub module: Option<&'a str>,
-    /// Whether it ends with a brace: `mod tests { … }`, not `mod tests;`.
+    /// Whether the item ends with a brace: `mod tests { … }`, not `mod tests;`.
     pub has_body: bool,
 }
 
@@ -236,13 +236,14 @@ fn is_visibility(text: &str) -> bool {
     text.is_empty() || text == "pub" || (text.starts_with("pub(") && text.ends_with(')'))
 }
 
-/// The length of one attribute and the space before it.
+/// The length of one attribute, with the space before it.
 fn attribute_length(code: &str) -> Option<usize> {
     let space = code.len() - code.trim_start().len();
     code[space..].starts_with("#[").then(|| closing(code, space + 1).map_or(code.len(), |at| at + 1))
 }
 
-/// An item ends with its first `;`, or with the brace that closes its body; a field or a variant with its comma.
+/// The length of an item. It ends with its first `;`, or with the brace that closes its body; a field or a variant ends
+/// with its comma.
 fn item_length(code: &str) -> usize {
     const ITEMS: [&str; 12] =
         ["async", "const", "enum", "fn", "impl", "mod", "static", "struct", "trait", "type", "unsafe", "use"];
@@ -263,7 +264,7 @@ fn item_length(code: &str) -> usize {
     code.len()
 }
 
-/// The text with these ranges as spaces; same length, same lines.
+/// The text with these ranges replaced by spaces, so that its length and its lines do not change.
 fn without(code: &str, ranges: impl IntoIterator<Item = Range<usize>>) -> String {
     let mut out = code.as_bytes().to_vec();
     for range in ranges {
@@ -272,7 +273,7 @@ fn without(code: &str, ranges: impl IntoIterator<Item = Range<usize>>) -> String
     String::from_utf8(out).expect("a range begins and ends with a character")
 }
 
-/// Where the bracket that opens at `open` closes.
+/// The offset at which the bracket that opens at `open` closes.
 pub fn closing(code: &str, open: usize) -> Option<usize> {
     let mut depth = 0;
     for (at, octet) in (open..).zip(code.as_bytes()[open..].iter()) {
@@ -293,7 +294,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn comments_and_literals_are_blanked_and_lines_kept() {
+    fn comments_and_literals_are_blanked_and_lines_do_not_change() {
         for (input, expected) in [
             ("a // {\nb", "a     \nb"),
             ("a /* { /* } */ */ b", "a                 b"),
@@ -308,7 +309,7 @@ mod tests {
     }
 
     #[test]
-    fn tests_are_no_product_code() {
+    fn tests_are_not_product_code() {
         for (input, expected) in [
             ("fn a() {}\n#[cfg(test)]\nmod tests {\n fn b() {}\n}\nfn c() {}", "fn a() {}\n \n fn c() {}"),
             ("#[cfg(test)]\n#[allow(x)]\npub(crate) fn f<A, B>(a: [u8; 2]) { x; }\nfn g() {}", "fn g() {}"),
