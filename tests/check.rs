@@ -1,4 +1,4 @@
-//! `odmr check`: the real binary, its output and its exit codes; `--address` for each table of `testdata/rules`.
+//! `odmr check`: its output and its exit codes; `--address` for each table of `testdata/rules`.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
@@ -65,9 +65,9 @@ fn address_needs_a_customers_file() {
     assert!(error.contains("--address is for a customer's file"), "{error}");
 }
 
-/// `--dns` asks the name server of `[relay]`, and one that does not answer is a warning.
+/// `--dns` asks the name server of `[relay]`. If it does not reply, that is a warning.
 #[test]
-fn a_name_server_that_does_not_answer_is_a_warning() {
+fn a_name_server_that_does_not_reply_is_a_warning() {
     let directory = tempfile::tempdir().unwrap();
     fs::create_dir(directory.path().join("customers.d")).unwrap();
     let account = directory.path().join("customers.d/acme.toml");
@@ -97,7 +97,7 @@ fn a_name_server_that_does_not_answer_is_a_warning() {
     }
 }
 
-/// Files that the configuration names are checked too.
+/// The files that the configuration names are checked too.
 #[test]
 fn a_missing_certificate_is_reported_with_its_line() {
     let directory = tempfile::tempdir().unwrap();
@@ -113,7 +113,7 @@ fn a_missing_certificate_is_reported_with_its_line() {
     }
 }
 
-/// A line of /etc/aliases that is for another mail server stops nothing.
+/// /etc/aliases may have lines for another mail server. They are warnings, not errors.
 #[test]
 fn aliases_that_are_not_served_are_reported() {
     let directory = tempfile::tempdir().unwrap();
@@ -136,7 +136,7 @@ fn aliases_that_are_not_served_are_reported() {
     assert!(good.ends_with("good: a customer of relay.example.net:366, as acme"), "{good}");
 }
 
-/// Mail that programs of root submit comes from root: without a mailbox its DSNs have nobody to go to but postmaster.
+/// Programs of root submit mail with the sender root. If root has no mailbox, its DSNs go to postmaster.
 #[test]
 fn a_sender_without_a_mailbox_is_reported() {
     let directory = tempfile::tempdir().unwrap();
@@ -160,7 +160,8 @@ fn a_sender_without_a_mailbox_is_reported() {
     );
     let other = format!("{users}\naliases = {{ info = \"alice@example.org\" }}");
     assert!(check(&other, outgoing).unwrap().contains("customer.toml:9: "));
-    // It gets mail: by the alias that the warning names, or a catch-all. Or nothing is sent, or from elsewhere.
+    // No warning if root gets mail, by the alias that the warning names or by a catch-all; if no mail is sent; or if
+    // the sender is elsewhere.
     let alias = format!("{users}\naliases = {{ \"root\" = \"alice@example.org\" }}");
     let elsewhere = format!("{outgoing}domain = \"example.net\"\n");
     for (mailboxes, outgoing) in
@@ -170,7 +171,7 @@ fn a_sender_without_a_mailbox_is_reported() {
     }
 }
 
-/// A provider's files: a certificate for these names that ends so many days from now, and its key.
+/// A provider's files, with a certificate for these names that expires after this number of days.
 fn provider(names: &[&str], days: i64) -> tempfile::TempDir {
     let directory = tempfile::tempdir().unwrap();
     fs::create_dir(directory.path().join("customers.d")).unwrap();
@@ -208,9 +209,9 @@ fn run(directory: &tempfile::TempDir, file: &str, words: &[&str]) -> (i32, Strin
     (done.status.code().unwrap(), text(done.stdout), text(done.stderr))
 }
 
-/// The certificate and the spool are looked at also if a key is misspelt.
+/// The certificate and the spool are checked even if a key of the file is misspelt.
 #[test]
-fn mistakes_in_the_file_do_not_hide_those_of_what_it_names() {
+fn mistakes_in_the_file_do_not_hide_those_of_files_that_it_names() {
     let directory = provider(&["relay.example.net"], -3);
     write(
         &directory,
@@ -239,7 +240,7 @@ fn the_certificate_of_a_provider_is_described_and_judged() {
     assert!(line.contains("relay.example.net, 127.0.0.1, until ") && line.contains(" (100 days); "), "{line}");
     assert!(line.contains("pin = \"sha256:") && line.contains("pin = \"spki-sha256:"), "{line}");
     assert!(output.ends_with("provider.toml: good: a provider with 1 customer, 1 domain\n"), "{output}");
-    // Soon at its end: a warning. After it: an error, as for another name.
+    // A certificate that expires soon is a warning. One that has expired, or is for another name, is an error.
     let (code, output, _) = run(&provider(&["relay.example.net"], 5), "provider.toml", &["check"]);
     assert!(code == 0 && output.contains("provider.toml:5: relay.pem expires on "), "{output}");
     let (code, _, error) = run(&provider(&["mail.example.net"], -3), "provider.toml", &["check"]);
@@ -250,7 +251,7 @@ fn the_certificate_of_a_provider_is_described_and_judged() {
         "{name}"
     );
     assert!(end.contains("provider.toml:5: relay.pem has expired on ") && end.contains("renew it"), "{end}");
-    // Neither file is there; serve says the same.
+    // If the key is missing, `serve` fails with the same text.
     let directory = provider(&["relay.example.net"], 100);
     fs::remove_file(directory.path().join("relay.key")).unwrap();
     for (command, expected) in [("check", 1), ("serve", 78)] {
@@ -284,7 +285,7 @@ fn all_errors_of_all_files_are_reported() {
         assert!(output.contains(warning), "{warning} in\n{output}");
     }
     assert!(!output.contains("good:"), "{output}");
-    // The account that is good is printed, and so is each default.
+    // The valid account and all defaults are printed.
     let (code, output, _) = run(&directory, "provider.toml", &["check", "--print"]);
     assert_eq!(code, 1, "{output}");
 }
@@ -320,7 +321,7 @@ fn customer(directory: &tempfile::TempDir, address: &str, rest: &str) {
 const LOGIN: &str = "secret = \"tanstaaftanstaaf\"\nca = \"relay.pem\"\n";
 
 #[test]
-fn a_call_is_checked_without_fetching_anything() {
+fn check_call_fetches_no_mail() {
     let directory = provider(&["localhost"], 100);
     let account = "domains = [\"example.org\", \"example.com\"]\nsecret = \"tanstaaftanstaaf\"\n";
     write(&directory, "customers.d/acme.toml", account);
@@ -344,7 +345,7 @@ fn a_call_is_checked_without_fetching_anything() {
         assert!(output.contains(warning), "{warning} in\n{output}");
     }
     assert!(!directory.path().join("mail").exists());
-    // ATRN with a domain that is not the account's would fail.
+    // ATRN would fail for a domain that the account does not have.
     customer(&directory, &address, &format!("{LOGIN}domains = [\"example.org\", \"example.net\"]\n"));
     let (code, output, error) = run(&directory, "customer.toml", &["check", "--call"]);
     assert!(code == 1 && error.contains("customer.toml:7: example.net is not a domain of the account"), "{error}");
@@ -352,7 +353,7 @@ fn a_call_is_checked_without_fetching_anything() {
         output.contains("customer.toml:7: ") && output.contains("example.com, which is not in `domains`"),
         "{output}"
     );
-    // The wrong secret; without TLS; nobody is there.
+    // A wrong secret; no TLS; no listener.
     customer(&directory, &address, "secret = \"another secret\"\nca = \"relay.pem\"\n");
     let (code, _, error) = run(&directory, "customer.toml", &["check", "--call"]);
     assert!(code == 1 && error.contains("customer.toml:3: the provider rejected AUTH: 535 5.7.8"), "{error}");
@@ -369,9 +370,9 @@ fn a_call_is_checked_without_fetching_anything() {
     assert!(code == 64 && error.contains("--call is for a customer's file"), "{error}");
 }
 
-/// A provider of another program does not list domains, and a service that is none sends no greeting.
+/// Other providers do not list domains, and other services may send no greeting.
 #[test]
-fn of_other_servers_the_domains_are_not_told() {
+fn a_provider_that_does_not_list_domains_passes_the_check() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let directory = tempfile::tempdir().unwrap();
     let tls = "secret = \"tanstaaftanstaaf\"\ntls = \"none\"\n";
@@ -401,13 +402,13 @@ fn of_other_servers_the_domains_are_not_told() {
     assert!(commands.iter().all(|command| !command.starts_with("ATRN")) && commands[4] == "QUIT", "{commands:?}");
 }
 
-/// Two of them would send the same mail, and neither knows of the other's turned sessions.
+/// Two `serve` would relay the same mail, and neither would know the turned sessions of the other.
 #[test]
 fn a_spool_has_one_serve_that_can_write_to_it() {
     let directory = provider(&["relay.example.net"], 3);
     let mut first = Command::new(env!("CARGO_BIN_EXE_odmr"));
     let mut first = Running::start(first.arg("serve").arg("-c").arg(directory.path().join("provider.toml")));
-    // A thread of its own logs the end of the certificate: before or after the listeners.
+    // Another thread logs the end of the certificate, before the listeners or after them.
     let mut awaited = vec!["event=certificate-ends certificate-until=", "listening odmr "];
     while !awaited.is_empty() {
         let line = first.wait_for("");
@@ -415,7 +416,7 @@ fn a_spool_has_one_serve_that_can_write_to_it() {
     }
     let (code, _, error) = run(&directory, "provider.toml", &["serve"]);
     assert!(code == 75 && error.contains("another `odmr serve` has the spool"), "{error}");
-    // Beside it a check, and a connection of inetd.
+    // A check, and a connection of inetd, are possible at the same time.
     assert_eq!(run(&directory, "provider.toml", &["check"]).0, 0);
     let (code, output, _) = run(&directory, "provider.toml", &["serve", "--inetd", "inbound"]);
     assert!(code == 0 && output.starts_with("220 "), "{output}");
@@ -429,7 +430,7 @@ fn a_spool_has_one_serve_that_can_write_to_it() {
     assert!(code == 1 && error.contains("provider.toml:2: file is not a directory"), "{error}");
 }
 
-/// Dovecot could not read what root writes there. Only root can make such a mailbox.
+/// Dovecot could not read files that root writes there. Runs as root only, which can make such a mailbox.
 #[test]
 fn mailboxes_of_another_user_are_reported() {
     if !rustix::process::geteuid().is_root() {

@@ -1,4 +1,4 @@
-//! The command line of the real binary: help, errors, and what a supervisor's connection gets of them.
+//! The command line: help, errors, and that errors do not go into the connection of inetd.
 
 use std::fs;
 use std::io::Read;
@@ -70,11 +70,11 @@ fn each_failure_is_one_line_on_stderr() {
     check(78, &[&["serve"], &missing[..]].concat(), "/nonexistent/odmr.toml");
     check(78, &[&["pull"], &missing[..]].concat(), "/nonexistent/odmr.toml");
     check(1, &[&["check"], &missing[..]].concat(), "/nonexistent/odmr.toml");
-    // stderr is not the connection here, so the failure is shown there, and only once.
+    // Here stderr is not the connection, so the failure is printed there, once.
     check(78, &[&["serve", "--inetd", "odmr"], &missing[..]].concat(), "/nonexistent/odmr.toml");
 }
 
-/// Under inetd the connection is on descriptor 2 too: the client must not get an error message as a reply.
+/// Under inetd descriptor 2 is the connection too. The client must not receive an error message as a reply.
 #[test]
 fn a_failure_does_not_go_into_the_connection() {
     for arguments in [&["serve", "--inetd", "odmr", "-c", "/nonexistent/odmr.toml"][..], &["serve", "--inetd", "x"]] {
@@ -90,9 +90,9 @@ fn a_failure_does_not_go_into_the_connection() {
     }
 }
 
-/// `odmr status | head` is no failure; a full disk under standard output is.
+/// A reader such as head(1) may close standard output early. A full disk is an error.
 #[test]
-fn standard_output_may_end_early_but_not_fail() {
+fn standard_output_may_be_closed_early_but_not_fail() {
     let directory = tempfile::tempdir().unwrap();
     fs::create_dir(directory.path().join("customers.d")).unwrap();
     let file = directory.path().join("odmr.toml");

@@ -1,5 +1,4 @@
-//! Descriptors that belong to the caller of the real binary: it waits when they would block, and leaves their flags as it
-//! found them.
+//! Descriptors that the program inherits: it waits if they would block, and does not change their flags.
 
 use std::fs;
 use std::io::{Read, Write};
@@ -20,7 +19,7 @@ const CUSTOMER: &str = "hostname = \"mail.example.org\"\n[provider]\naddress = \
 const PROVIDER: &str =
     "hostname = \"relay.example.net\"\nspool = \"spool\"\ncustomers = \"customers.d\"\n[odmr]\nrequire-tls = false\n";
 
-/// Longer than the program needs to come to its first read or write.
+/// More time than the program needs up to its first read or write.
 const LATE: Duration = Duration::from_millis(300);
 
 fn place(config: &str) -> (tempfile::TempDir, String) {
@@ -83,7 +82,7 @@ fn a_message_may_come_late_on_stdin() {
     }
 }
 
-/// Runs the program with an output that is full at first, and non-blocking; returns what it has written.
+/// Runs the program with a non-blocking output that is full at first. Returns what it has written.
 fn run_into_full(arguments: &[&str], is_stderr: bool, (reader, writer): (OwnedFd, OwnedFd)) -> (ExitStatus, String) {
     set_nonblocking(&writer, true);
     let mut full = fs::File::from(writer.try_clone().unwrap());
@@ -115,7 +114,7 @@ fn output_waits_for_a_slow_reader() {
         assert!(status.success() && listing == "Mail queue is empty\n", "{listing}");
         let (status, error) = run_into_full(&["nonsense"], true, outlet());
         assert!(status.code() == Some(64) && error.starts_with("odmr: no such"), "{error}");
-        // The log.
+        // The log is on stderr.
         let (status, log) = run_into_full(&["pull", "-v", "-c", &config], true, outlet());
         assert!(status.code() == Some(69) && log.contains("event=call "), "{log}");
     }
@@ -130,7 +129,7 @@ fn sessions(arguments: &[&str], greeting: &str) {
                 set_nonblocking(end, nonblocking);
             }
             let mut command = program(arguments);
-            // One socket serves both ways under inetd.
+            // inetd passes one socket for both directions.
             let (read_from, write_to) = match as_sockets {
                 true => (ours.try_clone().unwrap(), ours),
                 false => (theirs, ours),

@@ -1,4 +1,4 @@
-//! The targets of `make fuzz`, over the inputs that it begins with, those of `fuzz/found` among them.
+//! Runs the targets of `make fuzz` with their seeds, which include those of `fuzz/found`.
 
 #[path = "../fuzz/src/targets/mod.rs"]
 mod targets;
@@ -7,7 +7,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
-/// Threads: most of the time of most targets is spent in waiting.
+/// Threads for each target. Most targets wait most of the time.
 const THREADS: usize = 4;
 
 #[test]

@@ -1,4 +1,4 @@
-//! `odmr status`, `odmr queue` and `odmr expire`: the real binary on the files of either side.
+//! `odmr status`, `odmr queue` and `odmr expire`, with the files of either side.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -18,13 +18,13 @@ const CUSTOMER: &str = "hostname = \"mail.example.org\"\n[provider]\naddress = \
                         name = \"acme\"\nsecret = \"tanstaaftanstaaf\"\n[mailboxes]\nroot = \"mailboxes\"\n\
                         accept = [\"alice@example.org\"]\n[outgoing]\nqueue = \"outgoing\"\n";
 
-/// A message with all parameters, to two recipients, one of whom has it.
+/// A message with all parameters and two recipients, of whom one has it.
 const LARGE: &str = "Return-Path: <bob@w.example>\nDelivered-To: alice@example.org\nX-ODMR-Recipient: NOTIFY=FAILURE,DELAY \
                      ORCPT=rfc822;alice@example.org\nDelivered-To: eva\u{6}example.org\nX-ODMR-Envelope: id=1large; \
                      arrived=2026-11-20T03:04:05Z; body=8BITMIME; ret=HDRS; envid=a+20b\n";
 const LARGE_CONTENT: &str = "Received: from w.example by relay.example.net id 1large; now\nSubject: \u{e4}\u{1b}[2J\n\n\
                              .\n..two\nlast\n";
-/// Of another agent, in doubt, without a size in its name.
+/// A message that another agent has delivered, without a size in the file's name.
 const FOREIGN: &str = "Return-Path: <>\nDelivered-To: alice@example.org\nSubject: dsn\n\nbody";
 
 /// A directory with the files of one side.
@@ -41,7 +41,7 @@ impl Place {
         let place = Place(tempfile::tempdir().unwrap());
         place.write("odmr.toml", config);
         fs::create_dir(place.path("customers.d")).unwrap();
-        // The messages below are old.
+        // The messages below are old, and must not expire.
         place.expire_after("never");
         place
     }
@@ -84,7 +84,7 @@ impl Place {
         Done { code: done.status.code().unwrap(), out: text(done.stdout), error: text(done.stderr) }
     }
 
-    /// Runs the program; it must end with this code.
+    /// Runs the program, which must end with this exit code. Returns its output.
     fn run(&self, code: i32, words: &[&str]) -> String {
         let done = self.run_with(words, "");
         assert_eq!(done.code, code, "{words:?}: {}{}", done.out, done.error);
@@ -105,14 +105,13 @@ impl Place {
     }
 }
 
-/// The value of a key of JSON in a text that has it once.
+/// The value of a key in JSON that has the key once.
 fn value<'a>(json: &'a str, key: &str) -> &'a str {
     let (_, rest) = json.split_once(&format!("\"{key}\": ")).unwrap_or_else(|| panic!("no {key} in {json}"));
     rest.split(['\n', ',']).next().unwrap()
 }
 
-/// A quota and a list of recipients are shown, and a quota of which 90 % is used up needs a person. What an import brings
-/// counts, and is never too much.
+/// A quota of which 90 % is used up is a warning. Imported messages count for the quota, but are not rejected because of it.
 #[test]
 fn a_quota_and_a_list_of_recipients_are_shown() {
     let place = Place::filled();
@@ -149,7 +148,7 @@ fn a_quota_and_a_list_of_recipients_are_shown() {
 }
 
 #[test]
-fn status_tells_what_is_held_in_each_format() {
+fn status_shows_held_mail_in_each_format() {
     let place = Place::filled();
     place.expire_after("14d");
     let text = place.run(0, &["status"]);
@@ -193,7 +192,7 @@ fn status_tells_what_is_held_in_each_format() {
 }
 
 #[test]
-fn warn_tells_only_what_needs_a_person() {
+fn warn_shows_only_what_an_administrator_must_act_on() {
     let place = Place::new(PROVIDER);
     assert_eq!(place.run(0, &["status", "--warn", "1h"]), "");
     assert!(place.run(0, &["status", "--warn", "1h", "--format", "json"]).contains("\"warnings\": []"));
@@ -202,13 +201,13 @@ fn warn_tells_only_what_needs_a_person() {
     assert_eq!(place.run(0, &["status", "--warn", "3h"]), "");
     let text = place.run(1, &["status", "--warn", "1h"]);
     assert!(text.starts_with("acme: 1 message waits, the oldest for 2h"), "{text}");
-    // Mail of a customer who is one no more, and mail of which no sender can be told.
+    // Mail of a customer that was removed, and rejected mail without a sender.
     place.write("spool/domains/old.example/new/1763607845.x", FOREIGN);
     place.write("spool/domains/example.org/.refused/new/1763607847.x", "x");
     let text = place.run(1, &["status", "--warn", "3h"]);
     assert!(text.contains("old.example: 1 message is held for it") && text.contains("acme: 1 message was rejected"));
     assert!(place.run(64, &["status", "--warn", "1"]).contains("--warn: \"1\" has no unit"));
-    // Mail for which more than half of its time is over.
+    // Mail that has waited for more than half of the time after which it expires.
     for (expiry, near) in [("3h", true), ("5h", false), ("never", false)] {
         place.expire_after(expiry);
         let text = place.run(1, &["status", "--warn", "3h"]);
@@ -216,9 +215,9 @@ fn warn_tells_only_what_needs_a_person() {
     }
 }
 
-/// Mail that a customer's server rejects and that is deferred, and recipients that it does not know.
+/// Mail that is deferred although the customer's server rejects it, and recipients that the server does not know.
 #[test]
-fn status_tells_of_soft_bounces_and_of_learned_recipients() {
+fn status_shows_soft_bounces_and_learned_recipients() {
     let place = Place::new(PROVIDER);
     place.write(
         "customers.d/acme.toml",
@@ -253,9 +252,9 @@ fn status_tells_of_soft_bounces_and_of_learned_recipients() {
     assert!(place.run(0, &["queue", "show", &format!("{}.1x", now - day - 60)]).contains("first rejected: 20"));
 }
 
-/// `odmr expire` needs no `serve`, prints nothing to stdout, and leaves what is not old enough.
+/// `odmr expire` needs no `serve`, prints nothing to stdout, and leaves mail that is not old enough.
 #[test]
-fn expire_returns_what_is_too_old() {
+fn expire_returns_mail_that_is_too_old() {
     let place = Place::new(PROVIDER);
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs();
     let file = format!("spool/domains/example.org/new/{}.x", now - 7200);
@@ -281,7 +280,7 @@ fn expire_returns_what_is_too_old() {
 }
 
 #[test]
-fn list_and_show_tell_of_each_message() {
+fn list_and_show_print_each_message() {
     let place = Place::filled();
     place.write("spool/domains/example.org/new/1763607848.bad", "Subject: nobody\n\n");
     let list = place.run(0, &["queue", "list"]);
@@ -319,7 +318,7 @@ fn list_and_show_tell_of_each_message() {
 }
 
 #[test]
-fn remove_tells_nobody_and_bounce_tells_the_sender() {
+fn remove_sends_no_dsn_and_bounce_sends_one() {
     let place = Place::filled();
     place.write("spool/domains/example.org/new/1763607848.bad", "Subject: nobody\n\n");
     assert_eq!(place.run(0, &["queue", "remove", "1763607848.bad"]), "1763607848.bad: removed, from example.org\n");
@@ -329,8 +328,8 @@ fn remove_tells_nobody_and_bounce_tells_the_sender() {
     assert!(dsn.contains("Final-Recipient: rfc822; alice@example.org") && !dsn.contains("eva@"), "{dsn}");
     assert!(dsn.contains("Original-Envelope-Id: a b") && dsn.contains("Returned to its sender by"), "{dsn}");
     // The null sender gets no DSN (RFC 5321 section 4.5.5).
-    let told = place.run(0, &["queue", "bounce", "1763607846.V1.other"]);
-    assert_eq!(told, "1763607846.V1.other: set aside: it has no sender, from example.org\n");
+    let output = place.run(0, &["queue", "bounce", "1763607846.V1.other"]);
+    assert_eq!(output, "1763607846.V1.other: set aside: it has no sender, from example.org\n");
     assert!(place.files("spool/domains/example.org").is_empty());
     assert_eq!(place.files("spool/domains/example.org/.refused").len(), 2);
     let dsn = dsns.keys().next().unwrap();
@@ -355,18 +354,18 @@ fn retry_makes_messages_due_and_unskipped() {
     assert!(place.path("spool/domains/example.org/new/1763607845.a,A=4,L=421_x").exists());
     assert!(fs::metadata(place.path(outgoing)).unwrap().modified().unwrap() <= SystemTime::now());
     assert_eq!(place.run(0, &["queue", "retry", "1763607845.b"]), "1 message is due\n");
-    // A domain that is not made of letters, digits and hyphens.
+    // A domain with another character than letters, digits and hyphens.
     let file = "spool/outgoing/@all/new/1763607846.c,D=my_host.example";
     place.write(file, &FOREIGN.replace("example.org", "my_host.example"));
     assert_eq!(place.run(0, &["queue", "retry", "my_host.example"]), "1 message is due\n");
     assert!(place.run(0, &["status", "my_host.example"]).contains("my_host.example"));
 }
 
-/// Whether `serve` runs is told in each format, and nobody is warned: with inetd none runs.
+/// Each format shows whether `serve` runs. There is no warning if it does not, because with inetd none runs.
 #[test]
-fn status_tells_whether_serve_runs() {
+fn status_shows_whether_serve_runs() {
     let place = Place::new(PROVIDER);
-    let told = |word: &str, json: &str, metric: u8| {
+    let check = |word: &str, json: &str, metric: u8| {
         let text = place.run(0, &["status"]);
         assert!(text.starts_with(&format!("serve: {word}\n")), "{text}");
         assert_eq!(value(&place.run(0, &["status", "--format", "json"]), "serve"), json);
@@ -374,17 +373,17 @@ fn status_tells_whether_serve_runs() {
         assert!(metrics.contains(&format!("\nodmr_serve_running {metric}\n")), "{metrics}");
         assert_eq!(place.run(0, &["status", "--warn", "1h"]), "");
     };
-    told("none", "false", 0);
+    check("none", "false", 0);
     let mut serve = Command::new(env!("CARGO_BIN_EXE_odmr"));
     let mut serve = Running::start(serve.arg("serve").arg("-c").arg(place.path("odmr.toml")));
     serve.listening("odmr");
-    told("running", "true", 1);
+    check("running", "true", 1);
     serve.signal(rustix::process::Signal::TERM);
     assert_eq!(serve.exit_code(), Some(0));
-    told("none", "false", 0);
+    check("none", "false", 0);
 }
 
-/// While the disk has less than `min-free` no mail is accepted, so the configuration is not just good.
+/// If the disk has less than `min-free`, no mail is accepted.
 #[test]
 fn check_warns_of_a_disk_that_is_too_full() {
     for (config, directory) in [(PROVIDER, "spool"), (CUSTOMER, "mailboxes")] {
@@ -399,7 +398,7 @@ fn check_warns_of_a_disk_that_is_too_full() {
     }
 }
 
-/// A user who was taken out of `accept` has mail that nobody may look for any more.
+/// A user who was removed from `accept` may still have mail.
 #[test]
 fn check_names_mailboxes_that_no_rule_reaches() {
     let shared = "[mailboxes.deliver]\n\"info@example.org\" = \"maildir:mailboxes/example.org/desk\"\n";
@@ -421,9 +420,9 @@ fn check_names_mailboxes_that_no_rule_reaches() {
     assert!(text.contains(expected), "{text}");
 }
 
-/// What a message says that a person may type has the name of the file.
+/// Each command in an output has the path of the configuration.
 #[test]
-fn advice_can_be_typed() {
+fn commands_in_outputs_can_be_typed() {
     let place = Place::filled();
     let file = place.path("odmr.toml");
     let file = file.display();
@@ -442,9 +441,9 @@ fn advice_can_be_typed() {
     assert!(text.contains(&format!("`odmr queue -c {} list`", customer.path("odmr.toml").display())), "{text}");
 }
 
-/// What has the lock is another process: the turned session of a customer, say.
+/// The turned session of a customer locks the queue in another process.
 #[test]
-fn a_queue_that_a_session_has_is_not_changed() {
+fn a_queue_that_a_session_has_locked_is_not_changed() {
     let place = Place::filled();
     let lock = File::create(place.path("spool/domains/example.org/odmr.lock")).unwrap();
     lock.lock().unwrap();
@@ -479,7 +478,7 @@ fn export_and_import_are_octet_for_octet() {
     );
     assert!(imported[1].ends_with("\nSubject: dsn\n\nbody\n"), "{}", imported[1]);
     assert_eq!(other.run(0, &["queue", "export", "example.org"]).lines().count(), batch.lines().count());
-    // What is wrong has its line, and what came before is stored.
+    // The error has the number of the line. Messages before it are stored.
     let wrong = batch.replace("MAIL FROM:<>", "MAIL TO:<>");
     let done = other.run_with(&["queue", "import"], &wrong);
     assert!(
@@ -495,7 +494,7 @@ fn export_and_import_are_octet_for_octet() {
     assert!(list.contains("from=<a@w.example> to=<alice@example.org> ") && !list.contains("eve@"), "{list}");
 }
 
-/// A call of the customer is in the status of the provider, also after `serve` has ended.
+/// The provider's status shows a call of the customer, even after `serve` has ended.
 #[test]
 fn the_last_call_is_recorded() {
     let place = Place::new(PROVIDER);
@@ -510,7 +509,7 @@ fn the_last_call_is_recorded() {
     assert_eq!((value(&json, "result"), value(&json, "calls")), ("\"no-mail\"", "1"), "{json}");
     place.write("spool/domains/example.org/new/1763607845.a", FOREIGN);
     customer.run(0, &["pull"]);
-    // The provider records the call when the customer has gone.
+    // The provider records the call after the customer has closed the connection.
     let end = SystemTime::now() + Duration::from_secs(5);
     while !place.run(0, &["status"]).contains(" done, ") && SystemTime::now() < end {}
     for side in [&place, &customer] {
@@ -530,9 +529,9 @@ fn the_last_call_is_recorded() {
     assert_eq!((value(&json, "result"), value(&json, "failed")), ("\"failed\"", "1"), "{json}");
 }
 
-/// A relay at work tries mail that an administrator makes due, within seconds.
+/// A running relay tries mail that an administrator has made due, within seconds.
 #[test]
-fn a_running_relay_sees_what_was_made_due() {
+fn a_running_relay_tries_messages_that_were_made_due() {
     let place = Place::new(PROVIDER);
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs();
     let outgoing = &format!("spool/outgoing/w.example/new/{now}.b");
@@ -561,7 +560,7 @@ fn a_customers_queues_are_listed_and_changed() {
     assert!(list.contains("id=1763607845.a queue=outgoing ") && list.contains("queue=next-hops "), "{list}");
     assert_eq!(place.run(0, &["queue", "list", "w.example"]).lines().count(), 1);
     assert_eq!(place.run(0, &["queue", "list", "outgoing"]).lines().count(), 1);
-    // Its queues are for any domain, and one word must not empty them.
+    // A customer's queues have mail for any domain. One word must not empty them.
     assert_eq!(place.run(0, &["queue", "list", "x.example"]), "");
     assert!(place.run(64, &["queue", "bounce", "1763607845.a", "w.example"]).contains("leave the domain out"));
     for word in ["outgoing", "w.example"] {
@@ -583,7 +582,7 @@ fn a_customers_queues_are_listed_and_changed() {
     assert_eq!(other.run(0, &["queue", "list"]), "");
 }
 
-/// Two accounts at one provider: a domain is that of the account that calls for it.
+/// With two accounts at one provider, a domain belongs to the account whose call fetches its mail.
 #[test]
 fn a_customers_account_is_found_by_its_domain() {
     let second = "[[provider]]\naddress = \"127.0.0.1:1\"\ntls = \"none\"\nname = \"two\"\n\
@@ -601,9 +600,9 @@ fn a_customers_account_is_found_by_its_domain() {
     assert!(text.contains("127.0.0.1:1 as acme: ") && text.contains("127.0.0.1:1 as two: "), "{text}");
 }
 
-/// When the daemon calls next is known while it runs.
+/// The status has the time of the next call while a daemon runs.
 #[test]
-fn the_next_call_of_a_running_daemon_is_known() {
+fn the_next_call_of_a_running_daemon_is_shown() {
     let place = Place::new(CUSTOMER);
     let mut daemon = Command::new(env!("CARGO_BIN_EXE_odmr"));
     let mut daemon = Running::start(daemon.args(["pull", "--daemon", "-c"]).arg(place.path("odmr.toml")));
@@ -624,7 +623,7 @@ fn the_next_call_of_a_running_daemon_is_known() {
     assert_eq!((value(&json, "daemon"), value(&json, "next_call")), ("null", "null"), "{json}");
 }
 
-/// Sets the time of last use of files and directories to 37 hours ago.
+/// Sets the times of files and directories to 37 hours ago.
 fn make_old(place: &Place, names: &[&str]) {
     let old = SystemTime::now() - Duration::from_secs(37 * 60 * 60);
     for name in names {
@@ -642,9 +641,10 @@ fn unused_queue(place: &Place, name: &str) {
     }
 }
 
-/// What was not used for 36 hours and nobody needs is removed, but no mail, and nothing of a customer whose file has a mistake.
+/// Files that were not used for 36 hours are removed if they are not needed; not mail, and nothing that may belong to a
+/// customer whose file has a mistake.
 #[test]
-fn what_is_left_over_in_a_spool_is_removed() {
+fn files_left_over_in_a_spool_are_removed() {
     for skipped in [false, true] {
         let place = Place::new(PROVIDER);
         if skipped {
@@ -694,7 +694,7 @@ fn what_is_left_over_in_a_spool_is_removed() {
             !skipped,
             "{text}"
         );
-        // It was done today.
+        // It is done once a day.
         place.write("spool/domains/example.org/tmp/2.left", "");
         make_old(&place, &["spool/domains/example.org/tmp/2.left"]);
         let mut serve = Command::new(env!("CARGO_BIN_EXE_odmr"));
@@ -707,7 +707,7 @@ fn what_is_left_over_in_a_spool_is_removed() {
 }
 
 #[test]
-fn what_is_left_over_in_mailboxes_is_removed() {
+fn files_left_over_in_mailboxes_are_removed() {
     let place = Place::new(CUSTOMER);
     let left = [
         "outgoing/tmp/1",
@@ -729,9 +729,9 @@ fn what_is_left_over_in_mailboxes_is_removed() {
     stays.iter().for_each(|name| assert!(place.path(name).exists(), "{name}"));
 }
 
-/// A mistake in typing is named: mail of the customer's domains does not just seem to be nobody's, and is not sent elsewhere.
+/// If a customer's file has a mistake, the status names it, and an import does not send mail for its domains elsewhere.
 #[test]
-fn a_skipped_customers_file_is_told() {
+fn a_skipped_customers_file_is_shown() {
     let place = Place::filled();
     place.write("customers.d/other.toml", "domains = [\"other.example\"]\nsecret = \"tanstaaftanstaaf\"\n");
     place.write("customers.d/acme.toml", "domain = [\"example.org\"]\nsecret = \"tanstaaftanstaaf\"\n");
@@ -750,7 +750,8 @@ fn a_skipped_customers_file_is_told() {
     assert_eq!(done.code, 0, "{}", done.error);
 }
 
-/// Other agents give files any name, and envelopes any words: neither the terminal nor a batch gets them as they are.
+/// Other agents may write any octets into names of files and envelopes. The terminal and a batch must not get control
+/// characters.
 #[test]
 fn hostile_names_are_escaped() {
     let (place, other) = (Place::new(PROVIDER), Place::new(PROVIDER));
@@ -774,9 +775,9 @@ fn hostile_names_are_escaped() {
     assert_eq!((done.code, &*done.out), (0, "2 messages imported\n"), "{}", done.error);
 }
 
-/// A pipe would block for ever; sizes in names may be anything.
+/// Reading a pipe would block for ever. A size in the name of a file may be any number.
 #[test]
-fn what_is_no_plain_file_stops_nobody() {
+fn a_pipe_and_wrong_sizes_in_names_do_not_stop_commands() {
     let place = Place::new(PROVIDER);
     let new = "spool/outgoing/w.example/new";
     place.write(&format!("{new}/1763607845.a,S=18446744073709551615"), &FOREIGN.replace("example.org", "w.example"));
@@ -789,16 +790,16 @@ fn what_is_no_plain_file_stops_nobody() {
     assert_eq!(place.run(0, &["queue", "retry", "w.example"]), "2 messages are due\n");
     assert!(place.run(65, &["queue", "bounce", "1763607847.c"]).contains("not bounced"));
     place.run(0, &["queue", "remove", "1763607847.c"]);
-    // The relay takes a time that far ahead for a wrong clock, and tries at once.
+    // A time so far ahead means that a clock was wrong: the relay tries at once.
     let later = SystemTime::now() + Duration::from_secs(90 * 24 * 3600);
     let file = place.path(&format!("{new}/1763607845.a,S=18446744073709551615"));
     File::options().append(true).open(file).unwrap().set_modified(later).unwrap();
     assert!(place.run(0, &["status"]).contains("  now\n"));
 }
 
-/// A message that cannot be bounced stays, and the administrator is told.
+/// A message that cannot be bounced stays, and the output says that.
 #[test]
-fn a_bounce_without_a_dsn_is_not_called_one() {
+fn a_message_without_a_dsn_is_not_reported_as_bounced() {
     let place = Place::filled();
     place.write("spool/outgoing/@all/tmp", "no directory");
     let text = place.run(75, &["queue", "bounce", "1large"]);
@@ -810,7 +811,7 @@ fn a_bounce_without_a_dsn_is_not_called_one() {
     assert!(text.contains("set aside: this customer sends no mail"), "{text}");
 }
 
-/// DSNs for address literals go to the provider's postmaster, who has enough of them.
+/// DSNs for address literals go to the provider's postmaster. Strangers could send any number of them.
 #[test]
 fn strangers_do_not_fill_the_postmasters_queue() {
     let place = Place::new(PROVIDER);
@@ -825,14 +826,14 @@ fn strangers_do_not_fill_the_postmasters_queue() {
     }
 }
 
-/// All copies of a message, or none.
+/// Otherwise one copy of the message would be removed, and the other sent.
 #[test]
 fn a_message_in_two_queues_is_changed_in_both_or_in_none() {
     let place = Place::new(PROVIDER);
     let batch =
         "NOOP id=both\nMAIL FROM:<a@w.example>\nRCPT TO:<alice@example.org>\nRCPT TO:<b@x.example>\nDATA\nx\n.\n";
     assert_eq!(place.run_with(&["queue", "import"], batch).code, 0);
-    // As a session of the relay has it.
+    // A session of the relay locks the message like this.
     let message = fs::read_dir(place.path("spool/outgoing/@all/new")).unwrap().next().unwrap().unwrap();
     let lock = File::open(message.path()).unwrap();
     lock.lock().unwrap();
@@ -842,9 +843,9 @@ fn a_message_in_two_queues_is_changed_in_both_or_in_none() {
     assert_eq!(place.run(0, &["queue", "remove", "both"]).lines().count(), 2);
 }
 
-/// The name of an account stands for all its domains, and a name that nobody has is not an empty queue.
+/// The name of an account means all of its domains. An unknown name is an error, not an empty queue.
 #[test]
-fn list_knows_accounts_and_names_that_nobody_has() {
+fn list_accepts_accounts_and_reports_unknown_names() {
     let place = of_two_accounts();
     let account = "domains = [\"example.com\", \"empty.example\"]\nsecret = \"tanstaaftanstaaf\"\n";
     place.write("customers.d/other.toml", account);
@@ -877,7 +878,7 @@ fn of_two_accounts() -> Place {
     place
 }
 
-/// What goes back for one customer stays for the other, and what both have is not changed by one word.
+/// If two customers have a message, a command must name the domain, and does not change the message of the other customer.
 #[test]
 fn a_message_of_two_accounts_is_changed_for_the_one_that_is_named() {
     let place = of_two_accounts();
@@ -903,25 +904,25 @@ fn a_message_of_two_accounts_is_changed_for_the_one_that_is_named() {
     assert!(place.run(64, &["queue", "remove"]).contains("remove needs one id"));
 }
 
-/// The mail of a customer that was removed goes back by one command, which `customer remove` names.
+/// One command, which `customer remove` prints, returns the mail of a removed customer.
 #[test]
 fn the_mail_of_a_removed_customer_is_returned_at_once() {
     let place = of_two_accounts();
     let removed = place.run(0, &["customer", "remove", "other"]);
     let command = format!("odmr queue -c {} bounce example.com ", place.path("odmr.toml").display());
     assert!(removed.contains(&command), "{removed}");
-    // Nobody knows any more whose the other copy is.
+    // The other copy belongs to no account any more.
     assert!(place.run(65, &["queue", "remove", "both"]).contains("example.com (of no account)"));
-    let told = place.run(0, &["queue", "bounce", "example.com"]);
-    assert!(told.contains("both: bounced, from example.com\n") && told.contains("null: set aside"), "{told}");
+    let output = place.run(0, &["queue", "bounce", "example.com"]);
+    assert!(output.contains("both: bounced, from example.com\n") && output.contains("null: set aside"), "{output}");
     assert_eq!(place.run(0, &["queue", "list", "example.org"]).lines().count(), 1);
     assert_eq!(place.files("spool/domains/example.com").len(), 0);
     assert!(place.run(65, &["queue", "bounce", "example.com"]).contains("no message example.com waits"));
-    // A word too few must not remove all mail of a customer.
+    // Without an id, `remove` must not remove all mail of a customer.
     assert!(place.run(65, &["queue", "remove", "example.org"]).contains("no message example.org waits"));
 }
 
-/// Messages whose names change while they are listed are listed all the same.
+/// A message must be listed even if its file is renamed at the same time.
 #[test]
 fn a_message_that_is_renamed_is_not_missed() {
     let place = Place::new(PROVIDER);
@@ -929,7 +930,7 @@ fn a_message_that_is_renamed_is_not_missed() {
         place.write(&format!("spool/domains/example.org/new/{}.x", 1_763_607_845 + number), FOREIGN);
     }
     std::thread::scope(|scope| {
-        // As a turn does with what is deferred, the oldest first.
+        // A turn renames the files of deferred messages like this, the oldest first.
         scope.spawn(|| {
             for number in 0..2000 {
                 let name = format!("spool/domains/example.org/new/{}.x", 1_763_607_845 + number);

@@ -1,4 +1,4 @@
-//! `user` and `group` of a provider that root starts, with the real binary. The tests do nothing if another user runs them.
+//! `user` and `group` of a provider or customer that root starts. The tests do nothing if another user than root runs them.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
@@ -11,7 +11,7 @@ use rustix::process::Signal;
 
 use crate::running::{Client, Running};
 
-/// The files of a provider that becomes this user.
+/// The user that the program becomes.
 const USER: &str = "nobody";
 
 const PROVIDER: &str = "user = \"nobody\"\nhostname = \"relay.example.net\"\nspool = \"var/spool\"\ncustomers = \"customers.d\"\n\
@@ -20,7 +20,7 @@ const PROVIDER: &str = "user = \"nobody\"\nhostname = \"relay.example.net\"\nspo
 struct Place(tempfile::TempDir);
 
 impl Place {
-    /// `None`: this is not root. All files can be read by the user.
+    /// The files of a provider, which all belong to the user. `None`: this process is not root.
     fn new() -> Option<Place> {
         if !Uid::effective().is_root() {
             return None;
@@ -49,7 +49,7 @@ impl Place {
         self.give(name, Some(user().uid.as_raw()));
     }
 
-    /// To root if there is no user.
+    /// Changes the owner of a file; `None`: to root.
     fn give(&self, name: &str, user: Option<u32>) {
         chown(self.path(name), Some(user.unwrap_or(0)), None).unwrap();
     }
@@ -64,7 +64,7 @@ impl Place {
         self.command(words).output().unwrap()
     }
 
-    /// What `check` prints if it ends with this exit code.
+    /// The output of `check`, which must end with this exit code.
     fn check(&self, code: i32) -> String {
         let done = self.run(&["check"]);
         let text = [done.stdout, done.stderr].map(|text| String::from_utf8(text).unwrap()).concat();
@@ -77,7 +77,7 @@ fn user() -> User {
     User::from_name(USER).unwrap().unwrap()
 }
 
-/// The user ids and the group ids of a process, and its other groups; all its threads have the same.
+/// The user ids, the group ids and the supplementary groups of a process. All threads must have the same.
 #[cfg(target_os = "linux")]
 fn ids(process: &Running) -> [Vec<u32>; 3] {
     let mut ids: Vec<_> = process.thread_statuses().iter().map(|status| ids_of(status)).collect();
@@ -107,7 +107,7 @@ fn after_its_listeners_are_bound_root_becomes_the_user_for_good() {
         assert!(!others.contains(&0), "{others:?}");
     }
     assert!(Client::connect(&inbound).send("a@b.example", "alice@example.org", 1).starts_with("250 "));
-    // The spool was made for the user, and so is all that is in it.
+    // The spool and everything in it belong to the user.
     for name in ["var/spool", "var/spool/.odmr/serve", "var/spool/domains/example.org/new"] {
         assert_eq!(fs::metadata(place.path(name)).unwrap().uid(), owner.uid.as_raw(), "{name}");
     }
@@ -115,7 +115,7 @@ fn after_its_listeners_are_bound_root_becomes_the_user_for_good() {
     place.write("customers.d/beta.toml", "domains = [\"example.com\"]\nsecret = \"tanstaaftanstaaf\"\n");
     serve.signal(Signal::HUP);
     assert!(serve.wait_for("event=reloaded").contains("accounts=2 added=1"));
-    // A second one finds the lock, although it is root before it has bound.
+    // A second `serve` finds the spool locked, although it still is root.
     assert_eq!(place.run(&["serve"]).status.code(), Some(75));
     serve.signal(Signal::TERM);
     assert_eq!(serve.exit_code(), Some(0));
@@ -134,7 +134,7 @@ fn the_group_may_be_another_one() {
     assert_eq!(ids(&serve)[1], vec![group; 4]);
 }
 
-/// `serve` could not read what root makes in its spool.
+/// Otherwise `serve` could not read the files.
 #[test]
 fn a_queue_command_of_root_leaves_files_of_the_user() {
     let Some(place) = Place::new() else { return };
@@ -167,7 +167,7 @@ fn under_inetd_root_becomes_the_user_too() {
 }
 
 #[test]
-fn a_spool_of_another_user_is_an_error_that_says_what_to_type() {
+fn a_spool_of_another_user_is_an_error_with_the_command_to_type() {
     let Some(place) = Place::new() else { return };
     fs::create_dir_all(place.path("var/spool/domains/example.org")).unwrap();
     let remedy = format!("type `chown -R {USER} {}`", place.path("var/spool").display());
@@ -178,7 +178,7 @@ fn a_spool_of_another_user_is_an_error_that_says_what_to_type() {
         assert!(done.status.code() == Some(73) && error.contains(&remedy), "{error}");
         let text = place.check(1);
         assert!(text.contains("odmr.toml:3: ") && text.contains(&remedy), "{text}");
-        // Nothing of root is left there.
+        // Root leaves no files there.
         assert!(!place.path("var/spool/.odmr").exists());
     }
     place.give("var/spool/domains/example.org", Some(user().uid.as_raw()));
@@ -186,9 +186,9 @@ fn a_spool_of_another_user_is_an_error_that_says_what_to_type() {
     place.check(0);
 }
 
-/// Whatever a reload reads: a daemon that root has started works, but could not read it again.
+/// A daemon that root has started works, but a reload, as the user, could not read these files.
 #[test]
-fn check_and_serve_name_what_only_root_may_read() {
+fn check_and_serve_name_the_files_that_only_root_may_read() {
     let Some(place) = Place::new() else { return };
     assert!(!place.check(0).contains("SIGHUP"));
     for (file, phrase) in [
@@ -216,7 +216,7 @@ fn check_and_serve_name_what_only_root_may_read() {
 }
 
 #[test]
-fn check_and_the_daemon_of_a_customer_do_so_too() {
+fn check_and_the_daemon_of_a_customer_name_the_files_that_only_root_may_read() {
     let Some(place) = Place::new() else { return };
     place.write(
         "odmr.toml",
@@ -239,7 +239,7 @@ fn check_and_the_daemon_of_a_customer_do_so_too() {
         daemon.listening("local");
         place.give(file, Some(user().uid.as_raw()));
     }
-    // `check` has made nothing, and the daemon has made the directories for the user.
+    // `check` has created nothing; the daemon has created the directories for the user.
     for name in ["var/mail", "var/out"] {
         assert_eq!(fs::metadata(place.path(name)).unwrap().uid(), user().uid.as_raw(), "{name}");
         place.give(name, None);
@@ -249,7 +249,8 @@ fn check_and_the_daemon_of_a_customer_do_so_too() {
     }
 }
 
-/// The directories of the certificate are root's alone, as certbot makes them: what the hook prints makes it work.
+/// certbot creates the directories of the certificate for root only. With the hook that `check` prints, the user can
+/// read them.
 #[test]
 fn the_deploy_hook_that_check_prints_copies_the_key() {
     let Some(place) = Place::new() else { return };
@@ -284,7 +285,7 @@ fn without_a_user_root_stays_and_check_warns() {
     place.write("odmr.toml", &config.replace("user = \"nobody\"\n", ""));
     let text = place.check(0);
     assert!(text.contains("odmr.toml:2: `user` is missing") && text.contains("type `chown -R odmr /"), "{text}");
-    // Copied without quotes it would be about another directory too.
+    // Without quotes, the command would also change other directories.
     place.write("odmr.toml", &config.replace("user = \"nobody\"\n", "").replace("spool = \"", "spool = \"it's a "));
     let text = place.check(0);
     assert!(text.contains("type `chown -R odmr '/") && text.contains("it'\\''s a "), "{text}");

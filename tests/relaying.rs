@@ -1,4 +1,4 @@
-//! Outgoing mail, with the real binary, a name server of the test, and mail hosts that send what the test wants.
+//! Outgoing mail, relayed by the program. The test plays the name server and the mail hosts.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
@@ -20,10 +20,10 @@ const SECRET: &str = "tanstaaftanstaaf";
 pub const A: u16 = 1;
 const MX: u16 = 15;
 
-/// What the name server of a test has for a name and a type: the data of the records, `None`: it does not answer.
+/// The records that a test's name server has for a name and a type; `None`: it does not reply.
 pub type Zone = fn(&str, u16) -> Option<Vec<Vec<u8>>>;
 
-/// A name server (RFC 1035 section 4.1). A name without records exists all the same.
+/// A name server (RFC 1035 section 4.1). It never replies that a name does not exist.
 fn name_server(zone: Zone) -> SocketAddr {
     let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
     let address = socket.local_addr().unwrap();
@@ -56,7 +56,7 @@ fn mx(preference: u8, host: &str) -> Vec<u8> {
     [0, preference].into_iter().chain(labels).chain([0]).collect()
 }
 
-/// A mail host that accepts everything. It reports each line that it gets.
+/// A mail host that accepts everything. Returns the lines that it receives.
 pub fn mail_host(listener: TcpListener) -> Receiver<String> {
     let (sender, lines) = mpsc::channel();
     let serve = move |stream: TcpStream| {
@@ -88,7 +88,7 @@ impl Place {
         Place::prepared(zone, relay, |_| {})
     }
 
-    /// The same, in a directory that is prepared before.
+    /// The same, after `prepare` has run in its directory.
     pub fn prepared(zone: Zone, relay: &str, prepare: impl FnOnce(&Path)) -> Place {
         let directory = tempfile::tempdir().unwrap();
         prepare(directory.path());
@@ -111,7 +111,7 @@ impl Place {
         self.directory.path().join(name)
     }
 
-    /// What a subcommand writes.
+    /// The output of a subcommand.
     pub fn odmr(&self, words: &[&str]) -> String {
         let mut odmr = Command::new(env!("CARGO_BIN_EXE_odmr"));
         let output = odmr.arg(words[0]).arg("-c").arg(self.path("odmr.toml")).args(&words[1..]).output().unwrap();
@@ -137,7 +137,7 @@ fn private_zone(name: &str, kind: u16) -> Option<Vec<Vec<u8>>> {
     })
 }
 
-/// Whoever has a domain can write the addresses of our network into the DNS.
+/// The owner of a domain may write addresses of our network into the DNS. The relay must not connect to them.
 #[test]
 fn private_addresses_of_mail_hosts_are_passed_over() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -161,7 +161,7 @@ fn private_addresses_of_mail_hosts_are_passed_over() {
 }
 
 #[test]
-fn private_addresses_are_permitted_in_a_network_of_ones_own() {
+fn allow_private_permits_private_addresses() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let relay = format!("port = {}\nallow-private = true\n", listener.local_addr().unwrap().port());
     let lines = mail_host(listener);
@@ -169,7 +169,7 @@ fn private_addresses_are_permitted_in_a_network_of_ones_own() {
     place.submit("alice@example.org", "bob@mixed.example");
     place.serve.wait_for(" status=sent via=mx ");
     assert!(lines.iter().any(|line| line == "RCPT TO:<bob@mixed.example>"));
-    // A connection to 0.0.0.0 would lead to this machine.
+    // A connection to 0.0.0.0 would be one to this machine.
     place.submit("alice@example.org", "bob@any.example");
     let line = place.serve.wait_for("event=deferred");
     assert!(line.contains("any.example has [0.0.0.0], which is the unspecified address"), "{line}");
@@ -192,8 +192,8 @@ fn a_reload_permits_private_addresses() {
     place.serve.wait_for("to=<bob@loopback.example> status=sent");
 }
 
-/// `quietN.example` has a host that accepts connections and sends nothing, `mute.example` hosts for whose names there is no
-/// answer, `good.example` one that accepts mail.
+/// The DNS: `quietN.example` has a host that accepts connections and sends nothing; `mute.example` has hosts for whose names
+/// the name server does not reply; `good.example` has a host that accepts mail.
 fn tarpits(name: &str, kind: u16) -> Option<Vec<Vec<u8>>> {
     Some(match (name, kind) {
         ("mute.example", MX) => (0..6).map(|number| mx(number, &format!("h{number}.mute.example"))).collect(),
@@ -206,8 +206,8 @@ fn tarpits(name: &str, kind: u16) -> Option<Vec<Vec<u8>>> {
     })
 }
 
-/// A provider with so many connections, the lines that the host of `good.example` gets, and the listeners of so many silent
-/// hosts.
+/// A provider with this number of connections, the lines that the host of `good.example` receives, and the listeners of this
+/// number of silent hosts.
 fn among_tarpits(connections: usize, silent: u8) -> (Place, Receiver<String>, Vec<TcpListener>) {
     let good = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = good.local_addr().unwrap().port();
@@ -217,7 +217,7 @@ fn among_tarpits(connections: usize, silent: u8) -> (Place, Receiver<String>, Ve
     (place, mail_host(good), silent)
 }
 
-/// The customer submits a message for the good host. Returns how long it took.
+/// The customer submits a message for the good host. Returns the time until it was sent.
 fn send_good_mail(place: &mut Place) -> Duration {
     let begun = Instant::now();
     place.submit("alice@example.org", "bob@good.example");
@@ -225,20 +225,20 @@ fn send_good_mail(place: &mut Place) -> Duration {
     begun.elapsed()
 }
 
-/// Whoever forges the senders of rejected mail chooses the hosts that the DSNs go to.
+/// Forged senders of rejected mail choose the hosts that the DSNs go to.
 #[test]
 fn dsns_to_silent_hosts_do_not_delay_mail() {
     let (mut place, _lines, silent) = among_tarpits(20, 20);
     for number in 1..=20 {
         place.submit("", &format!("x@quiet{number}.example"));
     }
-    // They have their share.
+    // The DSNs use their share of the connections.
     silent[0].accept().unwrap();
     let took = send_good_mail(&mut place);
     assert!(took < Duration::from_secs(2), "{took:?}");
 }
 
-/// Neither silent hosts nor silent name servers have a connection for longer than a few seconds if mail waits for it.
+/// If mail waits for a connection, an attempt at a silent host or with a silent name server ends after a few seconds.
 #[test]
 fn attempts_without_a_session_give_way_to_mail() {
     let (mut place, _lines, silent) = among_tarpits(2, 1);
@@ -247,13 +247,13 @@ fn attempts_without_a_session_give_way_to_mail() {
     silent[0].accept().unwrap();
     let took = send_good_mail(&mut place);
     assert!(took < Duration::from_secs(5), "{took:?}");
-    // What gave way is deferred.
+    // The attempt that has ended was deferred.
     place.submit("alice@example.org", "x@quiet1.example");
     let took = send_good_mail(&mut place);
     assert!(took < Duration::from_secs(5), "{took:?}");
 }
 
-/// A host that greets, and is silent after the content or before.
+/// One host is silent after the content, the other before it.
 #[test]
 fn sessions_that_stall_do_not_delay_mail() {
     let (mut place, _lines, silent) = among_tarpits(2, 2);

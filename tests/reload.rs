@@ -1,4 +1,4 @@
-//! SIGHUP to a daemon at work, with the real binary: what changes, and what stays.
+//! SIGHUP to a running daemon: what changes, and what stays.
 
 use std::fs;
 use std::io::Read;
@@ -16,7 +16,7 @@ const PROVIDER: &str = "hostname = \"relay.example.net\"\nspool = \"spool\"\ncus
 
 const SECRET: &str = "tanstaaftanstaaf";
 
-/// A provider's files, and the program when it is started.
+/// A provider's files, and the program after its start.
 struct Place {
     directory: tempfile::TempDir,
     serve: Option<Running>,
@@ -48,7 +48,7 @@ impl Place {
         self.write(&format!("customers.d/{name}.toml"), &text);
     }
 
-    /// Starts the program; returns its log up to the last listener.
+    /// Starts the program, and waits for its listeners.
     fn start(&mut self) {
         let mut serve = Command::new(env!("CARGO_BIN_EXE_odmr"));
         let mut serve = Running::start(serve.arg("serve").arg("-c").arg(self.path("odmr.toml")));
@@ -70,7 +70,7 @@ impl Place {
 }
 
 #[test]
-fn a_reload_adds_and_removes_customers_and_keeps_sessions() {
+fn a_reload_adds_and_removes_customers_and_sessions_go_on() {
     let mut place = Place::new(&[("acme", "\"example.org\"")]);
     place.start();
     let mut session = Client::connect(&place.inbound);
@@ -91,13 +91,13 @@ fn a_reload_adds_and_removes_customers_and_keeps_sessions() {
 }
 
 #[test]
-fn a_mistake_leaves_what_there_was() {
+fn a_mistake_leaves_the_old_configuration_in_force() {
     let mut place = Place::new(&[("acme", "\"example.org\""), ("beta", "\"example.net\"")]);
     place.start();
     place.write("odmr.toml", "hostname = 1\n");
     place.reload("event=reload-failed");
     assert!(place.rcpt("alice@example.org").starts_with("250 "));
-    // The spool stays the one that sessions write to.
+    // The spool does not change: sessions write into it.
     place.write("odmr.toml", &PROVIDER.replace("spool = \"spool\"", "spool = \"other\""));
     place.reload("event=restart-needed");
     assert!(place.rcpt("alice@example.org").starts_with("250 ") && !place.path("other").exists());
@@ -122,21 +122,22 @@ fn at_the_start_a_file_with_a_mistake_is_skipped_and_its_mail_does_not_bounce() 
     assert!(place.rcpt("alice@example.org").starts_with("451 4.3.5 "));
     let mut customer = Client::connect(&place.odmr);
     assert!(customer.command("AUTH CRAM-MD5").starts_with("334 "));
-    // "acme " and 32 hexadecimal digits: whether the secret is right cannot be known now.
+    // "acme " and 32 hexadecimal digits. Without the file of the account the secret cannot be checked.
     assert!(customer.command("YWNtZSAwMDAwMDAwMDAwMDAwMDAwMDAwMDAwMDAwMDAwMDAwMA==").starts_with("454 4.7.0 "));
     place.customer("acme", "\"example.org\"");
     assert!(place.reload("event=reloaded").contains("accounts=2 added=1 removed=0"));
     assert!(place.rcpt("alice@example.org").starts_with("250 "));
 }
 
-/// A copied file with another customer's domain in it must not give that one's mail away, whichever file comes first.
+/// A customer must not get the mail of another one because its file was copied and still has the other one's domain. The order
+/// of the files does not matter.
 #[test]
 fn a_domain_stays_with_the_customer_that_had_it() {
     let mut place = Place::new(&[("acme", "\"example.org\""), ("zeta", "\"example.net\"")]);
     place.start();
     let skipped = |place: &mut Place| {
         let line = place.reload("event=customer-skipped");
-        // The configuration is in force after it only.
+        // The configuration is in force only after this line.
         place.serve.as_mut().unwrap().wait_for("event=reloaded");
         line
     };
@@ -148,11 +149,11 @@ fn a_domain_stays_with_the_customer_that_had_it() {
     let line = skipped(&mut place);
     assert!(line.contains("/beta.toml\" error=") && line.contains("beta.toml:1: example.net is in "), "{line}");
     assert_eq!(owner(&mut place, "bob@example.net"), "zeta");
-    // Another customer that has an account: it stays as it was.
+    // The account of a customer whose file claims another one's domain stays as it was.
     place.customer("acme", "\"example.org\", \"example.net\"");
     assert!(skipped(&mut place).contains("/acme.toml\" error="));
     assert_eq!([owner(&mut place, "bob@example.net"), owner(&mut place, "a@example.org")], ["zeta", "acme"]);
-    // The file of the owner has a mistake: its account is as it was last read.
+    // If the file of the domain's customer has a mistake, its account stays as it was.
     place.write("customers.d/zeta.toml", "domains = [\"example.net\"]\n");
     place.customer("acme", "\"example.org\"");
     assert!(skipped(&mut place).contains("/zeta.toml\" error="));
@@ -163,7 +164,8 @@ fn a_domain_stays_with_the_customer_that_had_it() {
     assert_eq!(owner(&mut place, "bob@example.net"), "beta");
 }
 
-/// What a session may do is what its account may do now: its domain may be another customer's by then, its secret known.
+/// A session has the rights of its account after the reload: the domain may belong to another customer, and the old secret may
+/// be known to others.
 #[test]
 fn sessions_on_port_366_see_the_accounts_of_a_reload() {
     let mut place = Place::new(&[("acme", "\"example.org\", \"example.com\""), ("beta", "\"example.net\"")]);
@@ -187,12 +189,12 @@ fn sessions_on_port_366_see_the_accounts_of_a_reload() {
     assert!(scram.authenticate_by_scram("acme", SECRET).starts_with("535 "));
     assert!(scram.authenticate_by_scram("acme", "another secret").starts_with("235 "));
     assert!(other.command("ATRN example.org").starts_with("250 "));
-    // The account permits one mechanism only from now on.
+    // From now on the account permits one mechanism only.
     place.customer("beta", "\"example.net\"]\nmechanisms = [\"SCRAM-SHA-256\"");
     place.reload("event=reloaded");
     assert!(narrowed.authenticate("beta", SECRET).starts_with("535 "));
     assert!(narrowed.authenticate_by_scram("beta", SECRET).starts_with("235 "));
-    // The account is removed: its mail and the customer's own are kept.
+    // The account is removed: its held mail stays with the provider, and its outgoing mail with the customer.
     let (mut late, mut late_scram) = (open(&place), open(&place));
     fs::remove_file(place.path("customers.d/acme.toml")).unwrap();
     place.reload("event=reloaded");
@@ -229,7 +231,7 @@ fn a_turned_session_ends_when_another_customer_gets_its_domain() {
 }
 
 #[test]
-fn what_needs_a_restart_is_named_until_then() {
+fn each_reload_names_the_keys_that_need_a_restart() {
     let mut place = Place::new(&[("acme", "\"example.org\"")]);
     place.start();
     for _ in 0..2 {
@@ -243,7 +245,7 @@ fn what_needs_a_restart_is_named_until_then() {
     assert!(place.reload("event=re").contains("event=reload-failed"), "nothing is changed any more");
 }
 
-/// The session has the state of before the reload, in which no mail is on its way.
+/// A session that began before the reload must not make the shutdown wait until its deadline.
 #[test]
 fn after_a_reload_an_open_session_does_not_delay_the_end() {
     let mut place = Place::new(&[("acme", "\"example.org\"")]);
@@ -262,9 +264,9 @@ fn after_a_reload_an_open_session_does_not_delay_the_end() {
     assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
 }
 
-/// Its clients begin with TLS, and would send their secrets and their mail in clear.
+/// Otherwise clients that expect TLS would send their secrets and their mail in clear.
 #[test]
-fn without_a_certificate_the_listener_for_tls_serves_nobody() {
+fn without_a_certificate_the_listener_for_tls_closes_connections() {
     let mut place = Place::new(&[("acme", "\"example.org\"")]);
     let (certificate, key) = odmr::net::tls::self_signed(&["relay.example.net"]).unwrap();
     place.write("relay.pem", &certificate);
@@ -280,11 +282,12 @@ fn without_a_certificate_the_listener_for_tls_serves_nobody() {
     assert_eq!(octets, b"");
 }
 
-/// A provider with a customer who has logged in, and another one, of example.invalid, whose file has a mistake at the start.
+/// A provider with a customer that has authenticated, and another one, of example.invalid, whose file has a mistake at the
+/// start.
 fn beside_a_skipped_file() -> (Place, Client) {
     let mut place = Place::new(&[("beta", "\"example.net\"")]);
     place.write("customers.d/acme.toml", "domains = [\"example.invalid\"]\n");
-    // No name server answers with such a domain.
+    // The DNS has no such domain.
     place.write("odmr.toml", &format!("{PROVIDER}[relay]\nretry-first = \"1s\"\nresolver = \"{}\"\n", no_domains()));
     place.start();
     let mut customer = Client::connect(&place.odmr);
@@ -292,8 +295,8 @@ fn beside_a_skipped_file() -> (Place, Client) {
     (place, customer)
 }
 
-/// A customer sends mail to another customer, whose file has a mistake at the start: the mail host of that domain is this
-/// provider. After the mistake the mail is held.
+/// A customer sends mail to another customer, whose file has a mistake at the start. The mail must wait, not bounce; after the
+/// mistake was corrected, it is held.
 #[test]
 fn mail_from_a_customer_to_one_whose_file_is_skipped_waits() {
     let (mut place, mut customer) = beside_a_skipped_file();
@@ -307,9 +310,9 @@ fn mail_from_a_customer_to_one_whose_file_is_skipped_waits() {
     assert!(!place.path("spool/domains/example.net").exists(), "no DSN");
 }
 
-/// The same mail for a customer who has named its recipients and has a quota: the relay asks as RCPT does.
+/// The relay must apply the list of recipients and the quota of the customer as RCPT does.
 #[test]
-fn the_relay_holds_only_what_rcpt_accepts() {
+fn the_relay_holds_only_mail_that_rcpt_accepts() {
     let (mut place, mut customer) = beside_a_skipped_file();
     for to in ["bob@example.invalid", "alice@example.invalid", "alice+x@example.invalid"] {
         assert!(customer.send("bob@example.net", to, 1).starts_with("250 "));
@@ -349,7 +352,7 @@ fn no_domains() -> std::net::SocketAddr {
     address
 }
 
-/// The daemon of a customer has its locks in the old root, and the umask of its start.
+/// The locks of the daemon are in the root of its start, so a reload does not change the root.
 #[test]
 fn a_customers_daemon_stays_in_its_root_and_has_the_new_limits() {
     let place = Place::new(&[]);
@@ -381,7 +384,7 @@ fn a_customers_daemon_stays_in_its_root_and_has_the_new_limits() {
     assert!(!place.path("other").exists());
 }
 
-/// A catch-all that leads nowhere stops a start, and leaves the daemon what it had.
+/// A catch-all without a mailbox is an error at the start. In a reload it leaves the old configuration in force.
 #[test]
 fn a_customers_daemon_has_the_new_catch_all() {
     let place = Place::new(&[]);
@@ -420,7 +423,7 @@ fn a_customers_daemon_has_the_new_catch_all() {
     assert!(failed.contains("odmr.toml:12: ") && failed.contains(line), "{failed}");
     send("word@example.org");
     assert_eq!(["postmaster", "word", "alice"].map(count), [1, 0, 2]);
-    // A mailbox that its owner has made, needs no reload.
+    // A mailbox that was created later gets mail without a reload.
     fs::create_dir(place.path("mail/example.org/shop")).unwrap();
     send("Shop@example.org");
     assert_eq!(["shop", "alice"].map(count), [1, 2]);

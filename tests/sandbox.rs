@@ -1,5 +1,5 @@
-//! What the program gives up after its start, with the real binary. Where the kernel has no Landlock that moves files
-//! between directories (Linux 5.19), the tests of files say so and do nothing else.
+//! What the program gives up after its start. The tests of files need a Landlock that permits to move files between
+//! directories (Linux 5.19); without it they print that, and test nothing.
 #![cfg(target_os = "linux")]
 
 use std::fs;
@@ -14,7 +14,7 @@ use crate::running::{Client, Running};
 
 const OUTSIDE: &str = "it is outside the directories that this process may use since its start: restart it";
 
-/// Directories beside each other: `etc` has the configuration, and the others what it names.
+/// A directory with others in it: `etc` has the configuration, the others have the files that it names.
 struct Place(tempfile::TempDir);
 
 impl Place {
@@ -28,7 +28,7 @@ impl Place {
         self.0.path().join(name)
     }
 
-    /// Replaces a file, by one with another inode as editors and certbot do.
+    /// Replaces a file by one with another inode, as editors and certbot do.
     fn write(&self, name: &str, text: &str) {
         fs::write(self.path("new"), text).unwrap();
         fs::set_permissions(self.path("new"), fs::Permissions::from_mode(0o600)).unwrap();
@@ -79,7 +79,7 @@ impl Place {
         command
     }
 
-    /// A daemon; `None`: no files are denied to it here.
+    /// Starts a daemon; `None`: this system has no Landlock.
     fn start(&self, words: &[&str]) -> Option<Running> {
         let mut daemon = Running::start(&mut self.command(words));
         let line = daemon.wait_for("event=confined");
@@ -107,14 +107,14 @@ fn no_thread_gets_new_privileges_and_no_core_is_dumped() {
     let place = Place::new(&["etc", "tls", "customers"]);
     place.provider("../tls", "../customers");
     place.certificate("tls", "");
-    // Relative names of cores are in the working directory.
+    // A core dump would be in the working directory.
     let mut shell = Command::new("sh");
     shell.args(["-c", "ulimit -c unlimited; exec \"$@\"", "sh", env!("CARGO_BIN_EXE_odmr"), "serve", "-c"]);
     let mut serve = Running::start(shell.arg(place.path("etc/odmr.toml")).current_dir(place.path("etc")));
-    // The last thread that is started has greeted.
+    // A greeting shows that the last thread has started.
     let _client = Client::connect(&serve.listening("odmr"));
     let statuses = serve.thread_statuses();
-    // The log, signals, delivery, relay, upkeep, and two listeners.
+    // Threads: the log, signals, delivery, relay, upkeep, and two listeners.
     assert!(statuses.len() >= 7, "{statuses:?}");
     for status in statuses {
         assert!(status.contains("\nNoNewPrivs:\t1\n"), "{status}");
@@ -125,10 +125,10 @@ fn no_thread_gets_new_privileges_and_no_core_is_dumped() {
 }
 
 #[test]
-fn what_a_provider_has_named_at_the_start_may_be_replaced_and_nothing_else() {
+fn a_provider_may_read_only_the_directories_that_it_has_named_at_the_start() {
     let place = Place::new(&["etc", "live", "archive", "customers", "secrets", "other"]);
     place.provider("../live", "../customers");
-    // As certbot has them.
+    // The layout of certbot.
     place.certificate("archive", "1");
     for name in ["cert", "key"] {
         place.link(&format!("live/{name}.pem"), format!("../archive/{name}1.pem"));
@@ -140,7 +140,8 @@ fn what_a_provider_has_named_at_the_start_may_be_replaced_and_nothing_else() {
     assert!(Client::connect(&inbound).send("a@b.example", "alice@example.org", 1).starts_with("250 "));
     assert_eq!(place.count("spool/domains/example.org/new"), 1);
 
-    // Renewed, with another target of the link; the customer's files are replaced, and there is a second one.
+    // The certificate is renewed, with another target of the link; the files of the customer are replaced; a customer
+    // is added.
     place.certificate("archive", "2");
     for name in ["cert", "key"] {
         place.link(&format!("live/{name}.pem"), format!("../archive/{name}2.pem"));
@@ -150,7 +151,7 @@ fn what_a_provider_has_named_at_the_start_may_be_replaced_and_nothing_else() {
     place.write("customers/beta.toml", "domains = [\"example.com\"]\nsecret-file = \"../secrets/acme\"\n");
     assert!(reload(&mut serve, "event=reloaded").contains("accounts=2 added=1"));
 
-    // This user could read that file, but this process may not.
+    // The user may read this file, but the process may not.
     place.write("other/secret", "tanstaaftanstaaf\n");
     place.write("customers/gamma.toml", "domains = [\"example.info\"]\nsecret-file = \"../other/secret\"\n");
     let skipped = reload(&mut serve, "event=customer-skipped");
@@ -163,7 +164,7 @@ fn what_a_provider_has_named_at_the_start_may_be_replaced_and_nothing_else() {
     place.provider("../live", "../other");
     let failed = reload(&mut serve, "event=reload-failed");
     assert!(failed.contains("other cannot be read: ") && failed.contains(OUTSIDE), "{failed}");
-    // STARTTLS goes on with the old pair.
+    // STARTTLS still works, with the old certificate.
     assert!(Client::connect(&inbound).command("STARTTLS").starts_with("220 "));
     serve.signal(Signal::TERM);
     assert_eq!(serve.exit_code(), Some(0));
@@ -173,7 +174,7 @@ fn what_a_provider_has_named_at_the_start_may_be_replaced_and_nothing_else() {
     serve.listening("odmr");
 }
 
-/// The kernel permits directories, not names: another one with the same name is outside, and the error says so.
+/// Landlock permits directories, not their names: another directory of the same name is outside, and the error says that.
 #[test]
 fn a_directory_that_is_replaced_needs_a_restart() {
     let place = Place::new(&["etc", "tls", "customers", "secrets"]);
@@ -205,7 +206,7 @@ fn a_directory_that_is_replaced_needs_a_restart() {
 }
 
 #[test]
-fn a_directory_that_was_missing_at_the_start_may_come_later() {
+fn a_directory_that_was_missing_at_the_start_may_be_created_later() {
     let place = Place::new(&["etc", "tls", "customers"]);
     place.provider("../tls", "../customers");
     place.certificate("tls", "");
@@ -232,7 +233,7 @@ fn a_spool_may_have_links_to_other_file_systems() {
 }
 
 #[test]
-fn a_customer_writes_mail_where_links_have_led_at_the_start() {
+fn a_customer_writes_mail_only_to_the_targets_of_links_at_the_start() {
     let place = Place::new(&["etc", "secrets", "mail/example.org", "home/alice", "home/bob", "queue", "other"]);
     place.customer("../mail", "../queue");
     place.link("mail/example.org/alice", "../../home/alice");
@@ -244,7 +245,7 @@ fn a_customer_writes_mail_where_links_have_led_at_the_start() {
     }
     let stored = ["home/alice/new", "mail/example.org/carol/new", "queue/new"].map(|name| place.count(name));
     assert_eq!(stored, [1, 1, 1]);
-    // A link that has come later; the message waits, and each attempt says why.
+    // A link was created later. The message waits, and each attempt logs the reason.
     place.link("mail/example.org/bob", "../../home/bob");
     let reply = Client::connect(&local).send("eva@example.org", "bob@example.org", 1);
     assert!(reply.starts_with("250 ") && place.count("queue/new") == 2, "{reply}");
@@ -260,7 +261,7 @@ fn a_customer_writes_mail_where_links_have_led_at_the_start() {
     assert_eq!(daemon.exit_code(), Some(0));
 
     let mut daemon = place.start(&["pull", "--daemon"]).unwrap();
-    // It is delivered with the first call.
+    // The first call after a restart delivers it.
     daemon.wait_for("to=<bob@example.org> status=sent");
     assert_eq!(place.count("home/bob/new"), 1);
 }

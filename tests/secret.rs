@@ -1,4 +1,4 @@
-//! `odmr secret` with the real binary: what it prints and writes, and that both sides log in with it.
+//! `odmr secret`: what it prints and writes, and that the customer can authenticate with it.
 
 use std::fs;
 use std::io::Write;
@@ -15,7 +15,7 @@ fn odmr(arguments: &[&str], input: &str) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_odmr"));
     command.args(arguments).env_remove("RUST_LOG").stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = command.spawn().unwrap();
-    // A program that has ended has not read it.
+    // The program may end before it has read its input.
     let _ = child.stdin.take().unwrap().write_all(input.as_bytes());
     child.wait_with_output().unwrap()
 }
@@ -41,7 +41,7 @@ fn a_verifier_is_made_of_the_first_line_of_the_input_or_of_a_new_secret() {
     let output = text(&typed.stdout);
     assert!(typed.status.success() && typed.stderr.is_empty() && output.lines().count() == 1, "{output}");
     assert!(is_of(&value(&output, "scram"), "open sesame, please"), "{output}");
-    // Each has a salt of its own.
+    // Each verifier has its own salt.
     assert_ne!(odmr(&["secret"], "open sesame, please").stdout, typed.stdout);
 
     let made: Vec<_> = ["", "\n"].iter().map(|input| text(&odmr(&["secret"], input).stdout)).collect();
@@ -82,7 +82,7 @@ impl Place {
         );
         place.write("acme.secret", "tanstaaftanstaaf\n");
         let acme =
-            "# Acme, since 1999\ndomains = [\"example.org\"]\nsecret-file = \"../acme.secret\" # by letter\nrate = 7\n";
+            "# Acme, since 1999\ndomains = [\"example.org\"]\nsecret-file = \"../acme.secret\" # by phone\nrate = 7\n";
         place.write("customers.d/acme.toml", acme);
         place
     }
@@ -101,7 +101,7 @@ impl Place {
         odmr(&[&["secret"], arguments, &["-c", config.to_str().unwrap()]].concat(), input)
     }
 
-    /// Makes a call; returns the mechanism in the provider's log, or the exit code and the error.
+    /// Makes a call. Returns the mechanism in the provider's log, or the exit code and the error.
     fn call(&mut self, address: &str, secret: &str, more: &str) -> Result<String, (Option<i32>, String)> {
         let text = format!(
             "hostname = \"mail.example.org\"\n[provider]\naddress = \"{address}\"\nca = \"relay.pem\"\nname = \"acme\"\n\
@@ -133,9 +133,9 @@ fn files_with(directory: &Path, text: &str) -> Vec<PathBuf> {
     found.collect()
 }
 
-/// The customer's own file is the only one that has the new secret.
+/// Only the customer's own file has the new secret.
 #[test]
-fn a_verifier_in_a_customers_file_opens_the_account_for_its_secret_only() {
+fn with_a_verifier_the_account_opens_for_its_secret_only() {
     let mut place = Place::new();
     let mut serve = Running::start(
         Command::new(env!("CARGO_BIN_EXE_odmr")).arg("serve").arg("-c").arg(place.path("provider.toml")),
@@ -156,7 +156,7 @@ fn a_verifier_in_a_customers_file_opens_the_account_for_its_secret_only() {
     let file = fs::read_to_string(place.path("customers.d/acme.toml")).unwrap();
     let [first, second, third, fourth] = file.lines().collect::<Vec<_>>()[..] else { panic!("{file}") };
     assert_eq!([first, second, fourth], ["# Acme, since 1999", "domains = [\"example.org\"]", "rate = 7"]);
-    let verifier = third.strip_prefix("scram = \"").and_then(|rest| rest.strip_suffix("\" # by letter")).unwrap();
+    let verifier = third.strip_prefix("scram = \"").and_then(|rest| rest.strip_suffix("\" # by phone")).unwrap();
     assert!(is_of(verifier, &secret));
     let mode = place.path("customers.d/acme.toml").metadata().unwrap().permissions().mode();
     assert_eq!((mode & 0o777, fs::read_dir(place.path("customers.d")).unwrap().count()), (0o640, 1));
@@ -177,7 +177,7 @@ fn a_verifier_in_a_customers_file_opens_the_account_for_its_secret_only() {
     let stored = verifier.split(['$', ':']).skip(2).chain([verifier]);
     for mechanisms in ["", "mechanisms = [\"PLAIN\"]"] {
         for stored in stored.clone() {
-            // A success ends the delays that guesses bring.
+            // A success ends the delays after wrong secrets.
             assert!(place.call(&address, &secret, "").is_ok());
             let (code, error) = place.call(&address, stored, mechanisms).unwrap_err();
             assert!(code == Some(77) && error.contains("535 5.7.8"), "{stored}: {code:?} {error}");
@@ -188,7 +188,7 @@ fn a_verifier_in_a_customers_file_opens_the_account_for_its_secret_only() {
 }
 
 #[test]
-fn what_cannot_be_done_is_named() {
+fn errors_name_what_is_wrong_and_change_nothing() {
     let place = Place::new();
     let check = |arguments: &[&str], code: i32, part: &str| {
         let result = place.secret(arguments, "open sesame, please\n");
@@ -201,11 +201,11 @@ fn what_cannot_be_done_is_named() {
     check(&["../customers.d/acme"], 65, "there is no customer");
     let without_file = odmr(&["secret", "acme"], "");
     assert!(without_file.status.code() == Some(64) && text(&without_file.stderr).contains("-c FILE, the provider's"));
-    // The file of a customer instead of the provider's.
+    // `-c` names the file of a customer.
     place.write("provider.toml", "hostname = \"h.example\"\n[provider]\n");
     check(&["acme"], 78, "is a customer's file");
 
-    // The only copy of a new secret cannot be printed.
+    // If the new secret cannot be printed, the file must not have its verifier: no copy of the secret would exist.
     let place = Place::new();
     let before = fs::read(place.path("customers.d/acme.toml")).unwrap();
     if let Ok(full) = fs::OpenOptions::new().write(true).open("/dev/full") {
@@ -216,33 +216,33 @@ fn what_cannot_be_done_is_named() {
         assert!(fs::read(place.path("customers.d/acme.toml")).unwrap() == before);
     }
 
-    // A mistake in the verifier is mended.
+    // A wrong verifier in the file is replaced.
     place.write("customers.d/acme.toml", "domains = [\"example.org\"]\nscram = \"SCRAM-SHA-256$1\"\n");
-    let mended = place.secret(&["acme"], "open sesame, please\n");
-    assert!(mended.status.success(), "{}", text(&mended.stderr));
+    let replaced = place.secret(&["acme"], "open sesame, please\n");
+    assert!(replaced.status.success(), "{}", text(&replaced.stderr));
     let file = fs::read_to_string(place.path("customers.d/acme.toml")).unwrap();
     assert!(is_of(&value(&file, "scram"), "open sesame, please"));
-    // What would leave the customer without an account, or with its old secret, is not written.
+    // Nothing is written if the customer would have no account after that, or still its old secret.
     let customer = place.path("customers.d/acme.toml");
-    let refuse = |part: &str| {
+    let fails = |part: &str| {
         let before = fs::read(&customer).unwrap();
-        let refused = place.secret(&["acme"], "open sesame, please\n");
-        let error = text(&refused.stderr);
-        assert!(refused.status.code() == Some(78) && error.contains(part), "{error}");
+        let failed = place.secret(&["acme"], "open sesame, please\n");
+        let error = text(&failed.stderr);
+        assert!(failed.status.code() == Some(78) && error.contains(part), "{error}");
         assert!(error.contains("; nothing is changed") && fs::read(&customer).unwrap() == before, "{error}");
     };
     let acme = "domains = [\"example.org\"]\nsecret = \"tanstaaftanstaaf\"\n";
     place.write("customers.d/acme.toml", &format!("{acme}mechanisms = [\"CRAM-MD5\"]\n"));
-    refuse("customers.d/acme.toml:3: no login is possible, as CRAM-MD5 needs a `secret` in clear");
+    fails("customers.d/acme.toml:3: no login is possible, as CRAM-MD5 needs a `secret` in clear");
     place.write("customers.d/acme.toml", "certificate = [\"spki-sha256:1\"]\ndomains = [\"example.org\"]\n");
-    refuse("customers.d/acme.toml:1: ");
+    fails("customers.d/acme.toml:1: ");
     place.write(
         "customers.d/acme.toml",
         &format!("domains = [\"example.org\"]\ncertificate = [\"sha256:{}\"]\n", "00".repeat(32)),
     );
     fs::set_permissions(&customer, fs::Permissions::from_mode(0o644)).unwrap();
-    refuse("acme.toml, and every user may read it: chmod 640 ");
-    // A link stays one, and its directory is that of the customers.
+    fails("acme.toml, and every user may read it: chmod 640 ");
+    // A symbolic link stays one. Relative paths in its file begin at the directory of the customers.
     place.write(
         "acme.toml",
         "domains = [\"example.org\"]\nsecret-file = \"../acme.secret\"\nmechanisms = [\"PLAIN\"]\n",
@@ -258,7 +258,7 @@ fn what_cannot_be_done_is_named() {
     assert!(is_of(&value(&fs::read_to_string(place.path("acme.toml")).unwrap(), "scram"), "open sesame, please"));
     assert!(customer.is_symlink());
     fs::remove_file(&customer).unwrap();
-    // A mistake in TOML is named, with its line.
+    // An error of TOML is reported with its line.
     place.write("customers.d/acme.toml", "domains = [\"example.org\"]\nscram = SCRAM\n");
     let broken = place.secret(&["acme"], "open sesame, please\n");
     assert!(broken.status.code() == Some(78) && text(&broken.stderr).contains("customers.d/acme.toml:2: "));

@@ -1,5 +1,5 @@
-//! `odmr send` and the listener of `odmr pull --daemon`, as programs use them: the real binary, its exit codes, and the
-//! files it creates.
+//! `odmr send` and the listener of `odmr pull --daemon`, as programs use them: replies, exit codes, and the files that are
+//! created.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -127,7 +127,7 @@ fn a_full_mailbox_does_not_delay_other_recipients() {
     assert!(queued.contains("\nDelivered-To: alice@example.org\n") && !queued.contains("bob@example.org\nX-O"));
 }
 
-/// What is submitted here for an alias: discarded, deferred, or in the outgoing queue, each recipient once.
+/// Mail submitted for an alias is discarded, deferred, or queued as outgoing mail, for each recipient once.
 #[test]
 fn aliases_lead_to_dev_null_and_elsewhere() {
     let config = CUSTOMER.replace("[limits]", "alias-file = \"aliases\"\n[limits]");
@@ -140,7 +140,7 @@ fn aliases_lead_to_dev_null_and_elsewhere() {
     };
     assert_eq!(send(&["noreply"]), (0, String::new()));
     assert!(customer.queued().is_empty() && !customer.0.path().join("mailboxes/example.org").exists());
-    // Nothing is queued for some recipients only.
+    // A message is queued for all recipients or for none.
     let (code, error) = send(&["alice", "list", "far"]);
     assert_eq!(code, 75, "{error}");
     assert_contains(&error, &["<list@example.org>: The alias for that address has a target that is not served"]);
@@ -183,7 +183,7 @@ fn missing_header_fields_are_added() {
     assert!(!message.contains("not this"));
 }
 
-/// As cron, a wrapper of a web language, and a program that reads an mbox write them.
+/// Headers as cron, a web application, and a program that reads an mbox write them.
 #[test]
 fn a_submitted_header_is_completed() {
     let customer = TestCustomer::new();
@@ -205,12 +205,13 @@ fn a_submitted_header_is_completed() {
         );
         assert!(!message.contains("forged") && !message.contains("old@x") && !message.contains("Content-Length"));
     }
-    // What is signed stays, and loses the records only.
+    // A signed header is not changed, except that records of the queue are removed.
     let sent = customer.send(&["-i", "ops@example.net"], &input.replace("X-Note: root", "DKIM-Signature: v=1"));
     assert_eq!((sent.code, sent.error.as_str()), (0, ""));
     let message = customer.only_queued();
-    let kept = "+0000\nContent-Length: 7\nFrom: root (Cron Dämon)\nTo: ops@example.net, root\nSubject: Prüfung\nDKIM-";
-    assert_contains(&message, &[kept, "; body=8BITMIME\n"]);
+    let signed =
+        "+0000\nContent-Length: 7\nFrom: root (Cron Dämon)\nTo: ops@example.net, root\nSubject: Prüfung\nDKIM-";
+    assert_contains(&message, &[signed, "; body=8BITMIME\n"]);
 }
 
 /// Rules: SUB-07.
@@ -244,7 +245,7 @@ fn a_header_submitted_by_smtp_is_completed() {
     let message = customer.only_queued();
     assert_contains(&message, &["+0000\nFrom: =?UTF-8?B?RXZhIMOWLg==?= <eva@example.org>\nBcc: joe@example.org\n"]);
     assert_contains(&message, &["Date: ", "Message-ID: <", "@mail.example.org>\n\nHello.\n"]);
-    // RFC 5321 section 2.3.8: in SMTP a CR alone is an error, also before a CRLF.
+    // RFC 5321 section 2.3.8: in SMTP a bare CR is an error, even before CRLF.
     assert_contains(&session.out, &["\r\n554 5.6.0"]);
     assert!(customer.messages("mailboxes/example.org/alice").is_empty());
 }
@@ -278,7 +279,7 @@ fn the_envelope_records_body_type_smtputf8_and_dsn_options() {
         assert_contains(&customer.queued().concat(), parts);
     };
     check(&["d@x.example"], "Subject: x\r\n\r\nGrüße\r\n", &["; body=8BITMIME\n", "\nSubject: x\n", "\n\nGrüße\n"]);
-    // A Subject beyond ASCII is encoded, and needs nothing; an address does.
+    // A Subject beyond ASCII is encoded, and needs no extension. An address beyond ASCII needs SMTPUTF8.
     check(&["e@x.example"], "Subject: Grüße\n\n1%\r2%\r\n", &[": e@x.example\n", "; body=7BIT\n", "\n\n1%\n2%\n"]);
     check(
         &["f@x.example"],
@@ -291,7 +292,7 @@ fn the_envelope_records_body_type_smtputf8_and_dsn_options() {
         "Subject: x\n\n",
         &["X-ODMR-Recipient: NOTIFY=success,delay\n", "; ret=HDRS; envid=QQ+2B1\n"],
     );
-    // Addresses elsewhere are carried as they came.
+    // Addresses elsewhere are not changed.
     check(
         &["-f", "Cron@My_Host.example", "taro..y@Phone.example", "\"joe\"@b\u{fc}cher.example"],
         "Subject: x\n\n",
@@ -369,7 +370,7 @@ fn each_error_has_its_exit_code_and_one_line_and_queues_nothing() {
 }
 
 #[test]
-fn it_also_runs_under_the_name_sendmail() {
+fn the_program_also_runs_under_the_name_sendmail() {
     let customer = TestCustomer::new();
     let program = customer.0.path().join("sendmail");
     symlink(env!("CARGO_BIN_EXE_odmr"), &program).unwrap();
@@ -417,7 +418,7 @@ fn mail_for_next_hops_is_listed_too() {
 }
 
 #[test]
-fn it_has_the_names_of_sendmail() {
+fn the_program_has_the_other_names_of_sendmail() {
     let customer = TestCustomer::with(&CUSTOMER.replace(
         "[mailboxes]\n",
         "[mailboxes]\nalias-file = \"aliases\"\naliases = { \"info@example.org\" = \"alice@example.org\" }\n",
@@ -509,7 +510,7 @@ fn connect(address: &str) -> TcpStream {
     stream
 }
 
-/// The provider does not answer.
+/// Each call fails, because no provider listens.
 #[test]
 fn the_daemon_accepts_mail_calls_and_ends_at_sigterm() {
     let customer = TestCustomer::new();
@@ -517,7 +518,7 @@ fn the_daemon_accepts_mail_calls_and_ends_at_sigterm() {
     let mut daemon = Running::start(program.args(["pull", "--daemon", "-c"]).arg(customer.config()));
     let address = daemon.listening("local");
     daemon.wait_for("event=call-failed");
-    // `-q` wakes it.
+    // `-q` makes the daemon call.
     assert_eq!((customer.send(&["-q"], "").code, customer.send(&["-q"], "").error.as_str()), (0, ""));
     daemon.wait_for("event=call-failed");
     let mut stream = connect(&address);

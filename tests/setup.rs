@@ -1,6 +1,6 @@
-//! `odmr setup` and `odmr customer` with the real binary: from nothing to the first message, and what cannot be done.
+//! `odmr setup` and `odmr customer`: from nothing to the first message, and their errors.
 //!
-//! As root, they run as nobody, but for the tests of what root makes.
+//! If root runs the tests, the commands run as nobody, except in the tests of files that root creates.
 
 use std::fs;
 use std::io::Write;
@@ -26,7 +26,7 @@ impl Place {
         place
     }
 
-    /// With the files of a provider that listens on loopback.
+    /// A directory with the files of a provider that listens on loopback.
     fn with_provider() -> Place {
         let place = Place::new();
         place.good(&["setup", "provider", "relay.example.net", "-c", "p/provider.toml"]);
@@ -57,7 +57,7 @@ impl Place {
         fs::write(self.path(config), text).unwrap();
     }
 
-    /// Without root.
+    /// A command that does not run as root.
     fn command(&self, words: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_odmr"));
         command.args(words).current_dir(self.0.path()).env_remove("RUST_LOG").stdin(Stdio::null());
@@ -67,7 +67,7 @@ impl Place {
         command
     }
 
-    /// As root, with this umask.
+    /// Runs a command as root, with this umask.
     fn as_root(&self, umask: &str, words: &[&str]) -> Output {
         let mut command = Command::new("sh");
         command.arg("-c").arg(format!("umask {umask}; exec \"$@\"")).arg("sh").arg(env!("CARGO_BIN_EXE_odmr"));
@@ -78,7 +78,7 @@ impl Place {
         good(&self.command(words).output().unwrap())
     }
 
-    /// Fails with this exit code and this part of the error, and prints nothing else.
+    /// Runs a command, which must fail with this exit code and this part of the error, and print nothing else.
     fn bad(&self, words: &[&str], code: i32, part: &str) {
         let done = self.command(words).output().unwrap();
         let error = text_of(&done.stderr);
@@ -146,7 +146,7 @@ fn from_nothing_to_the_first_message() {
     }
     assert!(place.text("p/provider.toml").contains("\nhostname = \"relay.example.net\"\n"));
     assert_eq!((place.mode("p/provider.key").0, place.mode("p/spool").0), (0o600, 0o700));
-    // The pin and the summary, and no warning.
+    // Two lines, the pin and the summary: there is no warning.
     let checked = place.good(&["check", "-c", "p/provider.toml"]);
     assert!(checked.lines().count() == 2 && checked.contains(": good: a provider with 0 customers"), "{checked}");
 
@@ -171,7 +171,7 @@ fn from_nothing_to_the_first_message() {
     child.stdin.take().unwrap().write_all(block.as_bytes()).unwrap();
     let made = good(&child.wait_with_output().unwrap());
     assert!(made.contains("    odmr check -c c/customer.toml --call "), "{made}");
-    // Every user may read it, to send mail; the secret is elsewhere.
+    // Every user may read it, to send mail; the secret is in another file.
     let config = place.text("c/customer.toml");
     assert!(config.contains("secret-file = \"customer.secret\"\n") && !config.contains(&secret), "{config}");
     let modes = ["c/customer.toml", "c/customer.secret", "c/mail/example.org/postmaster/tmp"];
@@ -217,12 +217,12 @@ fn a_customer_is_listed_shown_and_removed_and_its_mail_stays() {
     assert!(serve.wait_for("removed=1").contains("event=reloaded accounts=1"));
     assert_eq!(place.customers(), ["beta.toml"]);
     assert!(Client::connect(&inbound).rcpt("x@example.org").starts_with("550 "));
-    // Who has the domain next gets the mail.
+    // The next customer of the domain gets the mail.
     let again = text_of(&place.customer(&["add", "gamma", "example.org"]).stderr);
     assert!(again.contains("Held for example.org already: 2 messages. gamma gets that."), "{again}");
     assert_eq!(fs::read_dir(place.path("p/spool/domains/example.org/new")).unwrap().count(), 2);
 
-    // A file with a mistake goes too.
+    // A file with a mistake is removed too.
     place.write("p/customers.d/beta.toml", "domans = []\n");
     let listed = place.customer(&["list"]);
     assert!(good(&listed) == "gamma  example.org\n" && text_of(&listed.stderr).contains("beta.toml:1: "));
@@ -236,9 +236,9 @@ fn without_a_daemon_a_change_waits_for_its_start() {
     let added = place.customer(&["add", "acme", "example.org"]);
     good(&added);
     assert!(text_of(&added.stderr).contains("no `odmr serve` runs here now: the next one reads it."));
-    // The directory was missing.
+    // The directory was missing, and has been created.
     assert_eq!((place.mode("p/customers.d").0, place.customers()), (0o750, vec!["acme.toml".to_owned()]));
-    // One that was killed leaves its socket.
+    // A `serve` that is killed leaves its socket.
     let mut serve = place.serve();
     serve.listening("odmr");
     serve.child.kill().unwrap();
@@ -248,12 +248,12 @@ fn without_a_daemon_a_change_waits_for_its_start() {
 }
 
 #[test]
-fn a_mistake_elsewhere_is_what_the_command_says_of_the_reload() {
+fn the_command_reports_an_error_of_the_reload() {
     let place = Place::with_provider();
     good(&place.customer(&["add", "acme", "example.org"]));
     let mut serve = place.serve();
     serve.listening("odmr");
-    // Root and the daemon may not see the same; here the certificate is gone.
+    // The daemon may have an error that the command does not have; here the certificate is missing.
     fs::rename(place.path("p/provider.pem"), place.path("p/old.pem")).unwrap();
     let removed = good(&place.customer(&["remove", "acme"]));
     assert!(
@@ -264,7 +264,7 @@ fn a_mistake_elsewhere_is_what_the_command_says_of_the_reload() {
 }
 
 #[test]
-fn a_secret_that_nobody_can_read_makes_no_customer() {
+fn no_customer_is_added_if_its_secret_cannot_be_printed() {
     let place = Place::with_provider();
     let add = || place.command(&["customer", "-c", "p/provider.toml", "add", "acme", "example.org"]);
     let (reader, writer) = std::io::pipe().unwrap();
@@ -282,13 +282,13 @@ fn a_secret_that_nobody_can_read_makes_no_customer() {
 }
 
 #[test]
-fn of_two_who_add_a_domain_at_the_same_time_one_has_it() {
+fn of_commands_that_add_a_domain_at_the_same_time_one_succeeds() {
     let place = Place::with_provider();
     for round in 0..5 {
         let names = ["a", "b", "c"].map(|name| format!("{name}{round}"));
         let domain = format!("d{round}.example");
         if round == 0 {
-            // The first ones make the directory.
+            // The commands of the first round create the directory.
             fs::remove_dir(place.path("p/customers.d")).unwrap();
         }
         let children = names.each_ref().map(|name| {
@@ -306,7 +306,7 @@ fn of_two_who_add_a_domain_at_the_same_time_one_has_it() {
 }
 
 #[test]
-fn what_cannot_be_added_is_named_and_changes_nothing() {
+fn errors_of_customer_add_change_nothing() {
     let place = Place::with_provider();
     good(&place.customer(&["add", "acme", "example.org"]));
     let bad = |words: &[&str], code: i32, part: &str| {
@@ -339,7 +339,8 @@ fn what_cannot_be_added_is_named_and_changes_nothing() {
     assert_eq!(place.customers(), ["acme.toml", "zeta.toml"]);
 }
 
-/// `mail.` before the longest domain would be no name, and nobody calls a port on loopback from elsewhere.
+/// `mail.` before the longest domain would not be a valid name. The port of a listener on loopback cannot be called from
+/// another machine.
 #[test]
 fn a_block_is_good_for_the_longest_domain_and_any_listener() {
     let place = Place::with_provider();
@@ -354,7 +355,7 @@ fn a_block_is_good_for_the_longest_domain_and_any_listener() {
     place.good(&["setup", "customer", "acme.toml", "-c", "c/customer.toml"]);
 }
 
-/// What a block of somebody else could name to have it read by root, and what is no block.
+/// A block of unknown origin must not name files that root would read.
 #[test]
 fn a_block_has_the_keys_that_a_provider_prints_and_no_others() {
     let place = Place::with_provider();
@@ -395,7 +396,7 @@ fn a_certificate_on_request_and_for_an_account_without_a_secret() {
     assert_eq!(place.mode("c/customer.key").0, 0o600);
     let checked = place.good(&["check", "-c", "c/customer.toml"]);
     assert!(checked.contains(pin), "{checked}");
-    // The key that is there already is the one whose pin the provider knows.
+    // The provider knows the pin of the key that exists already, so that key is used.
     fs::create_dir(place.path("d")).unwrap();
     for name in ["customer.key", "customer.pem"] {
         place.write(&format!("d/{name}"), &place.text(&format!("c/{name}")));
@@ -410,7 +411,7 @@ fn a_certificate_on_request_and_for_an_account_without_a_secret() {
     assert!(place.good(&["check", "-c", "d/customer.toml"]).contains(pin));
 }
 
-/// Whatever step was the last one before a crash.
+/// Each case is the state after a crash at another step.
 #[test]
 fn a_run_that_was_interrupted_can_be_repeated() {
     let place = Place::with_provider();
@@ -436,14 +437,14 @@ fn a_run_that_was_interrupted_can_be_repeated() {
         place.good(&["check", "-c", "p/provider.toml"]);
         place.good(&["check", "-c", "c/customer.toml"]);
         assert_eq!([place.text("c/customer.toml"), place.text("c/customer.key")], before, "{lost:?}");
-        // Customers have its pin.
+        // The key must not change, because customers have its pin.
         assert_eq!(place.text("p/provider.key"), key, "{lost:?}");
     }
     assert_ne!(place.text("p/provider.pem"), certificate);
-    // All is there.
+    // All files exist.
     place.bad(&["setup", "provider", "relay.example.net", "-c", "p/provider.toml"], 73, "is not overwritten");
     place.bad(&setup, 73, "is not overwritten");
-    // What belongs to another set-up stays.
+    // Files of another set-up are not overwritten.
     fs::remove_file(place.path("c/customer.toml")).unwrap();
     place.write("c/customer.secret", "another\n");
     place.bad(&setup, 73, "c/customer.secret exists, with another secret");
@@ -457,7 +458,7 @@ fn a_run_that_was_interrupted_can_be_repeated() {
 }
 
 #[test]
-fn what_cannot_be_set_up_is_named() {
+fn errors_of_setup_name_what_is_wrong() {
     let place = Place::with_provider();
     let given = ["--certificate", "p/provider.pem", "--key", "p/provider.key", "-c", "q/provider.toml"];
     let bad = |words: &[&str], code: i32, part: &str| place.bad(&[&["setup"], words].concat(), code, part);
@@ -486,9 +487,9 @@ fn what_cannot_be_set_up_is_named() {
     }
 }
 
-/// The user can read what they need, and nobody else a secret, with any umask.
+/// With any umask the user can read the files, and other users cannot read the secrets.
 #[test]
-fn what_root_makes_belongs_to_the_user() {
+fn files_that_root_creates_belong_to_the_user() {
     if !is_root() {
         return;
     }
@@ -530,7 +531,7 @@ fn what_root_makes_belongs_to_the_user() {
             let checked = good(&place.as_root(umask, &["check", "-c", config]));
             assert_eq!(checked.lines().count(), 2, "{checked}");
         }
-        // A directory of another user is no place for mail.
+        // A spool of another user is an error.
         fs::remove_file(place.path("etc/provider.toml")).unwrap();
         chown(place.path("var/spool"), Some(0), None).unwrap();
         let setup = [
@@ -544,8 +545,8 @@ fn what_root_makes_belongs_to_the_user() {
             "-c",
             "etc/provider.toml",
         ];
-        let refused = place.as_root(umask, &setup);
-        let error = text_of(&refused.stderr);
-        assert!(refused.status.code() == Some(73) && error.contains("chown -R nobody "), "{error}");
+        let failed = place.as_root(umask, &setup);
+        let error = text_of(&failed.stderr);
+        assert!(failed.status.code() == Some(73) && error.contains("chown -R nobody "), "{error}");
     }
 }

@@ -1,5 +1,5 @@
-//! Certificates exchanged, with the real binary: both sides say what the other one has to write, and a change of keys loses
-//! no call.
+//! Certificates of both sides: each side prints the pin that the other one has to write, and no call fails while keys are
+//! changed.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
@@ -23,7 +23,7 @@ struct Place {
 }
 
 impl Place {
-    /// The provider has a customer that logs in by another certificate, so that it asks for one.
+    /// Another customer of the provider has a certificate, so that the provider asks clients for theirs.
     fn start(acme: &str) -> Place {
         let directory = tempfile::tempdir().unwrap();
         fs::create_dir(directory.path().join("customers.d")).unwrap();
@@ -59,7 +59,7 @@ impl Place {
         write(&self.directory, "customer.toml", &text);
     }
 
-    /// Runs `odmr` on the customer's file, and returns its exit code and what it prints.
+    /// Runs `odmr` with the customer's file. Returns the exit code and the output.
     fn run(&self, arguments: &[&str]) -> (i32, String) {
         let mut command = Command::new(env!("CARGO_BIN_EXE_odmr"));
         let command = command.current_dir(self.directory.path()).args(arguments).args(["-c", "customer.toml"]);
@@ -75,7 +75,7 @@ impl Place {
         pin.unwrap_or_else(|| panic!("{code} {output}")).to_owned()
     }
 
-    /// Writes the file of the customer at the provider, which reads it anew.
+    /// Writes the provider's file of the customer, and reloads the provider.
     fn account(&mut self, pins: &[&str]) {
         let list = pins.iter().map(|pin| format!("\"{pin}\"")).collect::<Vec<_>>().join(", ");
         let text = format!("domains = [\"example.org\"]\ncertificate = [{list}]\n");
@@ -100,7 +100,7 @@ fn both_sides_name_the_pin_that_is_missing_and_keys_change_without_a_lost_call()
     let mut place = Place::start("secret = \"tanstaaftanstaaf\"\n");
     place.new_identity("me");
     place.customer("certificate = \"me.pem\"\nkey = \"me.key\"\n");
-    // The provider does not know the certificate yet: both sides say which it is.
+    // The provider does not know the certificate yet: both sides report its pin.
     let pin = place.printed_pin();
     assert!(pin.starts_with("spki-sha256:"), "{pin}");
     let (code, output) = place.run(&["check", "--call"]);
@@ -108,12 +108,12 @@ fn both_sides_name_the_pin_that_is_missing_and_keys_change_without_a_lost_call()
     assert_eq!(place.run(&["pull"]).0, 77);
     let line = place.serve.wait_for("event=unknown-certificate");
     assert!(line.ends_with(&format!(" peer=[127.0.0.1] pin={pin}")), "{line}");
-    // With a secret it logs in nevertheless, and the check says that the certificate was of no use.
+    // With a secret the customer authenticates nevertheless, and the check reports that the certificate was not used.
     place.customer("certificate = \"me.pem\"\nkey = \"me.key\"\nsecret = \"tanstaaftanstaaf\"");
     let (code, output) = place.run(&["check", "--call"]);
     assert!(code == 0 && output.contains("; logged in as acme by SCRAM-SHA-256-PLUS under TLSv1.3; "), "{output}");
     assert!(output.contains("customer.toml:6: ") && output.contains(" does not know this certificate"), "{output}");
-    // The account has the pin, and no secret any more.
+    // Now the account has the pin, and no secret.
     place.account(&[&pin]);
     let (code, output) = place.run(&["check", "--call"]);
     assert!(code == 0 && output.contains("; logged in as acme by EXTERNAL under TLSv1.3; "), "{output}");
@@ -121,7 +121,7 @@ fn both_sides_name_the_pin_that_is_missing_and_keys_change_without_a_lost_call()
     let line = place.serve.wait_for("event=authenticated");
     let expected = format!(" peer=[127.0.0.1] account=acme mechanism=EXTERNAL tls=TLSv1.3 pin={pin}");
     assert!(line.ends_with(&expected), "{line}");
-    // A change of keys: the provider gets the new pin first, and loses the old one last.
+    // A change of keys: first the provider gets the new pin beside the old one; last it removes the old one.
     let old = pin;
     place.new_identity("new");
     place.customer("certificate = \"new.pem\"\nkey = \"new.key\"\n");
@@ -147,7 +147,7 @@ fn a_certificate_for_another_account_and_files_that_do_not_fit_are_named() {
     place.customer("certificate = \"me.pem\"\nkey = \"me.key\"\n");
     let pin = place.printed_pin();
     place.account(&[&pin]);
-    // Another name than the account's.
+    // The name is that of another account.
     let text = fs::read_to_string(place.directory.path().join("customer.toml")).unwrap();
     write(&place.directory, "customer.toml", &text.replace("name = \"acme\"", "name = \"beta\""));
     let (code, output) = place.run(&["pull"]);
@@ -224,9 +224,9 @@ fn server_of(
     Arc::new(config.with_client_cert_verifier(clients).with_single_cert(chain, key).unwrap())
 }
 
-/// Only root can make such files.
+/// Runs as root only, which can make such files.
 #[test]
-fn keys_that_another_user_cannot_read_are_named_with_the_way_out() {
+fn keys_that_another_user_cannot_read_are_named_with_the_remedy() {
     if !rustix::process::geteuid().is_root() {
         return;
     }
@@ -248,7 +248,7 @@ fn keys_that_another_user_cannot_read_are_named_with_the_way_out() {
     );
     std::os::unix::fs::chown(place.directory.path().join("me.key"), Some(65534), None).unwrap();
     assert!(!place.run(&["check"]).1.contains(expected));
-    // The provider's, if another user serves.
+    // The provider's key, if the spool belongs to another user.
     let check = || {
         let mut command = Command::new(env!("CARGO_BIN_EXE_odmr"));
         let done = command.current_dir(place.directory.path()).args(["check", "-c", "provider.toml"]).output().unwrap();
@@ -260,7 +260,7 @@ fn keys_that_another_user_cannot_read_are_named_with_the_way_out() {
     assert!(check().contains(expected), "{}", check());
 }
 
-/// What lies on the provider's disk opens no account that has only a certificate.
+/// The files on the provider's disk do not open an account that has only a certificate.
 #[test]
 fn a_copy_of_the_provider_opens_no_account_with_a_certificate() {
     let mut place = Place::start("secret = \"tanstaaftanstaaf\"\n");
@@ -269,7 +269,7 @@ fn a_copy_of_the_provider_opens_no_account_with_a_certificate() {
     let pins = odmr::net::tls::CertificateInfo::load(&place.directory.path().join("me.pem")).unwrap().pins;
     place.account(&[&pins[0], &pins[1]]);
     assert_eq!(place.run(&["pull"]).0, 0);
-    // All that the thief has: each file, line, word and value of the provider, but not the customer's key.
+    // A thief has each word of the provider's files, but not the customer's key.
     let mut found = Vec::new();
     for name in
         ["provider.toml", "customers.d/acme.toml", "customers.d/beta.toml", "relay.pem", "relay.key", "other.pem"]
@@ -288,7 +288,7 @@ fn a_copy_of_the_provider_opens_no_account_with_a_certificate() {
     tried.dedup();
     assert!(tried.len() > 30 && pins.iter().all(|pin| tried.contains(pin)), "{tried:?}");
     for secret in tried {
-        // Without this, each would wait longer than the one before.
+        // Without this, each attempt would be delayed more than the one before.
         let _ = fs::remove_file(place.directory.path().join("spool/.odmr/logins"));
         place.customer(&format!("secret = '{}'", secret.replace('\'', "")));
         let (code, output) = place.run(&["check", "--call"]);
@@ -297,7 +297,7 @@ fn a_copy_of_the_provider_opens_no_account_with_a_certificate() {
             "{secret}: {output}"
         );
     }
-    // The provider's own certificate, with its key.
+    // The thief also has the provider's certificate and key.
     place.customer("certificate = \"relay.pem\"\nkey = \"relay.key\"");
     assert_eq!(place.run(&["pull"]).0, 77);
 }

@@ -76,10 +76,10 @@ pub fn run(input: &[u8]) {
 
 /// Checks that no address leads out of the directory of mailboxes.
 fn destination<'a>(destination: &Destination, mut roots: impl Iterator<Item = &'a Path>) {
-    let Destination::Maildir { path, folders } = destination else { return };
+    let Destination::Maildir { path, folders: names } = destination else { return };
     let root = roots.find(|root| path.starts_with(root)).unwrap_or_else(|| panic!("{}", path.display()));
     let below = path.strip_prefix(root).expect("a path below its root");
     assert!(below.components().all(|part| matches!(part, Component::Normal(_))), "{}", path.display());
     assert!(below.components().all(|part| part.as_os_str().len() <= 255), "{}", path.display());
-    assert!(folders.iter().all(|folder| !folder.is_empty() && !folder.contains(['/', '.', '\0'])), "{folders:?}");
+    assert!(names.iter().all(|name| !name.is_empty() && !name.contains(['/', '.', '\0'])), "{names:?}");
 }
