@@ -246,7 +246,7 @@ fn soft_bounce_defers_instead_of_rejecting_and_prints_it() {
     let lines: Vec<_> = call.out.lines().collect();
     let line = "from <big@example.net> to -: deferred by us: 451 4.3.4 Soft bounce: 552 5.3.4 ";
     assert!(lines.len() == 2 && lines[1].starts_with(line), "{}", call.out);
-    // Without soft bounce so many rejections would end the session with 421.
+    // Without soft bounce this number of rejections would end the session with 421.
     let mut script = vec!["MAIL FROM:<eva@example.net>".to_owned()];
     script.extend((0..500).map(|number| format!("RCPT TO:<x{number}@example.org>")));
     script.push("RCPT TO:<alice@example.org>".to_owned());

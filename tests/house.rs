@@ -188,7 +188,7 @@ fn no_code_is_unsafe() {
 }
 
 #[test]
-fn every_file_says_first_what_it_is() {
+fn every_file_begins_with_its_documentation() {
     let house = house();
     let without = house.sources.iter().filter(|source| !source.text.starts_with("//!"));
     check("begin the file with //! and a sentence about it", without.map(|source| source.at(1)));

@@ -355,7 +355,7 @@ mod tests {
         assert_eq!((summary.deferred, summary.rejected), (3, 0));
         let failure = |to: &str| format!("from <eva@example.net> to {to}: deferred by us: 452 4.3.1 The disk is full");
         assert_eq!(summary.failures, [failure("<joe@example.org>"), failure("-"), failure("<ann@example.org>")]);
-        // Another message, which its size or ENVID tells from the first.
+        // Another message: its size, ENVID or sender is different.
         counters.accepted(&MessageRecipient { size: 101, ..to("ann@example.org") });
         counters.accepted(&MessageRecipient { envelope_id: Some("1"), ..to("ann@example.org") });
         counters.accepted(&MessageRecipient { from: "", ..to("ann@example.org") });

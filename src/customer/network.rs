@@ -1,6 +1,6 @@
 //! Watches for a new address or route of this machine: after it, a call that has failed may succeed.
 //!
-//! On Linux the kernel reports them (rtnetlink(7)). On other systems the next call is when the schedule says.
+//! On Linux the kernel reports them (rtnetlink(7)). On other systems the daemon calls by the schedule only.
 
 use crate::net::cancel::CancelToken;
 

@@ -3,7 +3,7 @@
 //! Mail for the customer's own domains does not leave this host: it is delivered at once, or by the next call if the
 //! user who submits it may not write into mailboxes. If the provider accepts no mail at all (502, 503, 530 or 550 to
 //! MAIL, which RFC 2645 section 5.4 permits), outgoing mail goes to the submission host. If no submission host is
-//! configured, the mail waits in the queue, and the log says why.
+//! configured, the mail waits in the queue, and the reason is logged.
 
 use std::collections::HashMap;
 use std::fs::File;

@@ -49,7 +49,7 @@ use crate::turn;
 /// The most calls in a row to a provider that sends a part of the mail in each.
 const CALL_LIMIT: u32 = 100;
 
-/// Why a call has failed. A failure undoes nothing: messages that were sent or received before it are not repeated.
+/// Why a call has failed. Messages that were sent or received before the failure are not sent or received again.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum CallError {
     /// The configuration names something that cannot be used.

@@ -146,7 +146,7 @@ impl Receiver {
                     let path = mailboxes.rules().maildir_of(&delivery.mailbox);
                     delivery.destination = Destination::Maildir { path, folders: Vec::new() };
                 }
-                // If another destination defers, the recipient is deferred: the next attempt finds out.
+                // If one destination defers and another one rejects, the recipient is deferred.
                 Severity::Permanent => drop(rejection.get_or_insert((hop.to_string(), reply))),
                 _ => return Err(self.of_hop(hop.to_string(), reply)),
             }
