@@ -283,7 +283,7 @@ pub struct OutgoingConfig {
     /// The host that mail is sent to if the provider does not accept it before ATRN, port 587 by default. Its default
     /// login is that of the provider, if that has a secret. Default: none.
     pub submission: Option<RemoteSettings>,
-    /// `give-up` and `delay-notice`; the other times have their defaults.
+    /// `give-up` and `delay-warning`; the other times have their defaults.
     pub retry: Retry,
     /// The maximal size of a message, in octets on the wire. Default 50 MiB.
     pub max_size: u64,
@@ -353,5 +353,5 @@ impl OutgoingConfig {
 #[rustfmt::skip]
 const OUTGOING_KEYS: [&str; 18] = [
     "queue", "listen", "networks", "domain", "submission", "submission-tls", "ca", "pin", "certificate", "key",
-    "name", "secret", "secret-file", "mechanisms", "give-up", "delay-notice", "max-size", "without-8bitmime",
+    "name", "secret", "secret-file", "mechanisms", "give-up", "delay-warning", "max-size", "without-8bitmime",
 ];

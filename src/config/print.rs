@@ -233,7 +233,7 @@ impl Printer {
 
     fn give_up(&mut self, retry: &Retry) {
         self.value("give-up", time(retry.give_up));
-        self.value("delay-notice", retry.delay_notice.map_or_else(|| "\"never\"".to_owned(), time));
+        self.value("delay-warning", retry.delay_warning.map_or_else(|| "\"never\"".to_owned(), time));
     }
 
     fn limits(&mut self, limits: &Limits, timeouts: &Timeouts) {

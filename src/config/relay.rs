@@ -76,7 +76,7 @@ impl RelayConfig {
 const RELAY_KEYS: [&str; 22] = [
     "smarthost", "smarthost-tls", "ca", "pin", "certificate", "key", "name", "secret", "secret-file", "mechanisms", "tls", "tls-for",
     "resolver", "port", "allow-private", "connections", "connections-per-host", "without-8bitmime", "retry-first", "retry-max", "give-up",
-    "delay-notice",
+    "delay-warning",
 ];
 
 /// Whether mail may be sent to an MX host without TLS, or without a valid certificate.
@@ -105,9 +105,9 @@ const TLS_POLICY: Text<TlsPolicy> = Text::new(TLS_POLICIES, |text| match text {
 pub(super) fn retry_times(table: &mut Table<'_>) -> Result<Retry, ConfigError> {
     let default = Retry::default();
     let (first_line, max_line) = (table.line_of("retry-first"), table.line_of("retry-max"));
-    let (give_up, delay_notice) = (
+    let (give_up, delay_warning) = (
         table.or("give-up", DURATION, default.give_up),
-        table.or("delay-notice", NEVER_OR_LATER, default.delay_notice),
+        table.or("delay-warning", NEVER_OR_LATER, default.delay_warning),
     );
     let (max, first) = (table.get("retry-max", DURATION), table.get("retry-first", DURATION));
     let give_up = give_up?;
@@ -126,7 +126,7 @@ pub(super) fn retry_times(table: &mut Table<'_>) -> Result<Retry, ConfigError> {
                     `give-up` is: write less here, or more there";
         return Err(first_line.error(text));
     }
-    Ok(Retry { first, max, give_up, delay_notice: delay_notice? })
+    Ok(Retry { first, max, give_up, delay_warning: delay_warning? })
 }
 
 /// The table `tls-for`.

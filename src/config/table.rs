@@ -15,6 +15,9 @@ use super::value::{ValueKind, wrong_type};
 use crate::nearest::nearest;
 use crate::recipients::{ConfigError, Located, SourceLine};
 
+/// Keys that had another name in earlier versions, whose files are still read.
+const FORMER_NAMES: [(&str, &str); 1] = [("delay-notice", "delay-warning")];
+
 /// A table that has no unknown key.
 pub(super) struct Table<'s> {
     pub(super) file: &'s Source,
@@ -35,8 +38,18 @@ impl<'s> Table<'s> {
 
     /// `keys`: all keys that the table may have, in the order in which the error about another one lists them.
     ///
-    /// Each unknown key is noted as an error.
-    fn new(file: &'s Source, line: SourceLine, values: DeTable<'s>, keys: &[&str]) -> Table<'s> {
+    /// Each unknown key is noted as an error, and each key by its former name as a warning.
+    fn new(file: &'s Source, line: SourceLine, mut values: DeTable<'s>, keys: &[&str]) -> Table<'s> {
+        for (former, name) in FORMER_NAMES {
+            if !keys.contains(&name) || values.contains_key(name) {
+                continue;
+            }
+            if let Some((key, value)) = values.remove_entry(former) {
+                let line = file.line(key.span());
+                file.warn(line.error(format!("`{former}` is `{name}` now: write {name} = … in its place")));
+                values.insert(Spanned::new(key.span(), name.into()), value);
+            }
+        }
         let expected = match keys {
             [one, other] => format!("`{one}` or `{other}`"),
             keys => format!("one of `{}`", keys.join("`, `")),

@@ -253,7 +253,7 @@ fn without_a_table_mail_goes_by_mx() {
     let relay = relay("");
     assert_eq!((&relay.smarthost, relay.tls, relay.tls_for.len(), relay.resolver), (&None, TlsPolicy::May, 0, None));
     assert_eq!((relay.port, relay.allow_private, relay.connections, relay.connections_per_host), (25, false, 20, 5));
-    let times = Retry { first: 5 * MINUTE, max: 4 * HOUR, give_up: 5 * DAY, delay_notice: Some(4 * HOUR) };
+    let times = Retry { first: 5 * MINUTE, max: 4 * HOUR, give_up: 5 * DAY, delay_warning: Some(4 * HOUR) };
     assert_eq!(relay.retry, times);
 }
 
@@ -276,7 +276,7 @@ fn every_key_of_relay_is_read() {
             retry-first = "1s"
             retry-max = "2s"
             give-up = "3s"
-            delay-notice = "never"
+            delay-warning = "never"
             "#,
     );
     assert!(!format!("{relay:?}").contains("sesame"));
@@ -297,7 +297,7 @@ fn every_key_of_relay_is_read() {
     assert_eq!(relay.resolver, Some("127.0.0.1:5353".parse().unwrap()));
     assert_eq!((relay.port, relay.allow_private, relay.connections, relay.connections_per_host), (2525, true, 1000, 1));
     let seconds = Duration::from_secs;
-    let times = Retry { first: seconds(1), max: seconds(2), give_up: seconds(3), delay_notice: None };
+    let times = Retry { first: seconds(1), max: seconds(2), give_up: seconds(3), delay_warning: None };
     assert_eq!(relay.retry, times);
 }
 
@@ -426,7 +426,7 @@ fn every_key_of_outgoing_and_schedule_is_read() {
             secret = "mellon"
             pin = "{pin}"
             give-up = "2d"
-            delay-notice = "1h"
+            delay-warning = "1h"
             max-size = "1MiB"
             [schedule]
             every = "1m"
@@ -446,7 +446,7 @@ fn every_key_of_outgoing_and_schedule_is_read() {
     assert_eq!(submission.address, "smtp.example.net:5870");
     assert_eq!((submission.tls, submission.pins), (TlsMode::StartTls, vec![Pin::Certificate([0; 32])]));
     assert_eq!(submission.login, login("sender", "mellon"));
-    let times = Retry { give_up: 2 * DAY, delay_notice: Some(HOUR), ..Retry::default() };
+    let times = Retry { give_up: 2 * DAY, delay_warning: Some(HOUR), ..Retry::default() };
     assert_eq!(outgoing.retry, times);
     assert_eq!(outgoing.max_size, 1_048_576);
 }
@@ -527,8 +527,8 @@ fn mistakes_in_relay_are_named() {
     relay("retry-max = \"31d\"\ngive-up = \"60d\"", 7, "must not be longer than \"30d\"");
     relay("retry-max = \"5d\"", 7, "`retry-max` must be shorter than `give-up`");
     relay("give-up = \"1h\"\nretry-max = \"1h\"", 8, "`retry-max` must be shorter than `give-up`");
-    relay("delay-notice = \"soon\"", 7, "\"soon\" is not a valid time");
-    relay("delay-notice = \"soon\"", 7, "or \"never\"");
+    relay("delay-warning = \"soon\"", 7, "\"soon\" is not a valid time");
+    relay("delay-warning = \"soon\"", 7, "or \"never\"");
     provider("", "relay = 5", "odmr.toml:6", "unknown key `relay`");
     provider("[odmr]", "relay = 5\n[odmr]", "odmr.toml:4", "expected a table");
 }
@@ -595,7 +595,7 @@ fn mistakes_in_outgoing_and_schedule_are_named() {
     outgoing("submission = \"a\"\nsubmission-tls = \"none\"\nca = \"c\"", 13, "have no effect with submission-tls = \"none\"");
     outgoing("retry-first = \"1m\"", 11, "unknown key `retry-first`");
     outgoing("give-up = 5", 11, "expected a time");
-    outgoing("delay-notice = false", 11, "expected a time such as \"4h\", or \"never\"");
+    outgoing("delay-warning = false", 11, "expected a time such as \"4h\", or \"never\"");
     outgoing("max-size = 0", 11, "no message would be accepted");
     customer("", "[schedule]\nevery = \"0s\"", "odmr.toml:10", "would wait for nothing");
     customer("", "[schedule]\nevery = 15", "odmr.toml:10", "expected a time");
@@ -1397,6 +1397,26 @@ mail = "x"
         ],
     );
     assert_found(&warnings, &[("odmr.toml:5", "the secret has 5 octets")]);
+}
+
+/// Files of earlier versions are read, and `check` says what to write.
+#[test]
+fn a_key_by_its_former_name_is_read_with_a_warning() {
+    let old = "delay-notice = \"3h\"\n";
+    let relay = changed(PROVIDER, "", &format!("[relay]\n{old}"));
+    let outgoing = changed(CUSTOMER, "open sesame", "a long random word");
+    let outgoing = format!("{outgoing}[outgoing]\nqueue = \"out\"\n{old}");
+    for (text, line) in [(relay, "odmr.toml:7"), (outgoing, "odmr.toml:11")] {
+        let directory = files(&[("odmr.toml", &text)]);
+        let (errors, warnings) = findings(&directory);
+        let warning = "`delay-notice` is `delay-warning` now: write delay-warning = … in its place";
+        assert_found(&errors, &[]);
+        assert_found(&warnings, &[(line, warning)]);
+        let printed = effective(&directory.path().join("odmr.toml")).unwrap();
+        assert!(printed.contains("\ndelay-warning = \"3h\"\n"), "{printed}");
+    }
+    let both = format!("[relay]\n{old}delay-warning = \"3h\"");
+    provider("", &both, "odmr.toml:7", "unknown key `delay-notice`");
 }
 
 #[test]

@@ -19,7 +19,7 @@ pub struct Retry {
     /// A message of this age expires and returns to its sender. Default 5 days. More than `max`.
     pub give_up: Duration,
     /// The sender of a message of this age gets a DSN, once, that it is delayed; `None`: never. Default 4 h.
-    pub delay_notice: Option<Duration>,
+    pub delay_warning: Option<Duration>,
 }
 
 /// The longest pause between attempts. A message that is due later was deferred while the clock was wrong.
@@ -29,7 +29,7 @@ impl Default for Retry {
     fn default() -> Retry {
         let hours = |hours: u64| Duration::from_secs(hours * 60 * 60);
         let first = Duration::from_secs(5 * 60);
-        Retry { first, max: hours(4), give_up: hours(5 * 24), delay_notice: Some(hours(4)) }
+        Retry { first, max: hours(4), give_up: hours(5 * 24), delay_warning: Some(hours(4)) }
     }
 }
 
@@ -79,7 +79,7 @@ mod tests {
     #[test]
     fn pauses_grow_with_age_and_have_bounds() {
         let minutes = |minutes: u64| Duration::from_secs(60 * minutes);
-        let retry = Retry { first: minutes(5), max: minutes(240), give_up: minutes(7200), delay_notice: None };
+        let retry = Retry { first: minutes(5), max: minutes(240), give_up: minutes(7200), delay_warning: None };
         for (age, least, most) in [(0, 4, 6), (10, 4, 6), (60, 24, 36), (480, 192, 288), (7000, 192, 288)] {
             for chance in [0, 200, 400, u64::MAX] {
                 let pause = retry.pause(minutes(age), chance);

@@ -288,7 +288,7 @@ impl Reporter {
             // First, because it needs no disk space: if the rest fails, the message is not sent again at once. `settle`
             // reports a failure, when it has recorded more important things.
             let _ = message.record_next_attempt();
-            let late = retry.delay_notice.is_some_and(|delay| age > delay) && !message.is_delay_reported();
+            let late = retry.delay_warning.is_some_and(|delay| age > delay) && !message.is_delay_reported();
             late_until = late.then(|| self.watch.history().when(message.arrived, retry.give_up));
         }
         match self.report(&mut message, (&before, &result), attempt, &mut late_until, now) {

@@ -66,8 +66,12 @@ impl Case {
     /// Makes one attempt with this status. Returns the DSNs that were stored.
     fn attempt(&self, status: RecipientStatus, dsn: bool) -> Vec<String> {
         let hours = |hours: u64| Duration::from_secs(3600 * hours);
-        let retry =
-            Retry { first: Duration::from_secs(300), max: hours(4), give_up: hours(120), delay_notice: Some(hours(4)) };
+        let retry = Retry {
+            first: Duration::from_secs(300),
+            max: hours(4),
+            give_up: hours(120),
+            delay_warning: Some(hours(4)),
+        };
         // The next attempt is due at once.
         let maildir = Maildir::new(&self.name.path);
         for entry in maildir.entries().unwrap() {

@@ -118,7 +118,7 @@ def expect(found, wanted, when):
 
 
 # A DSN about mail that was held would itself expire in the relay, which reaches nobody here.
-LONG = '[relay]\nresolver = "127.0.0.1:1"\ngive-up = "60d"\ndelay-notice = "59d"\n'
+LONG = '[relay]\nresolver = "127.0.0.1:1"\ngive-up = "60d"\ndelay-warning = "59d"\n'
 
 
 @scenario("expiry", needs=("faketime",), waits=True)
@@ -180,11 +180,11 @@ def expire_by_cron(box):
 def clock_set(box):
     """The clock is set by five years, forward and back: nothing bounces, held or outgoing, running or stopped"""
     # Its names cannot be resolved now, so that outgoing mail is tried again and again.
-    relay = '[relay]\nresolver = "127.0.0.1:1"\nretry-first = "1s"\nretry-max = "1s"\ndelay-notice = "4d"\n'
+    relay = '[relay]\nresolver = "127.0.0.1:1"\nretry-first = "1s"\nretry-max = "1s"\ndelay-warning = "4d"\n'
     held = Held(box, account='expire-after = "14d"\n', more=relay)
     full = Provider(box, require_tls=False, name="full", accounts={"acme": "rate = 1\n"}).start()
     submit(full)
-    customer = Customer(box, full.odmr, tls="none", more=outgoing_table(box, more='delay-notice = "4d"\n'))
+    customer = Customer(box, full.odmr, tls="none", more=outgoing_table(box, more='delay-warning = "4d"\n'))
     clock = FakeClock(customer.root)
 
     def call(seconds):

@@ -36,7 +36,7 @@
 //! - If connections are short, DSNs and destinations that are slow come last, and those without a session give way: see
 //!   `attempts`.
 //! - Expiry: if an attempt at a message older than `give-up` (5 days) leaves a recipient deferred or in doubt, that
-//!   recipient expires, and the sender gets a DSN. The first such attempt at a message older than `delay-notice` (4 h)
+//!   recipient expires, and the sender gets a DSN. The first such attempt at a message older than `delay-warning` (4 h)
 //!   sends a DSN that it is delayed.
 //!
 //! The spool is read again if another process has stored mail (inetd mode, `odmr expire`), which it reports by a datagram
