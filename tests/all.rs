@@ -3,6 +3,7 @@
 mod calls;
 mod check;
 mod command_line;
+mod configuration;
 mod conformance;
 mod descriptors;
 mod distributed;

@@ -51,6 +51,7 @@ const ALLOWED: &[(&str, &str, &str)] = &[
     ("", "connection refused", "ECONNREFUSED"),
     ("", "behind cgnat", "a place"),
     ("tests/interop/dns.py", "refused", "a code of the DNS"),
+    ("", "delay notice", "the former name of a key of the configuration"),
     ("src/recipients/", "folder", "of Maildir++"),
     ("src/recipients/", "folders", "of Maildir++"),
     ("src/customer/", "folder", "of Maildir++"),

@@ -15,7 +15,7 @@ use super::{
 };
 use crate::queue::retry::Retry;
 use crate::schedule::{Schedule, When};
-use crate::session::{Limits, Timeouts, TlsMode};
+use crate::session::{Limits, RemoteSettings, Timeouts, TlsMode};
 use crate::smtp::client::Without8BitMime;
 
 /// The configuration in a file, and in those of the customers.
@@ -91,9 +91,9 @@ impl Printer {
         let relay = &config.relay;
         let mut table = take_table(&mut file, "relay").unwrap_or_default();
         self.head("relay");
-        self.written(&mut table, &["smarthost", "smarthost-tls"]);
-        self.written(&mut table, &LOGIN_KEYS);
-        self.written(&mut table, &["mechanisms", "tls-for", "resolver"]);
+        self.written(&mut table, &["smarthost"]);
+        relay.smarthost.iter().for_each(|host| self.remote(&mut table, "smarthost-tls", host));
+        self.written(&mut table, &["tls-for", "resolver"]);
         let tls = match relay.tls {
             TlsPolicy::May => "\"may\"",
             TlsPolicy::Must => "\"must\"",
@@ -177,9 +177,8 @@ impl Printer {
         self.value("without-8bitmime", eight_bit(mailboxes.without_8bitmime));
         if let (Some(outgoing), Some(mut table)) = (&config.outgoing, take_table(&mut file, "outgoing")) {
             self.head("outgoing");
-            self.written(&mut table, &["queue", "submission", "submission-tls"]);
-            self.written(&mut table, &LOGIN_KEYS);
-            self.written(&mut table, &["mechanisms"]);
+            self.written(&mut table, &["queue", "submission"]);
+            outgoing.submission.iter().for_each(|host| self.remote(&mut table, "submission-tls", host));
             self.list("listen", &outgoing.listen);
             self.list("networks", &outgoing.networks);
             // By default it is that of the first mailbox, which may have no dot: a file cannot name that.
@@ -198,20 +197,24 @@ impl Printer {
     fn provider_account(&mut self, mut table: DeTable<'_>, common: &DeTable<'_>, provider: &ProviderAccount) {
         self.out += "\n[[provider]]\n";
         self.value("address", quote(&provider.remote.address));
-        let tls = match provider.remote.tls {
-            TlsMode::StartTls => "\"starttls\"",
-            TlsMode::Implicit => "\"implicit\"",
-            TlsMode::None => "\"none\"",
-        };
-        self.value("tls", tls);
-        self.written(&mut table, &LOGIN_KEYS);
-        let mechanisms = provider.remote.login.as_ref().map_or(&[][..], |login| &login.mechanisms);
-        self.list("mechanisms", mechanisms);
+        self.remote(&mut table, "tls", &provider.remote);
         self.list("domains", &provider.domains);
         self.value("outgoing", provider.outgoing);
         let own = take_table(&mut table, "schedule");
         self.out += "[provider.schedule]\n";
         self.schedule(own.as_ref().unwrap_or(common), &provider.schedule);
+    }
+
+    /// How TLS is used with a host, what it is trusted by, and the login there.
+    fn remote(&mut self, table: &mut DeTable<'_>, tls_key: &str, remote: &RemoteSettings) {
+        let tls = match remote.tls {
+            TlsMode::StartTls => "\"starttls\"",
+            TlsMode::Implicit => "\"implicit\"",
+            TlsMode::None => "\"none\"",
+        };
+        self.value(tls_key, tls);
+        self.written(table, &LOGIN_KEYS);
+        remote.login.iter().for_each(|login| self.list("mechanisms", &login.mechanisms));
     }
 
     fn schedule(&mut self, table: &DeTable<'_>, schedule: &Schedule) {
