@@ -1,5 +1,5 @@
-//! The files of a provider's customers, one in each (RFC 2645 section 5.1): the login name, the secret, the domains and the
-//! rights of that customer. A domain belongs to one customer.
+//! The files of a provider's customers, one for each (RFC 2645 section 5.1): secret, domains and rights of that customer. The
+//! name of the file is the login name. A domain belongs to one customer.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -27,37 +27,37 @@ pub struct Accounts {
     skipped: Vec<SkippedFile>,
 }
 
-/// A customer's file with a mistake. It stops no other customer.
+/// A customer's file with a mistake. The files of the other customers are read.
 #[derive(Clone, Debug)]
 pub struct SkippedFile {
-    /// The login name that the file is for.
+    /// The login name, from the name of the file.
     pub name: String,
     pub error: ConfigError,
 }
 
 impl Accounts {
-    /// The files with mistakes. Their customers have no account, or the one of the last reading that was good.
+    /// The files with mistakes. Their customers have no account, or that of the last reading without a mistake.
     pub fn skipped(&self) -> &[SkippedFile] {
         &self.skipped
     }
 
-    /// Whether the file of this customer is skipped: its account may be that of an earlier reading.
+    /// Whether the file of this customer is skipped. Its account, if there is one, is that of an earlier reading.
     pub fn is_skipped(&self, name: &str) -> bool {
         self.skipped.iter().any(|skipped| skipped.name == name)
     }
 
-    /// Whether this domain may belong to a customer whose file is skipped: no other has it.
+    /// Whether this domain may belong to a customer whose file is skipped, as no account has the domain.
     pub fn may_be_skipped(&self, domain: &Domain) -> bool {
         !self.skipped.is_empty() && self.owner(domain).is_none()
     }
 
-    /// Keeps the accounts of an earlier reading whose files are skipped now, but no domain that another customer has by now.
+    /// Adds the accounts of an earlier reading whose files are skipped now, without domains that another customer has now.
     pub(super) fn keep_skipped(&mut self, earlier: &Accounts) {
         let names: Vec<_> = self.skipped.iter().map(|skipped| skipped.name.clone()).collect();
         for account in names.iter().filter_map(|name| earlier.account(name)) {
-            let mut kept = account.clone();
-            kept.domains.retain(|domain| !self.by_domain.contains_key(domain));
-            self.insert(kept);
+            let mut account = account.clone();
+            account.domains.retain(|domain| !self.by_domain.contains_key(domain));
+            self.insert(account);
         }
     }
 
@@ -68,7 +68,7 @@ impl Accounts {
         self.accounts.push(account);
     }
 
-    /// The customer with this login name. Case counts.
+    /// The customer with this login name, which is case-sensitive.
     pub fn account(&self, name: &str) -> Option<&Account> {
         self.by_name.get(name).map(|&index| &self.accounts[index])
     }
@@ -78,11 +78,12 @@ impl Accounts {
         self.by_domain.get(domain).map(|&index| &self.accounts[index])
     }
 
-    /// The mechanisms to offer: those that may open an account, and those with a secret also if accounts have certificates only,
-    /// as the reply to EHLO must have some (RFC 2645 section 5.1.1). If a file is skipped, its account may use each.
+    /// The mechanisms to offer: those that may open an account. If accounts have certificates only, those with a secret are
+    /// offered too, as the reply to EHLO must list a mechanism (RFC 2645 section 5.1.1). If a file is skipped, all are offered,
+    /// as its account may use any.
     ///
-    /// After EXTERNAL, CRAM-MD5 is the first, because RFC 2645 section 5.1.2 names it: a client that takes what it sees first
-    /// must know it.
+    /// CRAM-MD5 is the first one after EXTERNAL: a client that uses the first mechanism that it sees must know it, and RFC 2645
+    /// section 5.1.2 requires this one.
     pub fn mechanisms(&self) -> Vec<Mechanism> {
         let any = self.accounts.is_empty() || !self.skipped.is_empty();
         let offered = |mechanism: &Mechanism| self.accounts.iter().any(|account| account.wants_offered(*mechanism));
@@ -95,7 +96,7 @@ impl Accounts {
         offered
     }
 
-    /// Whether an account has a secret in clear.
+    /// Whether an account has a secret in clear text.
     pub fn have_secrets(&self) -> bool {
         self.accounts.iter().any(|account| account.secret.is_some())
     }
@@ -115,7 +116,8 @@ impl Accounts {
         self.accounts.iter().any(|account| !account.certificates.is_empty())
     }
 
-    /// `tls`: whether there is a certificate for TLS.
+    /// Reads all files of the directory. `tls`: whether the provider has a certificate; `earlier`: the accounts of the last
+    /// reading.
     pub(super) fn build(
         source: &Source, directory: &Located<PathBuf>, tls: bool, earlier: &Accounts,
     ) -> Result<Accounts, ConfigError> {
@@ -123,7 +125,7 @@ impl Accounts {
         let files = customer_files(&path).map_err(|error| {
             let path = path.display();
             let text = format!(
-                "the directory {path} cannot be read: {error}; it has one file for each customer, and may be empty"
+                "the directory {path} cannot be read: {error}; name the one with a file for each customer, which may be empty"
             );
             directory.source.error(text)
         })?;
@@ -142,7 +144,7 @@ impl Accounts {
             source.note_customer(found);
             match account {
                 Ok((mut account, lines)) => {
-                    // A list that was read already stays: its file may have a mistake now.
+                    // Go on with the list of recipients that was read already: its file may have a mistake now.
                     let before = earlier.account(&account.name).map(|account| &account.held.recipients);
                     if let Some(before) = before.filter(|before| **before == account.held.recipients) {
                         account.held.recipients = before.clone();
@@ -160,9 +162,9 @@ impl Accounts {
         Ok(accounts)
     }
 
-    /// Adds the accounts whose files could be read, with the lines of their domains. A domain stays with the customer that had
-    /// it before, as long as that one's file has it, or has a mistake; else the first by name has it. The files of the others
-    /// that want it have a mistake, which is given to `note`.
+    /// Adds the accounts whose files could be read. `read` has the lines of their domains too. If several files name a domain,
+    /// the customer that had it before keeps it, also while that customer's file has a mistake; otherwise the first customer by
+    /// name gets it. The files of the others have a mistake, which `note` gets.
     fn add_all(&mut self, read: Vec<(Account, Vec<Located<Domain>>)>, earlier: &Accounts, note: impl Fn(ConfigError)) {
         let mut holders: HashMap<Domain, String> = HashMap::new();
         let skipped = self.skipped.iter().filter_map(|skipped| earlier.account(&skipped.name));
@@ -175,8 +177,8 @@ impl Accounts {
                 let holder = holders.get(domain).map(String::as_str).or(self.owner(domain).map(|owner| &*owner.name));
                 holder.filter(|holder| *holder != account.name).map(str::to_owned)
             };
-            let taken = lines.iter().find_map(|line| Some((line, other(&line.value)?)));
-            match taken {
+            let owned = lines.iter().find_map(|line| Some((line, other(&line.value)?)));
+            match owned {
                 None => self.insert(account),
                 Some((Located { value: domain, source: line }, other)) => {
                     let other = line.file.with_file_name(format!("{other}.toml"));
@@ -191,11 +193,11 @@ impl Accounts {
         }
     }
 
-    /// What the customer with this login name authenticates with; `None`: there is no such customer.
+    /// The credentials of the customer with this login name; `None`: there is no such customer.
     ///
     /// # Errors
     ///
-    /// The customer's file has a mistake, and was not read before.
+    /// The customer's file has a mistake, and no earlier reading had an account of this name.
     pub fn credentials(&self, name: &str) -> Result<Option<AccountCredentials>, Unavailable> {
         match self.account(name) {
             None if self.skipped.iter().any(|skipped| skipped.name == name) => Err(Unavailable),
@@ -208,12 +210,12 @@ impl Accounts {
 }
 
 impl Accounts {
-    /// As [`CredentialStore::account_of`](crate::sasl::CredentialStore::account_of). One customer may have several accounts
-    /// that the same key opens, so the client may have to tell which.
+    /// As [`CredentialStore::account_of`](crate::sasl::CredentialStore::account_of). The same key may open several accounts, so
+    /// the client may have to name one.
     ///
     /// # Errors
     ///
-    /// The certificate opens no account, but a customer's file has a mistake, and was not read before.
+    /// The certificate opens no account, but may open one whose file has a mistake.
     pub fn account_of(
         &self, certificate: &CertificateDigests, wanted: Option<&str>,
     ) -> Result<Option<String>, Unavailable> {
@@ -235,7 +237,7 @@ impl Accounts {
         self.accounts.iter().filter(|account| account.certificates.iter().any(|pin| pin.is_of(certificate)))
     }
 
-    /// Whether a certificate may open an account whose file is skipped.
+    /// Whether a certificate may open an account whose file is skipped, and of which there is no earlier reading.
     fn may_be_of_skipped(&self, certificate: &CertificateDigests, wanted: Option<&str>) -> bool {
         let mut skipped = self.skipped.iter().filter(|skipped| self.account(&skipped.name).is_none());
         match wanted {
@@ -245,10 +247,10 @@ impl Accounts {
     }
 }
 
-/// What opens an account: a secret, or its verifier, and certificates.
+/// The credentials of an account: a secret, or its verifier, and certificates.
 type AccountKeys = (Option<Vec<u8>>, Option<ScramVerifier>, Vec<Pin>);
 
-/// `secret` and `certificate` of a customer's file, of which it must have one.
+/// Reads `secret` and `certificate` of a customer's file, which must have one of them.
 fn credentials(table: &mut Table<'_>, tls: bool) -> Result<AccountKeys, ConfigError> {
     let (source, line) = (table.file, table.line_of("certificate"));
     let (secret, certificates) = (source.note(secret_or_verifier(table)), table.list("certificate", PIN));
@@ -272,37 +274,37 @@ fn credentials(table: &mut Table<'_>, tls: bool) -> Result<AccountKeys, ConfigEr
     }
 }
 
-/// One customer, as its provider sees it.
+/// One customer, in the configuration of its provider.
 #[derive(Clone)]
 pub struct Account {
-    /// The login name: the name of the file without `.toml`. Case counts.
+    /// The login name: the name of the file without `.toml`. It is case-sensitive.
     pub name: String,
-    /// At least one, none twice, each with a dot.
+    /// At least one, each once and with a dot.
     pub domains: Vec<Domain>,
-    /// Never empty; `None`: it is not known here, or only a certificate opens the account.
+    /// Never empty; `None`: the provider stores the verifier instead, or only a certificate opens the account.
     pub secret: Option<Vec<u8>>,
-    /// What is stored in place of the secret.
+    /// The verifier of SCRAM, stored in place of the secret.
     pub verifier: Option<ScramVerifier>,
     /// The certificates and keys that open the account, whatever their dates.
     pub certificates: Vec<Pin>,
     /// The mechanisms that may open it. Default: all.
     pub mechanisms: Vec<Mechanism>,
-    /// Whether it may submit mail, for any domain. Default: true.
+    /// Whether the customer may submit mail for any domain. Default: true.
     pub relay: bool,
-    /// Whether the senders of submitted mail may be in domains of other customers and other hosts. Default: false.
+    /// Whether the senders of submitted mail may be in other domains than those of the customer. Default: false.
     pub any_sender: bool,
     /// The maximal size of a submitted message, in octets on the wire; `None`, the default: that of `[inbound]`.
     pub max_size: Option<u64>,
-    /// Messages that it may submit in an hour; 0, the default: no limit.
+    /// Messages that the customer may submit in an hour; 0, the default: no limit.
     pub rate: usize,
-    /// What another agent puts in front of the local part in the `Delivered-To` of files that it writes for this customer:
-    /// `acme-` with qmail, if its virtualdomains gives the domains to `acme`. `None`, the default: nothing.
+    /// What another delivery agent writes before the local part in `Delivered-To`: `acme-` with qmail, if its virtualdomains
+    /// gives the domains to `acme`. `None`, the default: nothing.
     pub delivered_to_prefix: Option<String>,
     pub held: HeldConfig,
 }
 
 impl Account {
-    /// Reads the file of one customer. Returns the lines of its domains, too.
+    /// Reads the file of one customer. Returns the domains with their lines, too.
     pub(super) fn read(source: &Source, tls: bool) -> Result<(Account, Vec<Located<Domain>>), ConfigError> {
         let mut table = Table::root(source, &[&CUSTOMER_KEYS[..], &HELD_KEYS].concat())?;
         let name = source.file.file_stem().and_then(|name| name.to_str());
@@ -364,14 +366,14 @@ impl Account {
         self.mechanisms.contains(&mechanism) && self.lacks(mechanism).is_none()
     }
 
-    /// Whether the mechanism is to be offered, for this account.
+    /// Whether the provider offers the mechanism because of this account.
     fn wants_offered(&self, mechanism: Mechanism) -> bool {
         let certificate_only = self.secret.is_none() && self.verifier.is_none();
         self.permits(mechanism)
             || self.mechanisms.contains(&mechanism) && certificate_only && mechanism != Mechanism::CramMd5
     }
 
-    /// What the mechanism needs, and the account has not.
+    /// What the mechanism needs and the account lacks; `None`: nothing.
     fn lacks(&self, mechanism: Mechanism) -> Option<&'static str> {
         let is_ascii = is_usable(self.name.as_bytes()) && self.secret.as_ref().is_none_or(|secret| is_usable(secret));
         match mechanism {
@@ -384,17 +386,17 @@ impl Account {
     }
 }
 
-/// `secret` or `secret-file`, or `scram` in their place; all may be missing.
+/// Reads `secret` or `secret-file`, or `scram` in their place. All may be missing.
 fn secret_or_verifier(table: &mut Table<'_>) -> Result<(Option<Vec<u8>>, Option<ScramVerifier>), ConfigError> {
     let source = table.file;
     let Some(scram) = table.located("scram", VERIFIER)? else { return Ok((secret(table)?, None)) };
     for key in ["secret", "secret-file"] {
         if let Some(other) = table.take(key) {
-            let text = format!("`{key}` and `scram` exclude each other: remove `{key}`, whose place `scram` takes");
+            let text = format!("`{key}` and `scram` exclude each other: remove `{key}`, which `scram` replaces");
             return Err(other.line.error(text));
         }
     }
-    // Whoever has it can play the provider, and try secrets.
+    // With the verifier anybody can pose as the provider, and can try secrets.
     check_private(source.mode, &source.file).map_err(|text| scram.source.error(text))?;
     Ok((None, Some(scram.value)))
 }
@@ -420,8 +422,8 @@ impl fmt::Debug for Account {
     }
 }
 
-/// The files of a directory, sorted, so that the same mistake gives the same error every time. Names that begin with a dot
-/// are temporary files of editors.
+/// The files of a directory, sorted, so that the same mistakes give the same first error each time. It skips names that begin
+/// with a dot, which are temporary files of editors.
 fn customer_files(directory: &Path) -> io::Result<Vec<PathBuf>> {
     let mut files = Vec::new();
     sandbox::note_directory(directory);

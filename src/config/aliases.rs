@@ -1,18 +1,18 @@
-//! The format of `/etc/aliases`, as in aliases(5), and its names and targets, which are the same in `aliases` of
+//! Reads files in the format of aliases(5), such as `/etc/aliases`. Names and targets have the same form in `aliases` of
 //! `[mailboxes]`.
 //!
 //! ```text
 //! # a comment
 //! postmaster: root
-//! root:  alice, bob@example.com     # names without a domain: in every domain; targets: in the first
+//! root:  alice, bob@example.com     # a name without a domain is in every domain, such a target in the first
 //! "a b": alice,
 //!   \bob                            # a line that begins with a space continues; \bob: the mailbox, not an alias
 //! info@example.org: alice
-//! @example.net: alice               # each recipient there without a rule of their own
+//! @example.net: alice               # all recipients there that have no other rule
 //! ```
 //!
-//! `/dev/null` discards. A program, another file, `:include:` and the like are for other mail servers that read the same
-//! file: mail for that alias is deferred, and all other aliases count.
+//! `/dev/null` discards mail. A program, another file, `:include:` and the like are for other mail servers that read the same
+//! file. Mail for such an alias is deferred; all other aliases hold.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -67,7 +67,7 @@ pub(super) fn check_targets(alias: &Alias) -> Result<(), ConfigError> {
     }
 }
 
-/// A line, and where its separators are; those in quotes do not count.
+/// A line and its separators outside quotes.
 struct Pieces<'a> {
     /// The text before the first colon.
     name: Option<&'a str>,
@@ -113,7 +113,7 @@ fn pieces(line: &str) -> Result<Pieces<'_>, &'static str> {
     Ok(pieces)
 }
 
-/// Whether a character is in quotes. In quotes a backslash escapes the next character.
+/// Finds the characters in quotes. In quotes a backslash escapes the next character.
 #[derive(Default)]
 struct Quotes {
     open: bool,
@@ -121,7 +121,7 @@ struct Quotes {
 }
 
 impl Quotes {
-    /// Reads a character; returns whether it is outside quotes and not a quote itself.
+    /// Reads the next character. Returns whether it is outside quotes and not a quote itself.
     fn next(&mut self, character: char) -> bool {
         let open = self.open;
         match character {
@@ -134,7 +134,7 @@ impl Quotes {
     }
 }
 
-/// The line without its comment: a `#` begins one at the begin of a line or after a space.
+/// The line without its comment, which begins with a `#` at the begin of the line or after a space.
 fn strip_comment(line: &str) -> &str {
     let mut quotes = Quotes::default();
     let comment = line.char_indices().find(|(at, character)| {
@@ -184,7 +184,7 @@ pub(super) fn target(text: &str, home: &Domain, source: SourceLine) -> Result<Al
         None => address_with_domain(rest),
     };
     match mailbox {
-        // Such as root@localhost, as the local mail server means it. It is never in a domain of ours.
+        // Such as root@localhost, which is for the local mail server. No domain here lacks a dot.
         Some(mailbox) if !mailbox.domain().is_some_and(|domain| domain.as_str().contains('.')) => {
             Ok(AliasTarget { kind: unserved(text, "an address at a host without a domain"), source })
         }
@@ -196,7 +196,7 @@ pub(super) fn target(text: &str, home: &Domain, source: SourceLine) -> Result<Al
     }
 }
 
-/// A local part without a domain, at the placeholder domain `x`.
+/// The mailbox of a local part without a domain, with the placeholder domain `x`.
 fn bare(text: &str) -> Option<Mailbox> {
     Mailbox::parse(&format!("{text}@x")).filter(|_| text != "\"\"")
 }

@@ -1,4 +1,5 @@
-//! A customer's file (RFC 2645 section 5.2): which providers the customer calls, and how its users submit mail.
+//! A customer's file (RFC 2645 section 5.2): its top level, the providers that it calls, and `[outgoing]`, by which its users
+//! submit mail.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
@@ -27,9 +28,9 @@ use crate::smtp::client::Without8BitMime;
 /// The configuration of a customer.
 #[derive(Clone, Debug)]
 pub struct CustomerConfig {
-    /// The name in its greeting and EHLO. ASCII, in the case of the file.
+    /// The name in greetings and EHLO. ASCII, spelled as in the file.
     pub hostname: String,
-    /// The user that a process becomes before it touches mail, if it was started as root; `None`: it stays root.
+    /// The user that a process becomes before it touches mail, if root has started it; `None`: it stays root.
     pub owner: Option<MailOwner>,
     /// At least one, in the order of the file; no two have the same address and name.
     pub providers: Vec<ProviderAccount>,
@@ -50,12 +51,12 @@ impl CustomerConfig {
         Source::examine(path, CustomerConfig::of).0
     }
 
-    /// Reads a customer's file for a user who submits mail, but not the files with secrets, which that user may not be
-    /// able to read: those secrets are empty.
+    /// Reads a customer's file for a user who submits mail, without the files of `secret-file`, which that user often may not
+    /// read. Their secrets are empty.
     ///
     /// # Errors
     ///
-    /// As those of [`CustomerConfig::load`].
+    /// Those of [`CustomerConfig::load`].
     pub fn load_to_send(path: &Path) -> Result<CustomerConfig, ConfigError> {
         Source::read(path)?.without_secrets().finish(CustomerConfig::of).0
     }
@@ -89,7 +90,7 @@ impl CustomerConfig {
         let mailboxes = source.note(mailboxes.and_then(|mailboxes| MailboxesConfig::build(mailboxes, &domains)));
         let (outgoing, owner) = (file.table("outgoing", &OUTGOING_KEYS), source.note(MailOwner::build(&mut file)));
         let (limits, timeouts) = (limits(&mut file), source.note(timeouts(&mut file)));
-        // The rest depends on what is before it.
+        // `[outgoing]` depends on the values before it.
         let (hostname, providers, mailboxes) = (hostname?, providers?, mailboxes?);
         let sends_to = providers.iter().find(|provider| provider.outgoing);
         let outgoing = match (outgoing?, sends_to) {
@@ -109,35 +110,35 @@ impl CustomerConfig {
 const CUSTOMER_FILE_KEYS: [&str; 9] =
     ["hostname", "user", "group", "provider", "mailboxes", "outgoing", "schedule", "limits", "timeouts"];
 
-/// `[provider]`, or each `[[provider]]`: which provider a customer calls, with which account, and when.
+/// `[provider]`, or one of `[[provider]]`: a provider that the customer calls, the account there, and the times to call.
 #[derive(Clone, Debug)]
 pub struct ProviderAccount {
     /// It always has a login. The default port is 366 (RFC 2645 section 4).
     pub remote: RemoteSettings,
-    /// The domains to ask for; empty: all of the account (RFC 2645 section 5.2.1).
+    /// The domains that ATRN names; empty: all of the account (RFC 2645 section 5.2.1).
     pub domains: Vec<Domain>,
-    /// Whether outgoing mail is sent to it: true for one provider at most, by default the first.
+    /// Whether outgoing mail is sent to this provider: true for one provider at most, by default the first.
     pub outgoing: bool,
     /// Its own schedule, or that of `[schedule]`.
     pub schedule: Schedule,
-    /// The lines of `ca`, `certificate` and `key`, or else of the table.
+    /// The lines of `ca`, `certificate` and `key`; of a missing key, the line of the table.
     ca_line: SourceLine,
     certificate_line: SourceLine,
     key_line: SourceLine,
-    /// The line of `domains`, or else of the table.
+    /// The line of `domains`, or of the table if it has no `domains`.
     domains_line: SourceLine,
     address_line: SourceLine,
 }
 
 impl ProviderAccount {
-    /// The error about the certificates that are trusted, or about our own, on the line of its file or of the table.
+    /// The error about the trusted certificates, or about this side's own certificate, on the line that names the file.
     pub fn error(&self, error: &RemoteError) -> ConfigError {
         match (error.key, &self.remote.ca, &self.remote.identity) {
             ("certificate", _, Some(own)) => {
                 file_error(&self.certificate_line, error.key, &own.certificate, &error.text)
             }
             ("key", _, Some(own)) => file_error(&self.key_line, error.key, &own.key, &error.text),
-            // As in `file_error`: an error of another form has its remedy.
+            // As in `file_error`: an error of another form says itself what to do.
             (_, Some(ca), _) if error.text.starts_with(&format!("{}: ", ca.display())) => {
                 self.ca_line.error(format!("{error}: put the certificates there, or name others in `ca`"))
             }
@@ -146,27 +147,27 @@ impl ProviderAccount {
         }
     }
 
-    /// The error or the warning about our own certificate, on its line.
+    /// An error or a warning on the line of `certificate`.
     pub fn certificate_error(&self, text: String) -> ConfigError {
         self.certificate_line.error(text)
     }
 
-    /// The error or the warning about the key of our own certificate, on its line.
+    /// An error or a warning on the line of `key`.
     pub fn key_error(&self, text: String) -> ConfigError {
         self.key_line.error(text)
     }
 
-    /// The error about the domains that are asked for, on the line of `domains` or of the table.
+    /// An error on the line of `domains`, or of the table.
     pub fn domains_error(&self, text: String) -> ConfigError {
         self.domains_line.error(text)
     }
 
-    /// The error about the provider at this address, on the line of `address`.
+    /// An error on the line of `address`.
     pub fn address_error(&self, text: String) -> ConfigError {
         self.address_line.error(text)
     }
 
-    /// All providers of a file; `schedule`: the schedule of those without their own.
+    /// Reads all providers of a file; `schedule`: the schedule of those without their own.
     fn build_all(tables: Value<'_>, schedule: &Schedule) -> Result<Vec<ProviderAccount>, ConfigError> {
         let mut providers: Vec<ProviderAccount> = Vec::new();
         let mut outgoing = None;
@@ -220,7 +221,7 @@ impl ProviderAccount {
         let certificate = table.contains("certificate");
         let remote = source.note(address.and_then(|address| remote(&mut table, address, "tls")));
         let secret = source.note(login_secret(&mut table, &table_line, certificate));
-        // After a mistake in the secret, the mechanisms that need it are no second one.
+        // If the secret has a mistake, do not report the mechanisms that need it too.
         let given = name.as_ref().ok().zip(secret.as_ref().ok());
         let login = given.map(|(name, secret)| Login {
             secret: secret.clone(),
@@ -278,21 +279,22 @@ pub struct OutgoingConfig {
     pub listen: Vec<SocketAddr>,
     /// The networks whose machines may submit mail there, like this machine. Default: none.
     pub networks: Vec<Network>,
-    /// The domain of names without one, and of a `From:` that has to be added. Default: the first domain of `accept`.
+    /// The domain of addresses without one, and of a `From` field that is added. Default: the first domain of `accept`.
     pub domain: Domain,
-    /// The host that mail is sent to if the provider does not accept it before ATRN, port 587 by default. Its default
-    /// login is that of the provider, if that has a secret. Default: none.
+    /// The host that mail is sent to if the provider does not accept it before ATRN, port 587 by default. By default it has
+    /// the login of the provider, if that has a secret. `None`, the default: no host.
     pub submission: Option<RemoteSettings>,
     /// `give-up` and `delay-warning`; the other times have their defaults.
     pub retry: Retry,
-    /// The maximal size of a message, in octets on the wire. Default 50 MiB.
+    /// The largest message that may be submitted, in octets on the wire. Default 50 MiB.
     pub max_size: u64,
-    /// What becomes of 8-bit content if the provider or the submission host does not offer 8BITMIME. Default: it is sent.
+    /// Whether 8-bit content is sent if the provider or the submission host does not offer 8BITMIME. Default: it is.
     pub without_8bitmime: Without8BitMime,
 }
 
 impl OutgoingConfig {
-    /// The first listener that a program on this machine reaches over loopback. Port 0 means another port at each start.
+    /// The first listener that a program on this machine reaches over loopback. Port 0 does not count: it is another port at each
+    /// start.
     pub fn loopback_listener(&self) -> Option<SocketAddr> {
         self.listen.iter().find_map(|listener| {
             let address = match listener.ip() {
@@ -333,7 +335,7 @@ impl OutgoingConfig {
         for listener in &listen {
             if let Some(hop) = mailboxes.rules.next_hops().find(|hop| hop.is_at(&listener.value, hostname)) {
                 return Err(listener.source.error(format!(
-                    "{hop} is where `deliver` sends mail to, so it would go in circles: choose another"
+                    "`deliver` sends mail to {hop}, so mail would go in circles: listen at another address"
                 )));
             }
         }

@@ -1,4 +1,4 @@
-//! Changes the file of a customer at its provider: a verifier takes the place of the secret, and all else stays as it is.
+//! Changes the file of a customer at its provider: replaces the secret by a verifier, and leaves the rest as it is.
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -9,21 +9,21 @@ use super::accounts::Account;
 use super::source::Source;
 use crate::recipients::ConfigError;
 
-/// A customer's file with another verifier.
+/// The changed text of a customer's file.
 pub struct ChangedFile {
     pub text: String,
-    /// The file with the secret that is no longer read.
+    /// The file of `secret-file`, which the changed file no longer names.
     pub secret_file: Option<PathBuf>,
     source: Source,
 }
 
 impl ChangedFile {
-    /// Checks that the changed file is that of an account: otherwise the provider would skip it, and the old secret would
-    /// stay. `tls`: whether the provider has a certificate.
+    /// Checks that the changed file is valid. Otherwise the provider would skip it, and the old secret would hold. `tls`: whether
+    /// the provider has a certificate.
     ///
     /// # Errors
     ///
-    /// A mistake in it.
+    /// The first mistake.
     pub fn check_account(&self, tls: bool) -> Result<(), ConfigError> {
         let (account, _) = self.source.finish(|source| Account::read(source, tls));
         let unchanged = |error: ConfigError| error.source.error(format!("{}; nothing is changed", error.text));
@@ -31,8 +31,8 @@ impl ChangedFile {
     }
 }
 
-/// Returns the text of a customer's file in which `scram`, with this verifier, takes the place of `secret`, `secret-file` or
-/// another `scram`. Comments and all other keys stay. Nothing is written.
+/// Returns the text of a customer's file in which `scram`, with this verifier, replaces `secret`, `secret-file` or another
+/// `scram`. Comments and all other keys stay. The file itself is not changed.
 ///
 /// # Errors
 ///
@@ -58,23 +58,23 @@ pub fn with_verifier(path: &Path, verifier: &str) -> Result<ChangedFile, ConfigE
         let separator = if text.is_empty() || text.ends_with('\n') { "" } else { "\n" };
         text.push_str(&format!("{separator}{line}\n"));
     }
-    // Whatever the file looks like: what it means now is what was asked for.
+    // Check the result: at the end of some files the new line would be part of a table.
     let changed = Source::new(&source.file, &text, source.mode);
-    let means = changed.parse().is_ok_and(|table| {
+    let is_changed = changed.parse().is_ok_and(|table| {
         let value = table.get("scram").and_then(|value| value.get_ref().as_str().map(str::to_owned));
         value.as_deref() == Some(verifier) && !table.contains_key("secret") && !table.contains_key("secret-file")
     });
-    match means {
+    match is_changed {
         true => Ok(ChangedFile { text, secret_file, source: changed }),
         false => Err(source.whole().error(format!("cannot be changed: write {line} in it, in place of the secret"))),
     }
 }
 
-/// Returns the text with other texts in these places, which do not overlap. Lines of which nothing is left go.
+/// Returns the text with these ranges replaced, which must not overlap. Removes lines that become blank.
 pub(super) fn edited(text: &str, mut edits: Vec<(Range<usize>, String)>) -> String {
     edits.sort_by_key(|(span, _)| span.start);
     let mut changed = text.to_owned();
-    // From the last one on, so that the places of the others stay.
+    // Begin with the last one, so that the offsets of the others stay valid.
     for (span, with) in edits.into_iter().rev() {
         changed.replace_range(span.clone(), &with);
         if with.is_empty() {
@@ -84,7 +84,7 @@ pub(super) fn edited(text: &str, mut edits: Vec<(Range<usize>, String)>) -> Stri
     changed
 }
 
-/// Removes the line at this place if nothing is left on it.
+/// Removes the line at this offset if it is blank.
 fn remove_if_blank(text: &mut String, at: usize) {
     let begin = text[..at].rfind('\n').map_or(0, |end| end + 1);
     let end = text[at..].find('\n').map_or(text.len(), |end| at + end + 1);
@@ -126,13 +126,13 @@ mod tests {
         );
         check(&format!("{domains}\nscram=\"old\""), &format!("{domains}\n{scram}"), None);
         check(&format!("  \"secret\"  =  \"\"\"\nx\"\"\"\n{domains}\n"), &format!("  {scram}\n{domains}\n"), None);
-        // More than one is a mistake, which this mends.
+        // Several are a mistake, which this corrects.
         check(&format!("secret = 'x'\n{domains}\nscram = 'x'\n"), &format!("{scram}\n{domains}\n"), None);
         check(&format!("{domains}\nsecret = 'x'\nscram = 'x' # old\n"), &format!("{domains}\n{scram}\n # old\n"), None);
         // An account that opens by a certificate only.
         check(domains, &format!("{domains}\n{scram}\n"), None);
         check("", &format!("{scram}\n"), None);
-        // Not a key, but part of another value.
+        // In a comment, not a key.
         let note = "domains = [\"example.org\"] # secret = \"x\"\n";
         check(note, &format!("{note}{scram}\n"), None);
     }

@@ -1,4 +1,4 @@
-//! What a customer's file says of the mail that is held for it: for how long and how much, and how it is sent.
+//! The settings of held mail in a customer's file at its provider: how long and how much is held, and how it is sent.
 
 use std::time::Duration;
 
@@ -8,51 +8,51 @@ use super::value::{DURATION, DURATION_OR_NONE, EXPIRY, NEVER_OR_LATER, SIZE, SIZ
 use crate::mail::address::Domain;
 use crate::recipients::ConfigError;
 
-/// The mail that is held for a customer.
+/// The settings of the mail that is held for a customer.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct HeldConfig {
-    /// A message of this age expires, whether the customer calls or not. `None`: never. Default: 14 days; from 1 s to 90 days.
+    /// A message of this age expires, whether the customer calls or not; `None`: never. From 1 s to 90 days, default 14 days.
     pub expire_after: Option<Duration>,
-    /// The sender of a message of this age gets a DSN about the delay, unless the customer has called since it has arrived.
-    /// `None`, the default: never.
+    /// The sender of a message of this age gets a DSN about the delay, unless the customer has called since the message arrived;
+    /// `None`, the default: never. Shorter than `expire_after`.
     pub delay_warning: Option<Duration>,
-    /// A rejection that looks like a mistake of the customer's side is a deferral for so long; zero, the default: never.
+    /// For this time, a rejection that looks like a mistake of the customer's server is a deferral; zero, the default: never.
     pub soft_bounce: Duration,
-    /// The recipients that mail is accepted for; it is rejected for others.
+    /// The recipients whose mail is accepted; other recipients are rejected.
     pub recipients: KnownRecipients,
     /// Octets of the files that may be held; `None`, the default: no limit.
     pub max_bytes: Option<u64>,
     /// Messages that may be held, from 1 on; `None`, the default: no limit.
     pub max_messages: Option<usize>,
-    /// What becomes of mail that is too much. Default: it is deferred.
+    /// What becomes of mail beyond `max_bytes` or `max_messages`. Default: it is deferred.
     pub over_quota: OverQuota,
     /// Messages in one turned session; `None`, the default: as `[limits]` says; 0: no limit.
     pub messages_per_turn: Option<usize>,
     /// Octets of content in one turned session; `None`, the default: as `[limits]` says; 0: no limit.
     pub octets_per_turn: Option<u64>,
-    /// A turned session takes no longer; `None`, the default: as `[timeouts]` says.
+    /// The longest time of a turned session; `None`, the default: as `[timeouts]` says.
     pub turn: Option<Duration>,
-    /// From the end of a call that has brought no mail to the next ATRN. Default: zero.
+    /// The shortest time from the end of a call without mail to the next ATRN. Default: zero.
     pub min_interval: Duration,
 }
 
-/// What becomes of mail for a customer for whom enough is held.
+/// What becomes of mail for a customer whose quota is used up.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum OverQuota {
-    /// The sender's server tries again.
+    /// It is deferred: the client tries again.
     #[default]
     Defer,
-    /// The sender gets it back.
+    /// It is rejected: the client returns it to its sender.
     Reject,
 }
 
 const OVER_QUOTA_EXPECTED: &str = "\"defer\" or \"reject\"";
 
-/// What becomes of mail that is too much.
+/// The value of `over-quota`.
 const OVER_QUOTA: Text<OverQuota> = Text::new(OVER_QUOTA_EXPECTED, |text| match text {
     "defer" => Ok(OverQuota::Defer),
     "reject" => Ok(OverQuota::Reject),
-    _ => Err(format!("{text:?} is not a way to treat mail that is too much: write {OVER_QUOTA_EXPECTED}")),
+    _ => Err(format!("{text:?} is not a valid way to treat mail beyond the quota: write {OVER_QUOTA_EXPECTED}")),
 });
 
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
@@ -76,7 +76,7 @@ impl Default for HeldConfig {
 }
 
 impl HeldConfig {
-    /// Reads the keys of the file of a customer who has these domains.
+    /// Reads the keys from the file of a customer with these domains.
     pub(super) fn build(table: &mut Table<'_>, domains: &[Domain]) -> Result<HeldConfig, ConfigError> {
         let default = HeldConfig::default();
         let warning_line = table.line_of("delay-warning");

@@ -1,10 +1,11 @@
-//! The recipients that a customer's file names, or a file that it names in turn, which the customer may replace at any time.
+//! The recipients of a customer: `recipients` of its file at the provider, or the file that `recipients-file` names, which the
+//! customer may replace at any time.
 //!
-//! A process reads a file at the first recipient of the customer, so that it is no mistake of the configuration and costs no
-//! other customer time, and again when it has changed. It may be replaced by rename, or written in place: a part of it may be
-//! a valid file. So it is believed only when it has not changed for two seconds; until then the old list holds, and a
-//! recipient that the old list does not have waits for that, and is deferred if it is changed on and on. A file with a mistake changes nothing; before a
-//! first list was read all recipients are deferred.
+//! A process reads the named file at the first recipient of the customer, and again after it has changed. So a mistake in it
+//! does not stop a reload, and reading it does not delay other customers. The file may be replaced by rename or written in
+//! place, and a part of it may be a valid file. So a new list holds only after the file has not changed for two seconds. Until
+//! then the old list holds; a recipient that it lacks waits, and is deferred if the file continues to change. If the file has a
+//! mistake, the old list holds; without an old list all recipients are deferred.
 
 use std::fs::{self, OpenOptions};
 use std::io::{self, BufRead, BufReader, Read};
@@ -25,37 +26,37 @@ use crate::net::trace::quoted;
 use crate::recipients::{ConfigError, ListedRecipient, Located, RecipientList, SourceLine};
 use crate::sandbox;
 
-/// Entries of a file.
+/// The most entries of a file.
 const ENTRIES_LIMIT: u64 = 1_000_000;
 
-/// Octets of a file.
+/// The most octets of a file.
 const FILE_LIMIT: u64 = 64 << 20;
 
-/// Octets of a line: more than an address has (RFC 5321 section 4.5.3.1).
+/// The most octets of a line: more than an address has (RFC 5321 section 4.5.3.1).
 const LINE_LIMIT: u64 = 1024;
 
-/// Which recipients in its domains a customer has.
+/// The recipients in a customer's domains whose mail the provider accepts.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum KnownRecipients {
     /// All.
     #[default]
     Any,
-    /// All but those that the customer's server does not know, as it has said itself.
+    /// All but those that the customer's server has rejected as unknown.
     Learn,
-    /// Those of `recipients`.
+    /// Those in `recipients`.
     Listed(Arc<RecipientList>),
-    /// Those of `recipients-file`.
+    /// Those in the file of `recipients-file`.
     File(Arc<RecipientsFile>),
 }
 
-/// What a list says of a recipient.
+/// Whether a list has a recipient.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Knowledge {
     Known,
     Unknown,
-    /// The list does not have it, but has been changed just now: soon it is known.
+    /// The list lacks the recipient, but its file has just changed: the new list decides.
     Changing,
-    /// There is no list that can be used.
+    /// There is no valid list.
     Unsettled,
 }
 
@@ -71,7 +72,7 @@ const ENTRY: Text<ListedRecipient> =
     });
 
 impl KnownRecipients {
-    /// `recipients` and `recipients-file` of the file of a customer who has these domains.
+    /// Reads `recipients` and `recipients-file` from the file of a customer with these domains.
     pub(super) fn build(table: &mut Table<'_>, domains: &[Domain]) -> Result<KnownRecipients, ConfigError> {
         let file = table.located("recipients-file", PATH);
         let Some(value) = table.take("recipients") else {
@@ -104,7 +105,7 @@ impl KnownRecipients {
         Ok(KnownRecipients::Listed(Arc::new(values(entries).into_iter().collect())))
     }
 
-    /// What is known of a mailbox in a domain of the customer. `account`: for the log.
+    /// Looks up a mailbox in a domain of the customer. `account`: for the log.
     pub fn look_up(&self, mailbox: &Mailbox, account: &str) -> Knowledge {
         let (list, settled) = match self {
             KnownRecipients::Any | KnownRecipients::Learn => return Knowledge::Known,
@@ -119,11 +120,11 @@ impl KnownRecipients {
         }
     }
 
-    /// Reads the list; `None`: there is none.
+    /// Reads the list; `None`: the customer has no list.
     ///
     /// # Errors
     ///
-    /// The mistake in the file.
+    /// The first mistake in the file, or that it cannot be read.
     pub fn read(&self) -> Result<Option<Arc<RecipientList>>, ConfigError> {
         match self {
             KnownRecipients::Any | KnownRecipients::Learn => Ok(None),
@@ -144,29 +145,29 @@ fn check_domain(entry: &ListedRecipient, domains: &[Domain]) -> Result<(), Strin
     }
 }
 
-/// A file of recipients, and its list as it was read last.
+/// A file of recipients, and the list that was read last.
 #[derive(Debug)]
 pub struct RecipientsFile {
     path: PathBuf,
     domains: Vec<Domain>,
-    /// The line that names it.
+    /// The line of the configuration that names the file.
     line: SourceLine,
     state: Mutex<FileState>,
 }
 
 #[derive(Debug, Default)]
 struct FileState {
-    /// `None`: none could be read.
+    /// `None`: no list could be read so far.
     list: Option<Arc<RecipientList>>,
-    /// The file that was read last, or could not be; `None`: that of `list` may have been read while it was written.
+    /// The stamp of the file at the last reading, whether it succeeded or not; `None`: the file may have been written meanwhile.
     read: Option<Option<FileStamp>>,
-    /// A change that was seen, and when.
+    /// The last change that was seen, and when.
     change: Option<(Option<FileStamp>, Instant)>,
-    /// A thread reads it.
+    /// Whether a thread is reading the file.
     is_read: bool,
 }
 
-/// Two files of the same path are the same list.
+/// Two files are the same if their paths and domains are.
 impl PartialEq for RecipientsFile {
     fn eq(&self, other: &RecipientsFile) -> bool {
         (&self.path, &self.domains) == (&other.path, &other.domains)
@@ -176,7 +177,7 @@ impl PartialEq for RecipientsFile {
 impl Eq for RecipientsFile {}
 
 impl RecipientsFile {
-    /// The file that this line names, in which a customer with these domains names its recipients.
+    /// The file of recipients in these domains that this line names.
     fn new(path: PathBuf, domains: &[Domain], line: SourceLine) -> Arc<RecipientsFile> {
         sandbox::note_file(&path);
         Arc::new(RecipientsFile { path, domains: domains.to_owned(), line, state: Mutex::default() })
@@ -186,13 +187,13 @@ impl RecipientsFile {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The list, and whether it is that of the file as it is now.
+    /// Returns the list, and whether it is that of the present file.
     fn current(&self, account: &str) -> (Option<Arc<RecipientList>>, bool) {
         let (mut state, now) = (self.lock(), Instant::now());
         let stamp = self.stamp();
         let is_quiet = stamp.is_some_and(|stamp| stamp.is_quiet(SystemTime::now()));
         if state.list.is_none() && state.read.is_none() {
-            // The first recipient: others wait, as there is no list that they could go on with.
+            // Other threads wait for the lock meanwhile, as there is no old list.
             let read = read(&self.path, &self.domains);
             let is_whole = read.is_err() || is_quiet && self.stamp() == stamp;
             state.read = is_whole.then_some(stamp);
@@ -214,12 +215,12 @@ impl RecipientsFile {
         }
         state.is_read = true;
         drop(state);
-        // A long one takes a second, in which others go on with the old list.
+        // Reading a long file takes a second. Other threads use the old list meanwhile.
         let (read, after) = (read(&self.path, &self.domains), self.stamp());
         let mut state = self.lock();
         state.is_read = false;
         if after != stamp {
-            // It has changed once more, or was just being cut off: the system changes its time after its size.
+            // The file has changed again, or was just being truncated: the system changes the time after the size.
             return (state.list.clone(), false);
         }
         self.use_read(&mut state, read, account);
@@ -231,7 +232,7 @@ impl RecipientsFile {
         fs::metadata(&self.path).ok().map(|found| FileStamp::of(&found))
     }
 
-    /// Uses what was read, or logs why that cannot be used.
+    /// Stores the list that was read, or logs the mistake.
     fn use_read(&self, state: &mut FileState, read: Result<RecipientList, ListError>, account: &str) {
         match read {
             Ok(list) => {
@@ -248,15 +249,15 @@ impl RecipientsFile {
     }
 }
 
-/// Why a file cannot be used.
+/// Why a file is not a valid list.
 enum ListError {
-    /// In this line of it.
+    /// A mistake in a line.
     Line(ConfigError),
     Whole(String),
 }
 
 impl ListError {
-    /// `line`: the line that names the file.
+    /// The error with its source. `line`: the line that names the file.
     fn on(self, line: &SourceLine) -> ConfigError {
         match self {
             ListError::Line(error) => error,
@@ -265,12 +266,12 @@ impl ListError {
     }
 }
 
-/// Reads a file line by line: it may be anything.
+/// Reads a file line by line, within bounds: the customer may write anything into it.
 fn read(path: &Path, domains: &[Domain]) -> Result<RecipientList, ListError> {
     let shown = path.display();
     let failed =
         |error: io::Error| ListError::Whole(format!("{shown} cannot be read: {}", sandbox::explain(path, error)));
-    // Without these flags, a pipe waits for a writer and a terminal for its user.
+    // Without these flags, opening a pipe waits for a writer, and a terminal for its user.
     let flags = (OFlags::NONBLOCK | OFlags::NOCTTY).bits().cast_signed();
     let file = OpenOptions::new().read(true).custom_flags(flags).open(path).map_err(failed)?;
     let found = file.metadata().map_err(failed)?;
@@ -291,7 +292,7 @@ fn read(path: &Path, domains: &[Domain]) -> Result<RecipientList, ListError> {
         number += 1;
         let source = SourceLine { file: named.clone(), line: Some(number) };
         let wrong = |text: String| ListError::Line(source.error(text));
-        // The last line may have no end: what is left of an address that was cut off is in no domain of the account.
+        // The last line may lack its end. If an address was cut off, the rest of it is not in a domain of the account.
         if line.len() as u64 == LINE_LIMIT && !line.ends_with(b"\n") {
             return Err(wrong("the line is too long: write one address in each line".to_owned()));
         }

@@ -24,7 +24,7 @@ pub(super) fn limit_values(limits: &mut Limits) -> [(&'static str, RangeInclusiv
     ]
 }
 
-/// The sizes among the keys of `[limits]`.
+/// Each key of `[limits]` whose value is a size.
 pub(super) fn size_values(limits: &mut Limits) -> [(&'static str, &mut u64); 2] {
     [("octets-per-turn", &mut limits.octets_per_turn), ("min-free", &mut limits.min_free)]
 }
@@ -36,7 +36,7 @@ pub(super) fn limits(file: &mut Table<'_>) -> Limits {
     let sizes = size_values(&mut limits).map(|(key, _)| key);
     let mut table = file.table_or_empty("limits", &[&numbers[..], &sizes].concat());
     for (key, bounds, limit) in limit_values(&mut limits) {
-        // An error is noted.
+        // `or` has noted the error.
         *limit = table.or(key, bounds, *limit).unwrap_or(*limit);
     }
     for (key, limit) in size_values(&mut limits) {

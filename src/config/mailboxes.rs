@@ -1,5 +1,5 @@
-//! `[mailboxes]`: reads the recipients of a customer, and where their mail goes. [`crate::recipients`] says what the
-//! rules mean, and rejects those that contradict each other.
+//! Reads `[mailboxes]`: the recipients of a customer, and where their mail goes. [`crate::recipients`] applies these rules, and
+//! rejects those that contradict each other.
 
 use std::collections::HashSet;
 use std::path::PathBuf;
@@ -25,33 +25,32 @@ use crate::smtp::client::Without8BitMime;
 pub struct MailboxesConfig {
     /// The directory of the Maildirs, `root/<domain>/<local part>/`. Absolute.
     pub root: PathBuf,
-    /// Who a recipient is, and where their mail goes.
+    /// The rules by which a recipient is found, and where their mail goes.
     pub rules: RecipientRules,
-    /// The bits that are removed from the modes of files and directories of mail, as umask(2) does: 0o077, the default,
-    /// or some of its bits, with 0o002 at least.
+    /// The bits that are removed from the modes of files and directories of mail, as umask(2) does. Default 0o077; otherwise
+    /// some of these bits, among them 0o002.
     pub umask: u32,
-    /// The maximal size of a message, in octets on the wire. Default 50 MiB.
+    /// The largest message that is received, in octets on the wire. Default 50 MiB.
     pub max_size: u64,
-    /// What becomes of 8-bit content for a next hop that does not offer 8BITMIME. Default: it is sent.
+    /// Whether 8-bit content is sent to a next hop that does not offer 8BITMIME. Default: it is.
     pub without_8bitmime: Without8BitMime,
-    /// The line of `aliases`, or else of the table.
+    /// The line of `aliases`, or of the table if it has no `aliases`.
     aliases_line: SourceLine,
 }
 
 impl MailboxesConfig {
-    /// The warning that an alias is missing, on the line where it belongs.
+    /// A warning that an alias is missing, on the line of `aliases`.
     pub fn missing_alias(&self, text: String) -> ConfigError {
         self.aliases_line.error(text)
     }
 
-    /// Keeps the directory and the modes of the mailboxes as they are in `earlier`: the locks of a daemon are there, and it has
-    /// the umask of its start.
+    /// Takes `root` and `umask` from `earlier`: a daemon has its locks in the root of its start, and the umask of its start.
     pub fn stay_in_place(&mut self, earlier: &MailboxesConfig) {
         (self.root, self.umask) = (earlier.root.clone(), earlier.umask);
         self.rules.set_root(&earlier.root);
     }
 
-    /// Reads the table. `domains`: those that the customer asks its providers for; empty: all that they have.
+    /// Reads the table. `domains`: those that the customer asks its providers for; empty: all of its accounts.
     pub(super) fn build(mut table: Table<'_>, domains: &[Domain]) -> Result<MailboxesConfig, ConfigError> {
         let missing = "[mailboxes] needs `root`, the directory of the Maildirs, such as root = \"/var/mail/odmr\"";
         let (source, root) = (table.file, table.required("root", PATH, missing));
@@ -112,10 +111,10 @@ pub(super) const MAILBOXES_KEYS: [&str; 13] = [
 
 const TEXTS: &str = "a string, or a list of them";
 
-/// Reads the values of the table that depend on the file or on the domains.
+/// Reads those values of the table that depend on the file or on the domains.
 struct Reader<'a> {
     source: &'a Source,
-    /// Those that the customer asks its providers for; empty: all that they have.
+    /// Those that the customer asks its providers for; empty: all of its accounts.
     domains: &'a [Domain],
 }
 
@@ -123,7 +122,7 @@ impl Reader<'_> {
     fn accept(&self, entries: Vec<Located<Accepted>>) -> Result<Vec<Located<AddressPattern>>, ConfigError> {
         let mut seen = HashSet::new();
         for Located { value: Accepted { pattern, shown }, source } in &entries {
-            // Two mailboxes whose local parts differ in case alone would be one.
+            // Local parts that differ only in case have the same mailbox.
             if !seen.insert(pattern) {
                 return Err(source.duplicate(shown));
             }
@@ -132,7 +131,7 @@ impl Reader<'_> {
         Ok(entries.into_iter().map(|entry| entry.map(|accepted| accepted.pattern)).collect())
     }
 
-    /// Rejects a name in a domain that the customer does not ask its providers for: no mail for it would arrive.
+    /// Rejects a name in a domain that the customer does not ask its providers for, as no mail for it can arrive.
     fn may_get_mail(&self, pattern: &AddressPattern, shown: &str, line: &SourceLine) -> Result<(), ConfigError> {
         match pattern.domain() {
             Some(domain) if !self.domains.is_empty() && !self.domains.contains(domain) => Err(line.error(format!(
@@ -151,7 +150,7 @@ impl Reader<'_> {
         for target in targets.one_or_many() {
             let target = target.string(TEXTS)?;
             let target = aliases::target(&target.value, home, target.source)?;
-            // This file is ours alone: unlike a line of /etc/aliases, it is not for another mail server.
+            // Unlike a line of /etc/aliases, this alias is not for another mail server too.
             if let TargetKind::Unserved(what) = &target.kind {
                 let text = format!("{what}, and aliases lead to mailboxes here: {FORWARD_HINT}");
                 return Err(target.source.error(text));
@@ -167,7 +166,7 @@ impl Reader<'_> {
         let path = self.source.relative(&PATH.parse(&written.value).map_err(wrong)?);
         let (_, octets) = read(&path).map_err(|cause| {
             let (shown, path) = (path.display(), shell_word(&path));
-            let remedy = format!("create that file, type `chmod 644 {path}` for all who send, or remove its name");
+            let remedy = format!("create that file, type `chmod 644 {path}` for users who send, or remove its name");
             wrong(format!("the aliases in {shown} cannot be read: {cause}; {remedy}"))
         })?;
         let aliases = aliases::parse(&path.as_path().into(), &octets, home)?;
@@ -261,15 +260,15 @@ impl Reader<'_> {
     }
 }
 
-/// Octets of the path of a Unix socket that fit into a `sockaddr_un` on every system, with the NUL at the end.
+/// The most octets of the path of a Unix socket: with the NUL at the end they fit into a `sockaddr_un` on every system.
 const SOCKET_PATH: usize = 103;
 
 /// One address.
-const USER: Text<Mailbox> = Text::new(USER_EXPECTED, |text| address_with_domain(text).ok_or_else(|| no_address(text)));
+const USER: Text<Mailbox> = Text::new(USER_EXPECTED, |text| address_with_domain(text).ok_or_else(|| bad_address(text)));
 
 /// The pattern of one address.
 const USER_PATTERN: Text<AddressPattern> = Text::new(USER_EXPECTED, |text| {
-    Mailbox::parse(text).as_ref().and_then(AddressPattern::of).ok_or_else(|| no_address(text))
+    Mailbox::parse(text).as_ref().and_then(AddressPattern::of).ok_or_else(|| bad_address(text))
 });
 
 const USER_EXPECTED: &str = "an address such as \"alice@example.org\"";
@@ -285,14 +284,14 @@ const CATCH_ALL: Text<CatchAll> = Text::new(CATCH_ALL_EXPECTED, |text| match tex
         .ok_or_else(|| format!("{text:?} is not a valid address for a catch-all: write {CATCH_ALL_EXPECTED}")),
 });
 
-fn no_address(text: &str) -> String {
+fn bad_address(text: &str) -> String {
     format!("{text:?} is not a valid address: write one such as \"alice@example.org\"")
 }
 
 const SEPARATORS_EXPECTED: &str = "a character such as \"+\", several, or \"\" for none";
 
 const SEPARATORS: Text<String> = Text::new(SEPARATORS_EXPECTED, |text| {
-    // Other characters have a meaning in addresses, or are common in names.
+    // Other characters have another meaning in addresses, or are common in names.
     match text.chars().find(|character| !"!#$%&*+-/=?^_{|}~.".contains(*character)) {
         None => Ok(text.to_owned()),
         Some(wrong) => Err(format!("{wrong:?} cannot separate a detail from a name: write {SEPARATORS_EXPECTED}")),

@@ -1,14 +1,16 @@
 //! The configuration: reads TOML files into checked values.
 //!
-//! A file is a provider's (`spool`, `customers`) or a customer's (`[provider]`). Each value that is returned is valid:
-//! domains are domains, paths are absolute, numbers are within their bounds. A mistake is one
-//! [`ConfigError`]: one line of text with the file, the line number, what is allowed, and what to change. Reading goes on
-//! after it; `load` returns the first one, and [`Config::examine`] all of them. A relative
-//! path is relative to the directory of the file that names it.
+//! A file is a provider's (`spool`, `customers`) or a customer's (`[provider]`). All returned values are valid: domains have
+//! the syntax of domains, paths are absolute, numbers are within their bounds. A relative path is relative to the
+//! directory of the file that names it. `doc/configuration.md` describes each key.
 //!
-//! `source` reads the files, `table` gives out their values by key, and `value` has the kinds of values. Each table is
-//! read in a file of its own. Settings of other modules are defined there, such as [`crate::session::settings`].
-//! Certificates, keys and directories are only named here: the modules that use them report what is wrong with them.
+//! A mistake is one [`ConfigError`], which is one line of text: file, line number, what is wrong, what to write. After a
+//! mistake the rest of the file is read too; `load` returns the first mistake, [`Config::examine`] all of them.
+//!
+//! `source` reads the files, `table` returns their values by key, and `value` has the kinds of values. One file of this
+//! directory reads one table. The types of settings are in the modules that use them, such as
+//! [`crate::session::settings`]. This module does not open certificates and mail directories: the modules that use them
+//! report what is wrong with them.
 
 mod accounts;
 mod aliases;
@@ -58,7 +60,7 @@ pub enum Config {
 }
 
 impl Config {
-    /// `user` and `group` of the file.
+    /// `user` and `group` of the file; `None`: it has no `user`.
     pub fn owner(&self) -> Option<&MailOwner> {
         match self {
             Config::Provider(config) => config.owner.as_ref(),
@@ -66,7 +68,7 @@ impl Config {
         }
     }
 
-    /// Reads the file of a provider or a customer, whichever it is.
+    /// Reads the file of a provider or of a customer.
     ///
     /// # Errors
     ///
@@ -75,8 +77,8 @@ impl Config {
         Source::examine(path, Config::build).0
     }
 
-    /// Reads the same, and returns all that is found in it and in the files that it names. The configuration is there also
-    /// with mistakes that prevent none of its values, such as an unknown key.
+    /// Reads the same file. Returns all mistakes and warnings, also those in the files that it names; and the configuration,
+    /// unless a mistake leaves a value missing. An unknown key does not.
     pub fn examine(path: &Path) -> (Option<Config>, Findings) {
         Source::examine_all(path, Config::build)
     }
@@ -95,8 +97,8 @@ impl Config {
     }
 }
 
-/// The line of a key in a file; `keys`: the tables that it is in, and the key. If it is not written, the line of the last of
-/// them that is, or the file as a whole.
+/// Returns the line of a key in a file. `keys`: the names of its tables, then the key. If the file does not have the key, it is
+/// the line of the innermost of these tables that the file has, or the file as a whole.
 pub fn line_of_key(path: &Path, keys: &[&str]) -> SourceLine {
     match Source::read(path) {
         Ok(source) => source.line_of_key(keys),

@@ -1,4 +1,4 @@
-//! `user` and `group` at the top of a file of either side: what a process that root has started becomes.
+//! `user` and `group` of both files: the user that a process becomes if root has started it.
 
 use super::table::Table;
 use super::value::SYSTEM_NAME;
@@ -36,16 +36,16 @@ impl MailOwner {
         }
     }
 
-    /// The error about the user or the group, on the line of `user`.
+    /// An error about the user or the group, on the line of `user`.
     pub fn error(&self, text: String) -> ConfigError {
         self.line.error(text)
     }
 
-    /// The system's user and group.
+    /// Returns the user and the group of the system.
     ///
     /// # Errors
     ///
-    /// The system has no such user or group, on the line of `user`.
+    /// The system has no such user or group. The error is on the line of `user`.
     pub fn find(&self) -> Result<SystemUser, ConfigError> {
         SystemUser::find(&self.user, self.group.as_deref()).map_err(|text| self.error(text))
     }

@@ -1,8 +1,8 @@
-//! The files that set-up writes: a provider's, that of a customer at its provider, and the customer's own, which is made of
-//! the block that `odmr customer add` has printed at the provider.
+//! Checks the files that set-up writes: a provider's, that of a customer at its provider, and the customer's own. The last one
+//! is made from the block that `odmr customer add` has printed at the provider.
 //!
-//! A block comes from somebody else, and root installs it. So it may have the keys that a provider prints, and no key that
-//! names a file to read: the content of such a file could go to the provider as a secret.
+//! The operator of the provider writes a block, and root installs it at the customer. So a block may have the keys that a
+//! provider prints, and no key that names a file to read: the content of that file could go to the provider as a secret.
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -17,7 +17,7 @@ use super::table::Table;
 use super::{Config, CustomerConfig, MailOwner};
 use crate::recipients::ConfigError;
 
-/// Checks a text that is to become a configuration, with the files that it names.
+/// Checks the text of a new configuration, and the files that it names.
 ///
 /// # Errors
 ///
@@ -26,7 +26,7 @@ pub fn check_text(path: &Path, text: &str) -> Result<Config, ConfigError> {
     Source::new(&path.into(), text, 0o600).finish(Config::build).0
 }
 
-/// Checks a text that is to become the file of a customer at its provider; `tls`: whether the provider has a certificate.
+/// Checks the text of a new customer's file at its provider. `tls`: whether the provider has a certificate.
 ///
 /// # Errors
 ///
@@ -36,7 +36,7 @@ pub fn check_new_account(file: &Path, text: &str, tls: bool) -> Result<(), Confi
     account.map(drop)
 }
 
-/// What a command must know of a provider before its files can be read as a whole.
+/// The directories and the user of a provider whose files are not complete yet.
 pub struct ProviderPlaces {
     /// The directory with the customers' files, whether it exists or not.
     pub customers: PathBuf,
@@ -45,7 +45,8 @@ pub struct ProviderPlaces {
 }
 
 impl ProviderPlaces {
-    /// Reads them; `None`: the file has a mistake, which [`ProviderConfig::load`](super::ProviderConfig::load) reports.
+    /// Reads them from a provider's file; `None`: it has a mistake, which
+    /// [`ProviderConfig::load`](super::ProviderConfig::load) reports.
     pub fn read(path: &Path) -> Option<ProviderPlaces> {
         let source = Source::read(path).ok()?;
         let owner = MailOwner::build(&mut Table::root(&source, &[]).ok()?).ok()?;
@@ -55,7 +56,7 @@ impl ProviderPlaces {
     }
 }
 
-/// A customer's whole file, as its provider has printed it.
+/// A customer's whole file, as the provider has printed it.
 pub struct CustomerBlock {
     source: Source,
     pub config: CustomerConfig,
@@ -63,18 +64,18 @@ pub struct CustomerBlock {
     pub secret: Option<String>,
 }
 
-/// What an installed block names.
+/// The names that are written into an installed block.
 pub struct NamesOnDisk<'a> {
-    /// `None`: no `user`.
+    /// `None`: without `user`.
     pub user: Option<&'a str>,
     pub secret_file: &'a str,
-    /// The certificate and its key; `None`: none.
+    /// The certificate and its key; `None`: those of the block, if it has any.
     pub certificate: Option<[&'a str; 2]>,
-    /// The mailboxes, the queue and the listener, if they are others than those of the block.
+    /// `root`, `queue` and `listen`; `None`: those of the block.
     pub places: Option<[&'a str; 3]>,
 }
 
-/// The keys of a block, by table.
+/// The keys that a block may have, by table.
 const BLOCK_KEYS: [(&str, &[&str]); 5] = [
     ("", &["hostname", "provider", "mailboxes", "outgoing", "schedule"]),
     ("provider", &["address", "tls", "pin", "name", "secret", "certificate", "key", "mechanisms", "domains"]),
@@ -84,11 +85,11 @@ const BLOCK_KEYS: [(&str, &[&str]); 5] = [
 ];
 
 impl CustomerBlock {
-    /// Reads a block; `name`: where it comes from.
+    /// Reads a block; `name`: the file for errors.
     ///
     /// # Errors
     ///
-    /// The first mistake; a key that no block has.
+    /// The first mistake, or a key that a block may not have.
     pub fn read(name: &Path, text: &str) -> Result<CustomerBlock, ConfigError> {
         let source = Source::new(&name.into(), text, 0o600);
         if let Some(FileKind::Provider) | None = source.kind()? {
@@ -103,11 +104,11 @@ impl CustomerBlock {
         Ok(CustomerBlock { source, config, secret })
     }
 
-    /// Returns the text as it is installed; comments and all other values stay.
+    /// Returns the text with these names. Comments and all other values stay.
     ///
     /// # Errors
     ///
-    /// The file does not have the form in which a provider prints it.
+    /// The text is not valid TOML.
     pub fn installed(&self, names: &NamesOnDisk<'_>) -> Result<String, ConfigError> {
         let text = self.source.text();
         let line_begin = |at: usize| text[..at].rfind('\n').map_or(0, |end| end + 1);
@@ -145,14 +146,14 @@ impl CustomerBlock {
         Ok(edited(text, edits))
     }
 
-    /// The error that the text cannot be changed.
+    /// The error that the names cannot be written into the text.
     pub fn other_form(&self, error: &ConfigError) -> ConfigError {
         let text = "cannot be changed as it is: write it in the form in which `odmr customer add` prints it";
         self.source.whole().error(format!("{text} ({error})"))
     }
 }
 
-/// The places of a key and its value.
+/// The ranges of a key and of its value.
 fn find(table: &DeTable<'_>, name: &str) -> Option<(Range<usize>, Range<usize>)> {
     let (key, value) = table.iter().find(|(key, _)| key.get_ref() == name)?;
     Some((key.span(), value.span()))
@@ -165,7 +166,7 @@ fn sub_table<'t, 's>(table: &'t DeTable<'s>, name: &str) -> Option<&'t DeTable<'
     }
 }
 
-/// Rejects keys that no block has.
+/// Rejects keys that a block may not have.
 fn check_keys(source: &Source, root: &DeTable<'_>) -> Result<(), ConfigError> {
     for (name, keys) in BLOCK_KEYS {
         let table = if name.is_empty() { Some(root) } else { sub_table(root, name) };
@@ -173,7 +174,7 @@ fn check_keys(source: &Source, root: &DeTable<'_>) -> Result<(), ConfigError> {
         if let Some((key, _)) = table.into_iter().flatten().find(|(key, _)| is_other(key.get_ref())) {
             let (line, key) = (source.line(key.span()), key.get_ref());
             return Err(line.error(format!(
-                "`{key}` is not in what `odmr customer add` prints: take it out here, and add it to the customer.toml that \
+                "`{key}` is not in what `odmr customer add` prints: remove it here, and add it to the customer.toml that \
                  is made"
             )));
         }

@@ -1,6 +1,6 @@
 //! `odmr check --print`: a configuration with all defaults, in the form of its files, without secrets.
 //!
-//! Values that have a default come from what was read, all others from the file, as they are written there.
+//! Values that have a default are printed from the checked configuration, all others as they are written in the file.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -18,11 +18,11 @@ use crate::schedule::{Schedule, When};
 use crate::session::{Limits, RemoteSettings, Timeouts, TlsMode};
 use crate::smtp::client::Without8BitMime;
 
-/// The configuration in a file, and in those of the customers.
+/// Prints the configuration of a file, and of a provider the files of its customers.
 ///
 /// # Errors
 ///
-/// The first mistake in the file.
+/// The first mistake in a file.
 pub fn effective(path: &Path) -> Result<String, ConfigError> {
     match Config::load(path)? {
         Config::Provider(config) => {
@@ -41,11 +41,11 @@ pub fn effective(path: &Path) -> Result<String, ConfigError> {
     }
 }
 
-/// The file of one customer at its provider, in the same form.
+/// Prints the file of one customer at its provider in the same form.
 ///
 /// # Errors
 ///
-/// It cannot be read.
+/// The file cannot be read.
 pub fn effective_account(file: &Path, account: &Account) -> Result<String, ConfigError> {
     Printer::open(file)?.account(account)
 }
@@ -57,7 +57,7 @@ const PATHS: [&str; 9] =
 /// The keys of what a host is trusted by, and of the login there.
 const LOGIN_KEYS: [&str; 7] = ["ca", "pin", "certificate", "key", "name", "secret", "secret-file"];
 
-/// Writes one file.
+/// Prints one file.
 struct Printer {
     source: Source,
     out: String,
@@ -127,7 +127,7 @@ impl Printer {
         Ok(self.out)
     }
 
-    /// `file`: what is written, for keys without a default of their own.
+    /// `file`: the table of the file, for keys without a default of their own.
     fn held(&mut self, held: &HeldConfig, file: &mut DeTable<'_>) {
         let or_never = |limit: Option<Duration>| limit.map_or_else(|| "\"never\"".to_owned(), time);
         self.value("expire-after", or_never(held.expire_after));
@@ -181,7 +181,7 @@ impl Printer {
             outgoing.submission.iter().for_each(|host| self.remote(&mut table, "submission-tls", host));
             self.list("listen", &outgoing.listen);
             self.list("networks", &outgoing.networks);
-            // By default it is that of the first mailbox, which may have no dot: a file cannot name that.
+            // The default, that of the first mailbox, may lack a dot. Such a domain is not valid in a file.
             if outgoing.domain.as_str().contains('.') {
                 self.value("domain", quote(outgoing.domain.as_str()));
             }
@@ -257,7 +257,7 @@ impl Printer {
         self.out += &format!("\n[{table}]\n");
     }
 
-    /// Begins a table of the file; `None`: the file has no such table.
+    /// Takes a table from the file and prints its head; `None`: the file has no such table.
     fn table<'s>(&mut self, file: &mut DeTable<'s>, name: &str) -> Option<DeTable<'s>> {
         let table = take_table(file, name)?;
         self.head(name);
@@ -273,7 +273,7 @@ impl Printer {
         self.value(key, format!("[{}]", values.join(", ")));
     }
 
-    /// The values of these keys as they are in the file, but with absolute paths and without secrets.
+    /// Prints the values of these keys as in the file, with absolute paths and without secrets.
     fn written(&mut self, table: &mut DeTable<'_>, keys: &[&str]) {
         for key in keys {
             let Some(value) = table.remove(*key) else { continue };
@@ -320,7 +320,7 @@ fn written(value: &DeValue<'_>) -> String {
     }
 }
 
-/// A string of TOML, in quotes.
+/// A string of TOML, with its quotes.
 pub fn quote(text: impl AsRef<str>) -> String {
     let mut quoted = String::from("\"");
     for character in text.as_ref().chars() {

@@ -1,4 +1,4 @@
-//! A provider's file.
+//! A provider's file: its top level, `[tls]`, `[inbound]` and `[odmr]`.
 
 use std::net::{Ipv6Addr, SocketAddr};
 use std::os::unix::fs::PermissionsExt;
@@ -21,9 +21,9 @@ use crate::smtp::client::Without8BitMime;
 /// The configuration of a provider.
 #[derive(Clone, Debug)]
 pub struct ProviderConfig {
-    /// The name in its greeting. ASCII, in the case of the file.
+    /// The name in greetings. ASCII, spelled as in the file.
     pub hostname: String,
-    /// The user that a process becomes when its listeners are bound, if it was started as root; `None`: it stays root.
+    /// The user that a process becomes after it has bound its listeners, if root has started it; `None`: it stays root.
     pub owner: Option<MailOwner>,
     /// The directory of the queues. Absolute.
     pub spool: PathBuf,
@@ -51,12 +51,12 @@ impl ProviderConfig {
         ProviderConfig::load_again(path, &Accounts::default())
     }
 
-    /// Reads the same files again; `earlier`: the accounts of the last reading. One whose file has a mistake now stays as it
-    /// was, and keeps its domains.
+    /// Reads the same files again; `earlier`: the accounts of the last reading. An account whose file has a mistake now stays
+    /// as it was, with its domains.
     ///
     /// # Errors
     ///
-    /// As those of [`ProviderConfig::load`].
+    /// Those of [`ProviderConfig::load`].
     pub fn load_again(path: &Path, earlier: &Accounts) -> Result<ProviderConfig, ConfigError> {
         let build = |source: &Source| match source.kind()? {
             Some(FileKind::Provider) | None => ProviderConfig::build(source, earlier),
@@ -79,7 +79,7 @@ impl ProviderConfig {
             source.note(customers.ok_or_else(|| file.line.error(text)))
         });
         let tls = file.table("tls", &["certificate", "key"]);
-        // After a mistake in the table, listeners with TLS are no second one.
+        // If the table has a mistake, do not report listeners with TLS too.
         let has_tls = !matches!(tls, Ok(None));
         let tls = source.note(tls.and_then(|tls| tls.map(TlsFiles::build).transpose()));
         let mut inbound = file.table_or_empty("inbound", &["listen", "max-size", "offer-dsn"]);
@@ -118,22 +118,22 @@ const PROVIDER_FILE_KEYS: [&str; 11] =
 
 const ODMR_KEYS: [&str; 6] = ["listen", "listen-tls", "require-tls", "cram-md5", "give-up", "without-8bitmime"];
 
-/// A list of listeners, as it was read.
+/// The result of reading a list of listeners.
 type ListenerList = Result<Option<Vec<Located<SocketAddr>>>, ConfigError>;
 
-/// The addresses of a list; without a list: the default port on all addresses.
+/// The addresses of a list; without a list: `port` on all addresses.
 fn addresses(list: Option<Vec<Located<SocketAddr>>>, port: u16) -> Vec<SocketAddr> {
     list.map_or_else(|| vec![SocketAddr::from((Ipv6Addr::UNSPECIFIED, port))], values)
 }
 
-/// Rejects an address that comes twice: only one listener can have it. Port 0 is a different port each time.
+/// Rejects an address that occurs twice, as only one listener can bind it. Port 0 is another port each time.
 pub(super) fn check_listeners<'a>(
     listeners: impl IntoIterator<Item = &'a Located<SocketAddr>>,
 ) -> Result<(), ConfigError> {
     check_unique(listeners.into_iter().filter(|entry| entry.value.port() != 0))
 }
 
-/// `[tls]`: the certificate of a server, and its key. Both in PEM; absolute paths.
+/// `[tls]`: the files with the certificate of the server and its key, both in PEM. Absolute paths.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct TlsFiles {
     pub certificate: PathBuf,
@@ -154,18 +154,18 @@ impl TlsFiles {
     }
 
     fn check_key(&self) -> Result<(), ConfigError> {
-        // If the key cannot be read at all, the TLS module reports it.
+        // If the key cannot be read, `load` reports it.
         let mode = std::fs::metadata(&self.key).map_or(0, |found| found.permissions().mode());
         check_private(mode, &self.key).map_err(|text| self.key_line.error(text))
     }
 
-    /// Reads the files.
+    /// Reads the certificate and the key.
     ///
     /// # Errors
     ///
-    /// On the line of the file that cannot be used.
+    /// A file cannot be read, or is not valid. The error is on the line that names the file.
     pub fn load(&self) -> Result<ServerTls, ConfigError> {
-        // With such a key that replaced another one, the next start would fail.
+        // A new key that all users may read is an error now too, as the next start would fail.
         self.check_key()?;
         ServerTls::load(&self.certificate, &self.key).map_err(|text| {
             let begins_with = |path: &Path| text.starts_with(&path.display().to_string());
@@ -176,12 +176,12 @@ impl TlsFiles {
         })
     }
 
-    /// An error or a warning about the file of the key.
+    /// An error or a warning on the line of `key`.
     pub fn key_error(&self, text: String) -> ConfigError {
         self.key_line.error(text)
     }
 
-    /// An error or a warning about what is written in the certificate.
+    /// An error or a warning on the line of `certificate`.
     pub fn certificate_error(&self, text: String) -> ConfigError {
         self.certificate_line.error(text)
     }
@@ -190,12 +190,12 @@ impl TlsFiles {
 /// `[inbound]`: the listener for mail from the Internet.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct InboundConfig {
-    /// Default: port 25 on all addresses. Empty: no listener, as when another mail server fills the Maildirs.
+    /// Default: port 25 on all addresses. Empty: no listener, for example if another mail server fills the Maildirs.
     pub listen: Vec<SocketAddr>,
-    /// The maximal size of a message, in octets on the wire, from the Internet and from customers. Default 50 MiB.
-    /// RFC 5321 section 4.5.3.1.7 wants at least 64 KiB; less is for tests.
+    /// The largest message from the Internet and from customers, in octets on the wire. Default 50 MiB. RFC 5321 section
+    /// 4.5.3.1.7 requires 64 KiB at least; less is for tests.
     pub max_size: u64,
-    /// Whether to offer DSN (RFC 3461) to the Internet, by which a sender asks for DSNs of success. Default: true.
+    /// Whether EHLO offers DSN (RFC 3461) to the Internet, by which a sender asks for DSNs of success. Default: true.
     pub offer_dsn: bool,
 }
 
@@ -204,21 +204,21 @@ pub struct InboundConfig {
 pub struct OdmrConfig {
     /// Default: port 366 on all addresses.
     pub listen: Vec<SocketAddr>,
-    /// Listeners with TLS from the first octet on, for customers without STARTTLS. Default: none.
+    /// Listeners with TLS from the first octet on, for clients without STARTTLS. Default: none.
     pub listen_tls: Vec<SocketAddr>,
     /// Whether AUTH needs TLS. Default: true.
     pub require_tls: bool,
     /// Whether to offer CRAM-MD5. Default: true. RFC 2645 section 5.1.2 lets a site replace it by a better mechanism.
     pub cram_md5: bool,
-    /// Held mail that was offered and deferred for so long is given up, with a DSN; the time counts from the first offer.
-    /// `None`, the default: it expires only by its age.
+    /// A held message that was deferred also expires this long after it was offered first; `None`, the default: it expires by
+    /// its age only.
     pub give_up: Option<Duration>,
-    /// What becomes of 8-bit content for a customer whose server does not offer 8BITMIME. Default: it is sent.
+    /// Whether 8-bit content is sent to a customer whose server does not offer 8BITMIME. Default: it is.
     pub without_8bitmime: Without8BitMime,
 }
 
 impl OdmrConfig {
-    /// The rest of the table, without its lists; `tls`: whether there is a certificate.
+    /// Reads the rest of the table. `listen`, `listen_tls`: its lists, which were read before; `tls`: whether `[tls]` is there.
     fn build(
         mut table: Table<'_>, listen: ListenerList, listen_tls: ListenerList, tls: bool,
     ) -> Result<OdmrConfig, ConfigError> {

@@ -1,5 +1,5 @@
-//! Outgoing mail: `[relay]` of a provider, and the times between attempts, which a customer's `[outgoing]` has too (RFC
-//! 5321 section 4.5.4.1).
+//! `[relay]` of a provider: how it sends its customers' mail. The times between attempts (RFC 5321 section 4.5.4.1), of which
+//! a customer's `[outgoing]` has some too.
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -19,21 +19,21 @@ pub struct RelayConfig {
     /// The host that all mail is sent to, port 587 by default; `None`, the default: the MX hosts of each domain (RFC 5321
     /// section 5.1).
     pub smarthost: Option<RemoteSettings>,
-    /// TLS to MX hosts; a smarthost has a setting of its own. Default: if they offer it.
+    /// TLS to MX hosts; a smarthost has a setting of its own. Default: if the host offers it.
     pub tls: TlsPolicy,
     /// TLS to the MX hosts of single domains; a subdomain is another domain.
     pub tls_for: HashMap<Domain, TlsPolicy>,
     /// The DNS server to query; `None`, the default: those of `/etc/resolv.conf`.
     pub resolver: Option<SocketAddr>,
-    /// The port of MX hosts. Default 25; others are for tests.
+    /// The port of MX hosts, from 1 on. Default 25; other ports are for tests.
     pub port: u16,
-    /// Whether MX hosts may have private addresses, or those of this machine. Default: such addresses are passed over.
+    /// Whether MX hosts may have private addresses, or addresses of this machine. Default: false, the relay skips such addresses.
     pub allow_private: bool,
     /// Concurrent connections to all hosts, each with a thread. Default 20; 1 to 1000.
     pub connections: usize,
     /// Concurrent connections to one host. Default 5, at least 1.
     pub connections_per_host: usize,
-    /// What becomes of 8-bit content for a host that does not offer 8BITMIME. Default: it is sent.
+    /// Whether 8-bit content is sent to a host that does not offer 8BITMIME. Default: it is.
     pub without_8bitmime: Without8BitMime,
     pub retry: Retry,
 }
@@ -79,16 +79,15 @@ const RELAY_KEYS: [&str; 22] = [
     "delay-warning",
 ];
 
-/// Whether mail may be sent to an MX host without TLS, or without a valid certificate.
+/// Whether the relay sends mail to an MX host without TLS, or to one without a valid certificate.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
 pub enum TlsPolicy {
-    /// STARTTLS if the host offers it, with any certificate; else without TLS (RFC 7435).
+    /// STARTTLS with any certificate if the host offers it; otherwise without TLS (RFC 7435).
     #[default]
     May,
-    /// STARTTLS, with any certificate; else the mail is deferred.
+    /// STARTTLS with any certificate; otherwise the mail is deferred.
     Must,
-    /// STARTTLS, with a certificate for the host's name that an authority of the system signed; else the mail is
-    /// deferred.
+    /// STARTTLS with a certificate for the host's name, signed by an authority of the system; otherwise the mail is deferred.
     Verify,
 }
 
@@ -101,7 +100,8 @@ const TLS_POLICY: Text<TlsPolicy> = Text::new(TLS_POLICIES, |text| match text {
     _ => Err(format!("{text:?} is not a valid TLS policy: write {TLS_POLICIES}")),
 });
 
-/// The times between attempts, of a table that may have some of the keys. The default of a time adapts to the others.
+/// Reads the times between attempts from a table that may have some of the keys. If one is not written, its default fits those
+/// that are.
 pub(super) fn retry_times(table: &mut Table<'_>) -> Result<Retry, ConfigError> {
     let default = Retry::default();
     let (first_line, max_line) = (table.line_of("retry-first"), table.line_of("retry-max"));
@@ -133,7 +133,7 @@ pub(super) fn retry_times(table: &mut Table<'_>) -> Result<Retry, ConfigError> {
 fn policies(table: &mut Table<'_>) -> Result<HashMap<Domain, TlsPolicy>, ConfigError> {
     let mut policies = HashMap::new();
     for (key, policy) in table.entries("tls-for")? {
-        // Unlike a domain of ATRN, one that mail is sent to may have no dot.
+        // Unlike a domain of ATRN, a domain that mail is sent to may lack a dot.
         let domain = domain_elsewhere(&key.value).ok_or_else(|| {
             key.source.error(format!("{:?} is not a valid domain: write one such as \"example.org\"", key.value))
         })?;

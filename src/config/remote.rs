@@ -1,4 +1,4 @@
-//! Hosts and secrets, which several tables have: a provider, a smarthost, a submission host, a customer's account.
+//! Hosts and logins, which several tables have: for a provider, a smarthost, a submission host, a customer's account.
 
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
@@ -12,10 +12,11 @@ use crate::recipients::{ConfigError, SourceLine};
 use crate::sasl::{Login, Mechanism, is_usable};
 use crate::session::{ClientIdentity, RemoteSettings, TlsMode};
 
-/// More are not needed for a change of keys.
+/// A change of keys does not need more pins.
 const MOST_PINS: usize = 8;
 
-/// The host at an address, without a login. Reads `ca`, `pin`, `certificate`, `key`, and how to use TLS at the key `tls_key`.
+/// Reads the settings of the host at an address, without its login: `ca`, `pin`, `certificate`, `key`, and the TLS mode at the
+/// key `tls_key`.
 pub(super) fn remote(
     table: &mut Table<'_>, HostPort { address, host }: HostPort, tls_key: &str,
 ) -> Result<RemoteSettings, ConfigError> {
@@ -41,12 +42,12 @@ pub(super) fn remote(
     Ok(RemoteSettings { address, host, tls, ca, pins, identity, login: None })
 }
 
-/// `pin`: one, or a list of up to [`MOST_PINS`], so that the host can change its key (as in RFC 7469 section 2.5, with a backup
-/// pin) and no call fails. Empty: the table has no such key.
+/// Reads `pin`: one, or a list of up to [`MOST_PINS`], so that no call fails while the host changes its key (as with the backup
+/// pin of RFC 7469 section 2.5). Empty: the table has no such key.
 fn pins(table: &mut Table<'_>) -> Result<Vec<Pin>, ConfigError> {
     let line = table.line_of("pin");
     let Some(value) = table.take("pin") else { return Ok(Vec::new()) };
-    // All are read, so that each mistake is noted.
+    // Read all pins before the first error is returned, so that each mistake is noted.
     let read: Vec<_> = value.one_or_many().into_iter().map(|value| value.read(&PIN)).collect();
     let pins: Vec<_> = read.into_iter().collect::<Result<_, _>>()?;
     check_unique(&pins)?;
@@ -57,7 +58,7 @@ fn pins(table: &mut Table<'_>) -> Result<Vec<Pin>, ConfigError> {
     }
 }
 
-/// `certificate` and `key`: what this side shows if the host asks for a certificate.
+/// Reads `certificate` and `key`, which this side shows if the host asks for a certificate.
 fn identity(table: &mut Table<'_>) -> Result<Option<ClientIdentity>, ConfigError> {
     let (certificate, key) = (table.located("certificate", PATH), table.located("key", PATH));
     match (certificate?, key?) {
@@ -79,8 +80,8 @@ fn identity(table: &mut Table<'_>) -> Result<Option<ClientIdentity>, ConfigError
     }
 }
 
-/// The host that a table need not name, port 587 by default; `key` and `tls_key`: the keys of its address and of how to
-/// use TLS; `login`: that of a host without its own.
+/// Reads the settings of a host that is optional in a table, with port 587 by default. `key`, `tls_key`: the keys of its address
+/// and of its TLS mode; `login`: the login if the table has none.
 pub(super) fn optional_remote(
     table: &mut Table<'_>, key: &str, tls_key: &str, login: Option<Login>,
 ) -> Result<Option<RemoteSettings>, ConfigError> {
@@ -122,7 +123,7 @@ pub(super) fn optional_remote(
     Ok(Some(RemoteSettings { login, ..host }))
 }
 
-/// An error about a file that `what` names, `certificate` or `key`, on the line of that key.
+/// An error about the file that the key `what` names, `certificate` or `key`, on the line of that key.
 pub(super) fn file_error(line: &SourceLine, what: &str, path: &Path, text: &str) -> ConfigError {
     let remedy = match text.starts_with(&format!("{}: ", path.display())) {
         true => format!("; put the {what} there, or name another file in `{what}`"),
@@ -131,7 +132,7 @@ pub(super) fn file_error(line: &SourceLine, what: &str, path: &Path, text: &str)
     line.error(format!("{text}{remedy}"))
 }
 
-/// The secret to log in with at a host; `missing`: the place of the error if there is none, and no `certificate` either.
+/// Reads the secret to log in with at a host. `missing`: the line of the error if there is neither a secret nor a `certificate`.
 pub(super) fn login_secret(
     table: &mut Table<'_>, missing: &SourceLine, certificate: bool,
 ) -> Result<Option<Vec<u8>>, ConfigError> {
@@ -144,7 +145,7 @@ pub(super) fn login_secret(
     }
 }
 
-/// The secret of an account, from either key; `None`: neither is there.
+/// Reads the secret of an account from `secret` or `secret-file`; `None`: the table has neither.
 pub(super) fn secret(table: &mut Table<'_>) -> Result<Option<Vec<u8>>, ConfigError> {
     let source = table.file;
     match (table.located("secret", SECRET)?, table.located("secret-file", PATH)?) {
@@ -166,7 +167,7 @@ pub(super) fn secret(table: &mut Table<'_>) -> Result<Option<Vec<u8>>, ConfigErr
     }
 }
 
-/// `mechanisms`: those that may be used, all by default. `lacks` returns what a mechanism needs and is not there.
+/// Reads `mechanisms`, all by default. `lacks` returns what a mechanism needs and the account lacks.
 pub(super) fn mechanisms(
     table: &mut Table<'_>, lacks: impl Fn(Mechanism) -> Option<&'static str>,
 ) -> Result<Vec<Mechanism>, ConfigError> {
@@ -186,24 +187,25 @@ pub(super) fn mechanisms(
     }
 }
 
-/// What a mechanism needs, and the login has not.
+/// What a mechanism needs and the login lacks; `None`: nothing.
 pub(super) fn lacks(login: &Login, mechanism: Mechanism) -> Option<&'static str> {
     match (mechanism, &login.secret) {
         (Mechanism::External, _) => (!login.certificate).then_some("`certificate` and `key`"),
         (_, None) => Some("a `secret`"),
         (mechanism, Some(secret)) => {
             let is_ascii = is_usable(login.name.as_bytes()) && is_usable(secret);
-            // A user who only submits mail cannot read the secret, which is empty then.
+            // The secret is empty for a user who only submits mail and may not read it.
             (mechanism.is_scram() && !is_ascii && !secret.is_empty()).then_some(ASCII_SECRET)
         }
     }
 }
 
-/// What the mechanisms with a secret need of it.
+/// What CRAM-MD5 needs.
 pub(super) const SECRET_IN_CLEAR: &str = "a `secret` in clear";
+/// What SCRAM needs.
 pub(super) const ASCII_SECRET: &str = "a name and a secret in printable ASCII";
 
-/// A shorter secret can be guessed.
+/// Octets of a secret; a shorter one can be guessed.
 const SHORT_SECRET: usize = 12;
 
 fn warn_if_short(source: &Source, line: &SourceLine, secret: &[u8]) {

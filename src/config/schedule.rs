@@ -1,10 +1,10 @@
-//! `[schedule]`: reads the times at which `pull --daemon` calls. [`crate::schedule`] computes the moments.
+//! Reads `[schedule]`: the times at which `pull --daemon` calls. [`crate::schedule`] computes when a call is due.
 //!
 //! ```text
 //! entry of `at`    DAYS TIMES | DAYS FROM-TO every STEP | DAYS every STEP
 //! DAYS             * | mon,wed,fri-sun       ranges may go over the weekend: fri-mon
 //! TIMES            08:00,12:30
-//! FROM-TO          08:00-18:00               without the moment TO itself; 24:00 may end it
+//! FROM-TO          08:00-18:00               no call at TO itself; TO may be 24:00
 //! STEP             5m | 1h                   whole minutes, shorter than the window
 //! ```
 //!
@@ -20,12 +20,12 @@ use crate::schedule::{Schedule, Times, Timetable, TimetableEntry, When};
 
 pub(super) const SCHEDULE_KEYS: [&str; 6] = ["every", "at", "zone", "jitter", "retry-first", "retry-max"];
 
-/// Minutes of a day.
+/// The minutes of a day.
 const DAY: u16 = 24 * 60;
 
 const DAYS: [&str; 7] = ["mon", "tue", "wed", "thu", "fri", "sat", "sun"];
 
-/// Reads `[schedule]`, or a provider's own.
+/// Reads `[schedule]`, or the `schedule` of a provider.
 pub(super) fn read(mut table: Table<'_>) -> Result<Schedule, ConfigError> {
     let (line, at_line) = (table.line.clone(), table.line_of("at"));
     let default = Schedule::default();
@@ -162,7 +162,7 @@ fn window(text: &str, step: &str) -> Result<Times, String> {
     Ok(Times::Every { from, to, step })
 }
 
-/// A step in minutes, up to a day.
+/// A step in minutes, from 1 to 1440.
 fn parse_step(text: &str) -> Result<u16, String> {
     let step = DURATION.parse(text)?.as_millis();
     let minutes = u16::try_from(step / 60_000).ok().filter(|minutes| *minutes <= DAY && step % 60_000 == 0);
@@ -171,15 +171,15 @@ fn parse_step(text: &str) -> Result<u16, String> {
     })
 }
 
-/// A minute of a day in which a call can begin, up to 1439.
+/// A minute of a day in which a call can begin, from 0 to 1439.
 fn start(text: &str) -> Result<u16, String> {
     match minute(text)? {
-        DAY => Err("24:00 is the end of a day, where nothing begins: write 00:00, and the day after".to_owned()),
+        DAY => Err("24:00 is the end of a day, and no call begins then: write 00:00, and the day after".to_owned()),
         minute => Ok(minute),
     }
 }
 
-/// A minute of a day, up to 1440.
+/// A minute of a day, from 0 to 1440.
 fn minute(text: &str) -> Result<u16, String> {
     let digits = |tens: u8, ones: u8| u16::from(tens - b'0') * 10 + u16::from(ones - b'0');
     let minute = match *text.as_bytes() {

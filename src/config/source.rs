@@ -1,4 +1,4 @@
-//! The files of a configuration: reads them, finds the line of a place in them, and checks who may read them.
+//! The files of a configuration: reads them, finds the line of an offset, and checks the modes of files with secrets.
 
 use std::cell::RefCell;
 use std::io::{Error, ErrorKind};
@@ -12,7 +12,7 @@ use crate::maildir::shell_word;
 use crate::recipients::{ConfigError, SourceLine};
 pub(super) use crate::text_file::read;
 
-/// What to do about a file that cannot be read, as the end of the error's text.
+/// The end of the error's text about a file that cannot be read: what to do.
 pub(super) fn read_remedy(error: &Error) -> &'static str {
     match error.kind() {
         ErrorKind::NotFound => "; correct the name, or make that file",
@@ -22,7 +22,7 @@ pub(super) fn read_remedy(error: &Error) -> &'static str {
     }
 }
 
-/// Which side a file is for.
+/// Whose file it is.
 pub(super) enum FileKind {
     Provider,
     Customer,
@@ -33,9 +33,9 @@ pub(super) enum FileKind {
 pub struct Findings {
     /// The mistakes, in the order in which they were found.
     pub errors: Vec<ConfigError>,
-    /// The mistakes in the files of single customers: they stop nobody else.
+    /// The mistakes in the files of single customers. The provider skips these files and reads the others.
     pub skipped: Vec<ConfigError>,
-    /// What works, and is probably not meant so.
+    /// Settings that are valid and probably not intended.
     pub warnings: Vec<ConfigError>,
 }
 
@@ -46,7 +46,7 @@ impl Findings {
     }
 }
 
-/// One TOML file, in memory while it is checked, so that an error can name the line.
+/// One TOML file. Its text is in memory while it is checked, so that an error can name the line.
 pub(super) struct Source {
     pub(super) file: Arc<Path>,
     text: String,
@@ -54,9 +54,10 @@ pub(super) struct Source {
     line_ends: Vec<usize>,
     /// The permissions of the file.
     pub(super) mode: u32,
-    /// Reading goes on after a mistake, so that `odmr check` can report all of them.
+    /// Mistakes and warnings so far. `odmr check` reports all of them, so reading does not stop at the first mistake.
     findings: RefCell<Findings>,
-    /// Whether to read files with secrets: a user who only submits mail needs none, and may not be able to read them.
+    /// Whether to read the files of `secret-file`. A user who only submits mail does not need the secrets, and often may not
+    /// read them.
     pub(super) reads_secrets: bool,
 }
 
@@ -75,7 +76,7 @@ impl Source {
         Ok(Source::new(&file.file, decode(&file.file, &octets)?, mode))
     }
 
-    /// The text of a file; `mode`: the permissions of the file.
+    /// A file with this text; `mode`: its permissions.
     pub(super) fn new(file: &Arc<Path>, text: &str, mode: u32) -> Source {
         let line_ends = text.match_indices('\n').map(|(at, _)| at).collect();
         let findings = RefCell::default();
@@ -87,7 +88,7 @@ impl Source {
         &self.text
     }
 
-    /// Notes an error, so that the caller may go on with the rest of the file. Returns the same result.
+    /// Notes the error of a result, once, so that the caller can read the rest of the file. Returns the result.
     pub(super) fn note<T>(&self, result: Result<T, ConfigError>) -> Result<T, ConfigError> {
         if let Err(error) = &result {
             let errors = &mut self.findings.borrow_mut().errors;
@@ -110,7 +111,7 @@ impl Source {
         findings.warnings.extend(found.warnings);
     }
 
-    /// Reads a file and builds what it configures. Returns that, or else the first mistake; and all that was found.
+    /// Reads a file and builds the configuration. Returns it or the first mistake, and all findings.
     pub(super) fn examine<T>(
         path: &Path, build: impl FnOnce(&Source) -> Result<T, ConfigError>,
     ) -> (Result<T, ConfigError>, Findings) {
@@ -120,7 +121,7 @@ impl Source {
         }
     }
 
-    /// As [`Source::examine`], but returns also what is built in spite of mistakes, if it could be.
+    /// As [`Source::examine`], but returns the configuration also after mistakes, if it could be built.
     pub(super) fn examine_all<T>(
         path: &Path, build: impl FnOnce(&Source) -> Result<T, ConfigError>,
     ) -> (Option<T>, Findings) {
@@ -130,7 +131,7 @@ impl Source {
         }
     }
 
-    /// Builds what this file configures, as [`Source::examine`].
+    /// Builds the configuration from this file, as [`Source::examine`] does.
     pub(super) fn finish<T>(
         &self, build: impl FnOnce(&Source) -> Result<T, ConfigError>,
     ) -> (Result<T, ConfigError>, Findings) {
@@ -140,7 +141,7 @@ impl Source {
         (first.map_or(built, Err), findings)
     }
 
-    /// The file, for a reader who may not be able to read files with secrets.
+    /// The same file, without reading those of `secret-file`.
     pub(super) fn without_secrets(self) -> Source {
         Source { reads_secrets: false, ..self }
     }
@@ -157,7 +158,7 @@ impl Source {
                 _ => line.error(text),
             }
         });
-        // What is left of the file is not looked at: its mistakes would follow from these.
+        // Do not check the values of a file that is not valid TOML: more errors would follow from the same mistake.
         match errors.map(|error| self.note(Err::<(), _>(error))).fold(Ok(()), Result::and) {
             Ok(()) => Ok(table.into_inner()),
             Err(first) => Err(first),
@@ -178,7 +179,7 @@ impl Source {
         line
     }
 
-    /// Which side the file is for; `None`: it has no key that tells.
+    /// Whose file it is; `None`: it has no key by which to decide.
     pub(super) fn kind(&self) -> Result<Option<FileKind>, ConfigError> {
         let document = self.parse()?;
         let provider = document.contains_key("spool") || document.contains_key("customers");
@@ -197,7 +198,7 @@ impl Source {
         }
     }
 
-    /// The place of an error about the file as a whole.
+    /// The source of an error about the file as a whole.
     pub(super) fn whole(&self) -> SourceLine {
         SourceLine { file: self.file.clone(), line: None }
     }
@@ -232,7 +233,7 @@ pub(super) fn decode<'a>(file: &Arc<Path>, octets: &'a [u8]) -> Result<&'a str, 
     })
 }
 
-/// Rejects a file with a secret if every user of this machine may read or change it.
+/// Rejects a file with a secret if all users of this machine may read or change it: they could log in as its owner.
 pub(super) fn check_private(mode: u32, path: &Path) -> Result<(), String> {
     let what = match (mode & 0o004 != 0, mode & 0o002 != 0) {
         (false, false) => return Ok(()),

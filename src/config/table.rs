@@ -1,7 +1,7 @@
-//! The tables of a file. A [`Table`] rejects unknown keys, and gives out each value once, checked, with its line.
+//! The tables of a file. A [`Table`] rejects unknown keys, and returns each value once, checked, with its line.
 //!
-//! Each error is noted in the [`Source`], which rejects the file at the end. So a caller reads all values before it returns
-//! the first error, and all mistakes are found in one reading.
+//! It notes each error in the [`Source`], which rejects the file at the end. A caller reads all values before it returns the
+//! first error, so that one reading finds all mistakes.
 
 use std::collections::HashSet;
 use std::fmt;
@@ -18,7 +18,7 @@ use crate::recipients::{ConfigError, Located, SourceLine};
 /// Keys that had another name in earlier versions, whose files are still read.
 const FORMER_NAMES: [(&str, &str); 1] = [("delay-notice", "delay-warning")];
 
-/// A table that has no unknown key.
+/// A table, whose unknown keys have been noted as errors.
 pub(super) struct Table<'s> {
     pub(super) file: &'s Source,
     /// Where the table begins.
@@ -36,9 +36,8 @@ impl<'s> Table<'s> {
         Ok(Table::new(file, file.whole(), file.parse()?, keys))
     }
 
-    /// `keys`: all keys that the table may have, in the order in which the error about another one lists them.
-    ///
-    /// Each unknown key is noted as an error, and each key by its former name as a warning.
+    /// Notes each unknown key as an error, and each key by its former name as a warning. `keys`: all keys that the table may
+    /// have, in the order in which the error about an unknown key lists them.
     fn new(file: &'s Source, line: SourceLine, mut values: DeTable<'s>, keys: &[&str]) -> Table<'s> {
         for (former, name) in FORMER_NAMES {
             if !keys.contains(&name) || values.contains_key(name) {
@@ -63,17 +62,17 @@ impl<'s> Table<'s> {
         Table { file, line, values }
     }
 
-    /// A value that is not checked yet; `None`: the table has no such key.
+    /// A value that is not checked yet; `None`: the table has no such key, or its value was read before.
     pub(super) fn take(&mut self, key: &str) -> Option<Value<'s>> {
         self.values.remove(key).map(|value| Value::new(self.file, value))
     }
 
-    /// Whether there is a value that is not taken yet.
+    /// Whether the table has a value that was not read before.
     pub(super) fn contains(&self, key: &str) -> bool {
         self.values.contains_key(key)
     }
 
-    /// The line of a value that is not taken yet; if there is none: of the table.
+    /// The line of a value that was not read before; without such a value: of the table.
     pub(super) fn line_of(&self, key: &str) -> SourceLine {
         self.values.get(key).map_or_else(|| self.line.clone(), |value| self.file.line(value.span()))
     }
@@ -118,7 +117,7 @@ impl<'s> Table<'s> {
         self.take(key).map(|value| value.table(keys, "a table")).transpose()
     }
 
-    /// A table in this one. If it is missing, or is no table: a table without values, on the line of this one.
+    /// A table in this one. If it is missing or is another value: a table without values, on the line of this one.
     pub(super) fn table_or_empty(&mut self, key: &str, keys: &[&str]) -> Table<'s> {
         let empty = Table { file: self.file, line: self.line.clone(), values: DeTable::new() };
         self.table(key, keys).ok().flatten().unwrap_or(empty)
@@ -194,7 +193,7 @@ pub(super) fn values<T>(list: Vec<Located<T>>) -> Vec<T> {
     list.into_iter().map(|entry| entry.value).collect()
 }
 
-/// Rejects a value that comes twice.
+/// Rejects a list in which a value occurs twice.
 pub(super) fn check_unique<'a, T: Eq + Hash + fmt::Display + 'a>(
     entries: impl IntoIterator<Item = &'a Located<T>>,
 ) -> Result<(), ConfigError> {

@@ -59,7 +59,7 @@ const VERIFIER: &str = "SCRAM-SHA-256$4096:W22ZaJ0SNY7soEsUEjb6gQ==$WG5d8oPm3Otc
 fn error_of(directory: &TempDir) -> String {
     let error = match Config::load(&directory.path().join("odmr.toml")) {
         Err(error) => error,
-        // A mistake in the file of one customer does not stop the others.
+        // A mistake in the file of one customer is not an error of the configuration.
         Ok(Config::Provider(config)) => config.accounts.skipped().first().expect("a mistake").error.clone(),
         Ok(Config::Customer(_)) => panic!("no error"),
     };
@@ -301,7 +301,7 @@ fn every_key_of_relay_is_read() {
     assert_eq!(relay.retry, times);
 }
 
-/// Each table of a client has the key, and nearly all servers accept 8-bit content: the default is to send it.
+/// Each table of a client has the key. The default is to send 8-bit content, as nearly all servers accept it.
 #[test]
 fn eight_bit_content_is_sent_or_bounced() {
     let of_provider = |table: &str, line: &str| {
@@ -322,7 +322,7 @@ fn eight_bit_content_is_sent_or_bounced() {
     assert_eq!(of_provider("[odmr]", sends), (send, send));
     assert_eq!((of_provider("[odmr]", line), of_provider("[relay]", line)), ((bounce, send), (send, bounce)));
     assert_eq!((of_customer("[outgoing]", line), of_customer("[mailboxes]", line)), ((bounce, send), (send, bounce)));
-    let phrase = "\"7bit\" is not a way to treat 8-bit content: write \"send\" or \"bounce\"";
+    let phrase = "\"7bit\" is not a valid way to treat 8-bit content: write \"send\" or \"bounce\"";
     provider("[odmr]", "[odmr]\nwithout-8bitmime = \"7bit\"", "odmr.toml:5", phrase);
     provider("", "[relay]\nwithout-8bitmime = \"7bit\"", "odmr.toml:7", phrase);
     customer("[mailboxes]", "[mailboxes]\nwithout-8bitmime = \"7bit\"", "odmr.toml:7", phrase);
@@ -332,7 +332,7 @@ fn eight_bit_content_is_sent_or_bounced() {
 
 /// Rules: SMTP-65.
 #[test]
-fn times_that_are_not_written_adapt_to_the_others() {
+fn default_retry_times_fit_those_that_are_written() {
     let times = |text: &str| {
         let retry = relay(text).retry;
         (retry.first, retry.max, retry.give_up)
@@ -355,7 +355,7 @@ fn what_a_customer_may_submit_is_read() {
 }
 
 #[test]
-fn what_a_file_says_of_held_mail_is_read() {
+fn the_settings_of_held_mail_are_read() {
     let held = |text: &str| {
         let directory = files(&[("odmr.toml", PROVIDER), ("customers.d/acme.toml", &changed(ACME, "", text))]);
         let provider = ProviderConfig::load(&directory.path().join("odmr.toml")).unwrap();
@@ -547,7 +547,7 @@ fn mistakes_in_what_a_customer_may_submit_are_named() {
 
 #[test]
 #[rustfmt::skip]
-fn mistakes_in_what_is_said_of_held_mail_are_named() {
+fn mistakes_in_settings_of_held_mail_are_named() {
     let at = "customers.d/acme.toml:3";
     account("", "expire-after = \"91d\"", at, "write \"90d\" or less, or \"never\"");
     account("", "expire-after = \"1ms\"", at, "write \"1s\" or more");
@@ -764,7 +764,7 @@ fn several_providers_have_each_their_own() {
         .collect();
     let wanted = [
         ("a.example.net:366", "acme", 5, false),
-        // The first without `outgoing = false`.
+        // The first provider without `outgoing = false`.
         ("b.example.net:366", "acme", 0, true),
         ("b.example.net:366", "other", 120, false),
     ];
@@ -795,7 +795,7 @@ fn mistakes_with_several_providers_are_named() {
     customer("hostname", "user = 5\nhostname", "odmr.toml:1", "expected the name of a user or group");
     let circle =
         "[outgoing]\nqueue = \"q\"\nlisten = [\"127.0.0.1:2525\"]\n[mailboxes]\ndeliver = \"smtp:localhost:2525\"";
-    customer("[mailboxes]", circle, "odmr.toml:8", "so it would go in circles");
+    customer("[mailboxes]", circle, "odmr.toml:8", "so mail would go in circles");
 }
 
 #[test]
@@ -886,7 +886,7 @@ fn mistakes_in_the_directory_of_customers_are_named() {
     account("secret = \"open sesame\"", "scram = 5", &at(2), "expected a verifier as `odmr secret` prints it");
     account("", "mechanisms = []", &at(3), "`mechanisms` is empty, so no login is possible");
     account("", "mechanisms = \"PLAIN\"", &at(3), "expected a list, in [ ]");
-    account("", "mechanisms = [\"LOGIN\"]", &at(3), "\"LOGIN\" is not a mechanism of this program: write some of \"");
+    account("", "mechanisms = [\"LOGIN\"]", &at(3), "\"LOGIN\" is not a mechanism of this program: write one or more of \"");
     account("", "mechanisms = [\"PLAIN\", \"plain\"]", &at(3), "PLAIN is here a second time");
     account("secret = \"open sesame\"", &format!("{scram}\nmechanisms = [\"CRAM-MD5\"]"), &at(3), "CRAM-MD5 needs a `secret` in clear");
     account("sesame\"", "sésame\"\nmechanisms = [\"SCRAM-SHA-256\"]", &at(3), "needs a name and a secret in printable ASCII");
@@ -931,9 +931,9 @@ fn a_key_that_opens_two_accounts_needs_a_name() {
     assert_eq!(accounts.account_of(&renewed, Some("beta")), Ok(None));
 }
 
-/// As with a secret: a typing error is no reason to reject a login for good.
+/// A typing error in an account's file must not make the provider reject its login for good.
 #[test]
-fn the_certificate_of_an_account_with_a_mistake_may_be_known_later() {
+fn a_certificate_may_belong_to_an_account_whose_file_has_a_mistake() {
     let key = CertificateDigests { certificate: [1; 32], key: [2; 32] };
     let foreign = CertificateDigests { certificate: [9; 32], key: [9; 32] };
     let directory = with_tls(&format!("domains = [\"example.org\"]\ncertificate = [\"{}\"]\n", Pin::Key([2; 32])));
@@ -951,9 +951,10 @@ fn the_certificate_of_an_account_with_a_mistake_may_be_known_later() {
     assert!(!accounts.knows(&foreign));
 }
 
-/// A customer who is just replacing its list keeps nothing from being read, and a reload loses no list.
+/// A customer may be replacing its list at that moment. The configuration is read all the same, and after a reload the old list
+/// holds.
 #[test]
-fn a_list_of_recipients_with_a_mistake_is_no_mistake_of_the_configuration() {
+fn a_mistake_in_a_list_of_recipients_is_not_one_of_the_configuration() {
     let directory = with_tls("domains = [\"example.org\"]\nsecret = \"open sesame\"\nrecipients-file = \"list\"\n");
     let (path, list) = (directory.path().join("odmr.toml"), directory.path().join("customers.d/list"));
     let look_up = |accounts: &Accounts, address: &str| {
@@ -985,9 +986,8 @@ fn mistakes_in_certificates_of_customers_are_named() {
     account("secret = \"open sesame\"", "", "customers.d/acme.toml", "or certificate = [\"spki-sha256:…\"]");
 }
 
-/// A certificate of our own, for each host that may ask for one.
 #[test]
-fn a_host_may_be_shown_a_certificate() {
+fn each_host_may_be_shown_a_certificate() {
     let own = "certificate = \"me.pem\"\nkey = \"/etc/me.key\"";
     let directory = files(&[("odmr.toml", &CUSTOMER.replace("secret = \"open sesame\"", own))]);
     let identity = ClientIdentity { certificate: directory.path().join("me.pem"), key: "/etc/me.key".into() };
@@ -997,7 +997,7 @@ fn a_host_may_be_shown_a_certificate() {
     assert_eq!((remote.identity, remote.login), (Some(identity), Some(by_certificate("acme"))));
     let printed = effective(&path).unwrap();
     assert!(printed.contains("/me.pem\"\nkey = \"/etc/me.key\"\nname = \"acme\"\n"), "{printed}");
-    // There may be a secret too. The submission host gets the secret, and not the certificate for another host.
+    // With a secret too, the submission host gets the secret, and not the certificate that is for another host.
     let both = CUSTOMER.replace("name = \"acme\"", &format!("name = \"acme\"\n{own}"));
     let both = format!("{both}[outgoing]\nqueue = \"out\"\nsubmission = \"smtp.example.net\"\n");
     let directory = files(&[("odmr.toml", &both)]);
@@ -1006,7 +1006,7 @@ fn a_host_may_be_shown_a_certificate() {
     assert_eq!(config.providers[0].remote.login, Some(by_both));
     let submission = config.outgoing.unwrap().submission.unwrap();
     assert_eq!((submission.identity, submission.login), (None, login("acme", "open sesame")));
-    // A smarthost may know its clients by their certificates without AUTH, or by EXTERNAL.
+    // A smarthost may identify its clients by their certificates without AUTH, or by EXTERNAL.
     let smarthost = relay(&format!("smarthost = \"smtp.example.net\"\n{own}")).smarthost.unwrap();
     assert_eq!((smarthost.identity.is_some(), smarthost.login), (true, None));
     let smarthost = relay(&format!("smarthost = \"smtp.example.net\"\nname = \"a\"\n{own}")).smarthost.unwrap();
@@ -1059,7 +1059,7 @@ fn mistakes_in_a_customer_s_file_are_named() {
         customer("secret = \"open sesame\"", &mechanisms(list), "odmr.toml:6", phrase);
     };
     customer_has("[]", "`mechanisms` is empty, so no login is possible");
-    customer_has("[\"SCRAM-SHA-1\"]", "\"SCRAM-SHA-1\" is not a mechanism of this program: write some of \"");
+    customer_has("[\"SCRAM-SHA-1\"]", "\"SCRAM-SHA-1\" is not a mechanism of this program: write one or more of \"");
     customer_has("[\"PLAIN\", \"PLAIN\"]", "PLAIN is here a second time");
     customer("open sesame\"", "sésame\"\nmechanisms = [\"SCRAM-SHA-256\"]", "odmr.toml:6", "in printable ASCII");
     customer("name = \"acme\"", "tls = \"ssl\"\nname = \"acme\"", "odmr.toml:4", "\"ssl\" is not a valid TLS mode: write \"starttls\", \"implicit\" or \"none\"");
@@ -1104,7 +1104,7 @@ fn a_file_for_the_other_side_is_rejected() {
 }
 
 #[test]
-fn what_is_not_utf_8_is_named_with_its_line() {
+fn a_line_that_is_not_utf_8_is_named() {
     let directory = files(&[]);
     let path = directory.path().join("odmr.toml");
     fs::write(&path, b"# one\n# \xe4\n").unwrap();
@@ -1145,7 +1145,7 @@ fn an_account_opens_by_the_mechanisms_that_it_has_something_for() {
     assert_eq!(accounts.mechanisms(), [CramMd5, ScramSha256Plus, ScramSha256, Plain]);
     let found = accounts.credentials("acme").unwrap().unwrap();
     assert_eq!((found.secret, found.verifier.map(|verifier| verifier.to_string()).as_deref()), (None, Some(VERIFIER)));
-    // A provider without customers, and one whose customer's file has a mistake, offer what those may need.
+    // Without customers, or with a mistake in a customer's file, all mechanisms are offered.
     assert_eq!(directory(&[]).mechanisms().len(), Mechanism::ALL.len());
     assert_eq!(directory(&[("acme", &scram), ("beta", "scram = \"x\"")]).mechanisms().len(), Mechanism::ALL.len());
 }
@@ -1226,7 +1226,7 @@ fn ten_thousand_customers_load_at_once() {
     assert_eq!(owner.unwrap().name, "c4711");
 }
 
-/// Each text file of an administrator is read by one reader, whatever the editor has written around the text.
+/// The same function reads all text files of an administrator, so each accepts what an editor writes around the text.
 #[test]
 fn byte_order_marks_and_line_ends_do_not_matter_and_utf_16_is_named() {
     let crlf = |text: &str| format!("\u{feff}{}", text.trim_end().replace('\n', "\r\n"));
@@ -1248,7 +1248,7 @@ fn byte_order_marks_and_line_ends_do_not_matter_and_utf_16_is_named() {
         };
         assert_eq!(read.providers[0].remote.login, login("acme", "open sesame"));
     }
-    // As Windows' "Unicode" is: each octet of ASCII and a zero.
+    // UTF-16, as "Unicode" of Windows is: each octet of ASCII and a zero.
     let wide = |text: &str| text.chars().flat_map(|character| [character, '\0']).collect::<String>();
     let save = "it is UTF-16 or UTF-32: save it as UTF-8";
     assert_error(&files(&[("odmr.toml", &wide(PROVIDER))]), "odmr.toml", save);
@@ -1258,7 +1258,7 @@ fn byte_order_marks_and_line_ends_do_not_matter_and_utf_16_is_named() {
     assert_error(&customer("open sesame", &wide("root: alice")), "odmr.toml:9", save);
 }
 
-/// What was found in these files, without the name of their directory.
+/// The mistakes and the warnings in these files, without the name of their directory.
 fn findings(directory: &TempDir) -> (Vec<String>, Vec<String>) {
     let (_, found) = Config::examine(&directory.path().join("odmr.toml"));
     let shown = |error: &ConfigError| error.to_string().replace(&format!("{}/", directory.path().display()), "");
@@ -1420,12 +1420,12 @@ fn a_key_by_its_former_name_is_read_with_a_warning() {
 }
 
 #[test]
-fn each_line_that_is_no_toml_is_found() {
+fn each_line_that_is_not_valid_toml_is_found() {
     let (errors, _) = findings(&files(&[("odmr.toml", "hostname = \nspool = \"a\"\ncustomers = [1\n")]));
     assert!(errors.len() >= 2 && errors[0].starts_with("odmr.toml:1: "), "{errors:#?}");
 }
 
-/// What is printed is a configuration again, and has the same effect, except for secrets.
+/// `check --print` prints a valid configuration with the same effect, except for secrets.
 #[test]
 fn what_is_printed_is_read_again() {
     let account = "domains = [\"example.org\"]\nsecret = \"open sesame\"\nmax-size = \"1MiB\"\nmax-bytes = \"1GiB\"\n\
@@ -1495,7 +1495,7 @@ fn what_is_printed_is_read_again() {
     }
 }
 
-/// A mailbox may be in a domain without a dot, which `domain` of `[outgoing]` cannot name.
+/// A mailbox may be in a domain without a dot, which is not valid as `domain` of `[outgoing]`.
 #[test]
 fn a_default_that_a_file_cannot_name_is_not_printed() {
     let customer = CUSTOMER.replace("@example.org\"", "@localhost\"");

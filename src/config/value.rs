@@ -1,4 +1,4 @@
-//! Single values of the configuration: which texts and numbers are valid, and what to write in place of others.
+//! Single values of the configuration: which texts and numbers are valid, and what to write instead of an invalid one.
 
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -16,21 +16,21 @@ use crate::sasl::{Mechanism, ScramVerifier};
 use crate::session::TlsMode;
 use crate::smtp::client::Without8BitMime;
 
-/// What a value must be.
+/// A kind of values: which are valid, and how one is read.
 pub(super) trait ValueKind<T> {
-    /// The checked value.
+    /// Returns the checked value.
     ///
     /// # Errors
     ///
-    /// What is wrong with it, and what to write.
+    /// What is wrong with the value, and what to write.
     fn read(&self, value: &DeValue<'_>) -> Result<T, String>;
 }
 
 /// A value that is written as a string.
 pub(super) struct Text<T> {
-    /// What it should be, for the error about a value of another type.
+    /// What to write, for the error about a value of another type.
     expected: &'static str,
-    /// Whether it may be written as a number, too.
+    /// Whether a number without quotes is accepted too.
     number: bool,
     parse: fn(&str) -> Result<T, String>,
 }
@@ -50,7 +50,7 @@ impl<T> ValueKind<T> for Text<T> {
         match (value, integer(value)) {
             (DeValue::String(text), _) => self.parse(text),
             (_, Some(number)) if self.number => self.parse(&number.to_string()),
-            // The error must not contain the number: it may be a secret without quotes.
+            // The number may be a secret without quotes, so the error must not contain it.
             (DeValue::Integer(_) | DeValue::Float(_), _) => {
                 Err(format!("this is a number, expected {}", self.expected))
             }
@@ -92,7 +92,7 @@ fn integer(value: &DeValue<'_>) -> Option<i64> {
     i64::from_str_radix(number.as_str(), number.radix()).ok()
 }
 
-/// The error text about a value of another type than the one that is expected.
+/// The error text about a value of another type than `expected`.
 pub(super) fn wrong_type(value: &DeValue<'_>, expected: &str) -> String {
     let found = match value {
         DeValue::String(text) => format!("string {text:?}"),
@@ -108,7 +108,7 @@ pub(super) const HOSTNAME: Text<String> = Text::new("a host name such as \"mail.
     let domain = Domain::parse(text).filter(|_| !looks_like_ipv4(text));
     let domain =
         domain.ok_or_else(|| format!("{text:?} is not a valid host name: write one such as \"mail.example.org\""))?;
-    // The file decides the case. RFC 5321 section 4.1.2: a name in SMTP is ASCII, so another one becomes its A-labels.
+    // RFC 5321 section 4.1.2: names in SMTP are ASCII, so a name in Unicode becomes its A-labels. Others stay as they are spelled.
     Ok(if text.is_ascii() { text } else { domain.as_str() }.to_owned())
 });
 
@@ -128,7 +128,7 @@ pub(super) const DOMAIN: Text<Domain> = Text::new("a domain such as \"example.or
     Ok(domain)
 });
 
-/// A name that somebody else uses. Unlike the domains that are held here, it may have `_`, as names in DNS have.
+/// The name of a host or a domain elsewhere. Unlike a domain that is held here, it may have `_`, as names in the DNS have.
 pub(super) fn domain_elsewhere(text: &str) -> Option<Domain> {
     let is_label = |label: &str| {
         !label.is_empty() && label.bytes().all(|octet| octet.is_ascii_alphanumeric() || matches!(octet, b'-' | b'_'))
@@ -137,7 +137,7 @@ pub(super) fn domain_elsewhere(text: &str) -> Option<Domain> {
         .or_else(|| Domain::parse_any(text).ok().filter(|domain| domain.as_str().split('.').all(is_label)))
 }
 
-/// A path as it is written: absolute, or relative to the directory of the file.
+/// A path as written: absolute, or relative to the directory of the file.
 pub(super) const PATH: Text<PathBuf> = Text::new("a path in quotes", |text| {
     if text.is_empty() || text.contains('\0') {
         return Err(format!(
@@ -152,7 +152,7 @@ pub(super) const ACCOUNT_NAME: Text<String> = Text::new("a login name in quotes"
         return Err("the login name is empty: write the one that the provider gave you".to_owned());
     }
     if text.chars().any(char::is_control) {
-        return Err(format!("the login name {text:?} has a control character in it: letters and digits are best"));
+        return Err(format!("the login name {text:?} has a control character in it: write letters and digits"));
     }
     Ok(text.to_owned())
 });
@@ -173,7 +173,7 @@ pub(super) fn check_secret(secret: &[u8]) -> Result<(), &'static str> {
     Ok(())
 }
 
-/// What SCRAM stores of a secret. The error has nothing of it.
+/// What SCRAM stores in place of a secret. The error does not contain it.
 pub(super) const VERIFIER: Text<ScramVerifier> = Text::new("a verifier as `odmr secret` prints it", |text| {
     ScramVerifier::parse(text).map_err(|error| {
         format!(
@@ -187,7 +187,7 @@ pub(super) const VERIFIER: Text<ScramVerifier> = Text::new("a verifier as `odmr 
 pub(super) const MECHANISM: Text<Mechanism> = Text::new("a mechanism such as \"SCRAM-SHA-256\"", |text| {
     Mechanism::parse(text.as_bytes()).ok_or_else(|| {
         let names = Mechanism::ALL.map(|mechanism| format!("\"{mechanism}\"")).join(", ");
-        format!("{text:?} is not a mechanism of this program: write some of {names}")
+        format!("{text:?} is not a mechanism of this program: write one or more of {names}")
     })
 });
 
@@ -209,7 +209,7 @@ pub(super) const LISTENER: Text<SocketAddr> = Text::new("an address and a port s
     if bare.parse::<IpAddr>().is_ok() || Domain::parse(host).is_none() || looks_like_ipv4(host) {
         return Err(format!("{text:?} is not a valid address with a port: {write}"));
     }
-    Err(format!("{text:?} is a name, and a listener needs an address, as that of a name may change: {write}"))
+    Err(format!("{text:?} is a name, and a listener needs an address, as the address of a name may change: {write}"))
 });
 
 /// A host to connect to.
@@ -294,8 +294,8 @@ pub(super) const RESOLVER: Text<SocketAddr> = Text::new("an address and a port s
 pub struct Network(IpNet);
 
 impl Network {
-    /// Whether a machine is in the network. An IPv4 address that is mapped into IPv6, as a socket for both has it,
-    /// counts as the IPv4 address (RFC 4291 section 2.5.5.2).
+    /// Whether an address is in the network. An IPv4 address that is mapped into IPv6 (RFC 4291 section 2.5.5.2), as it has on a
+    /// socket for both, counts as the IPv4 address.
     pub fn contains(&self, address: IpAddr) -> bool {
         self.0.contains(&address.to_canonical())
     }
@@ -326,7 +326,7 @@ pub(super) const NETWORK: Text<Network> = Text::new("a network such as \"192.168
             prefix.and_then(|prefix| IpNet::new(address, prefix).ok()).ok_or_else(wrong)?
         }
     };
-    // A network of mapped addresses would contain no machine: `contains` sees IPv4 addresses in their place.
+    // A network of mapped addresses would be empty, as `contains` compares IPv4 addresses.
     if address.to_canonical() != address {
         return Err(wrong());
     }
@@ -346,7 +346,7 @@ fn port_number(text: &str) -> Result<u16, String> {
     port.ok_or_else(|| format!("{text:?} is not a valid port: write a number from 0 to 65535"))
 }
 
-/// Whether a text is an attempt at an IPv4 address: `192.0.2.256` is a valid domain, but a mistake.
+/// Whether a text has the form of an IPv4 address. `192.0.2.256` is a valid domain, but was meant as an address.
 fn looks_like_ipv4(host: &str) -> bool {
     host.bytes().all(|octet| octet.is_ascii_digit() || octet == b'.')
 }
@@ -360,7 +360,7 @@ pub(super) const TLS_MODE: Text<TlsMode> = Text::new(TLS_MODES, |text| match tex
     _ => Err(format!("{text:?} is not a valid TLS mode: write {TLS_MODES}")),
 });
 
-/// The SHA-256 of a certificate, or of its key.
+/// The SHA-256 digest of a certificate, or of its key.
 pub(super) const PIN: Text<Pin> = Text::new("a fingerprint such as \"sha256:0123…\"", |text| {
     Pin::parse(text).ok_or_else(|| {
         format!(
@@ -379,17 +379,17 @@ pub(super) fn address_with_domain(text: &str) -> Option<Mailbox> {
 
 const WITHOUT_8BITMIME_EXPECTED: &str = "\"send\" or \"bounce\"";
 
-/// What becomes of 8-bit content for a peer that does not offer 8BITMIME.
+/// What to do with 8-bit content if a peer does not offer 8BITMIME.
 pub(super) const WITHOUT_8BITMIME: Text<Without8BitMime> = Text::new(WITHOUT_8BITMIME_EXPECTED, |text| match text {
     "send" => Ok(Without8BitMime::Send),
     "bounce" => Ok(Without8BitMime::Bounce),
-    _ => Err(format!("{text:?} is not a way to treat 8-bit content: write {WITHOUT_8BITMIME_EXPECTED}")),
+    _ => Err(format!("{text:?} is not a valid way to treat 8-bit content: write {WITHOUT_8BITMIME_EXPECTED}")),
 });
 
 /// An entry of `accept`: an address, or each address of a domain.
 pub(super) struct Accepted {
     pub(super) pattern: AddressPattern,
-    /// For errors: `alice@example.org` or `@example.org`, in the case of the file.
+    /// For errors: `alice@example.org` or `@example.org`, spelled as in the file.
     pub(super) shown: String,
 }
 
@@ -406,7 +406,7 @@ pub(super) const ACCEPTED: Text<Accepted> = Text::new(ACCEPTED_EXPECTED, |text| 
     accepted.ok_or_else(|| format!("{text:?} is not a valid address: write {ACCEPTED_EXPECTED}"))
 });
 
-/// The default of the maximal size of a message, in octets.
+/// The default limit of a message's size, in octets.
 pub(super) const MAX_SIZE: u64 = 50 * 1024 * 1024;
 
 /// A number of octets, at least 1.
@@ -420,7 +420,7 @@ pub(super) const SIZE: Text<u64> = Text {
         let (Some(number), Some((_, shift))) = (number, shift) else {
             return Err(format!("{text:?} is not a valid size: {write}"));
         };
-        // Offsets in files are `i64`.
+        // Offsets in files are `i64`, so a larger size cannot be stored.
         match number.checked_mul(1 << shift).filter(|size| i64::try_from(*size).is_ok()) {
             None => Err(format!("{text:?} is too large: {write}")),
             Some(0) => Err(format!("with a size of {text:?} no message would be accepted: {write}")),
@@ -436,7 +436,7 @@ pub(super) const SIZE_OR_NONE: Text<u64> = Text {
     parse: |text| if text == "0" { Ok(0) } else { SIZE.parse(text) },
 };
 
-/// The longest time: a longer one could make a deadline that `Instant` cannot represent.
+/// The longest time. `Instant` may not be able to represent the deadline of a longer one.
 const LONGEST: Duration = Duration::from_secs(365 * 24 * 60 * 60);
 
 /// A time, from 1 ms to 365 days.
@@ -460,16 +460,16 @@ pub(super) const DURATION: Text<Duration> = Text::new("a time such as \"5m\"", |
     }
 });
 
-/// A time, or zero where there is none.
+/// A time, or zero.
 pub(super) const DURATION_OR_NONE: Text<Duration> = Text::new("a time such as \"2d\", or \"0s\"", |text| match text {
     "0ms" | "0s" | "0m" | "0h" | "0d" => Ok(Duration::ZERO),
     _ => DURATION.parse(text),
 });
 
-/// Reads a time on the command line, such as `4h`.
+/// Reads a time, such as `4h`, from the command line: from 1 ms to 365 days.
 ///
 /// # Errors
-/// What to write instead.
+/// What is wrong with the text, and what to write.
 pub fn duration(text: &str) -> Result<Duration, String> {
     DURATION.parse(text)
 }
@@ -482,7 +482,7 @@ pub(super) const NEVER_OR_LATER: Text<Option<Duration>> = Text::new("a time such
     DURATION.parse(text).map(Some).map_err(|text| format!("{text}, or \"never\""))
 });
 
-/// When held mail expires: after a time, or never.
+/// The time after which held mail expires, from 1 s to 90 days, or never.
 pub(super) const EXPIRY: Text<Option<Duration>> = Text::new("a time such as \"14d\", or \"never\"", |text| {
     let most = Duration::from_secs(90 * 24 * 60 * 60);
     match NEVER_OR_LATER.parse(text)? {
@@ -492,10 +492,10 @@ pub(super) const EXPIRY: Text<Option<Duration>> = Text::new("a time such as \"14
     }
 });
 
-/// Divides `50MiB` into 50 and `MiB`.
+/// Divides `50MiB` into 50 and `MiB`. A number that is too large becomes `u64::MAX`.
 fn number_and_unit(text: &str) -> (Option<u64>, &str) {
     let (number, unit) = text.split_at(text.bytes().take_while(u8::is_ascii_digit).count());
-    // The caller rejects the largest number, and so each larger one.
+    // Callers reject `u64::MAX`.
     ((!number.is_empty()).then(|| number.parse().unwrap_or(u64::MAX)), unit)
 }
 

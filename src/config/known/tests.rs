@@ -30,7 +30,7 @@ fn files_are_read_line_by_line() {
 }
 
 #[test]
-fn a_file_with_a_mistake_is_not_used() {
+fn a_list_with_a_mistake_is_rejected() {
     let long = [&b"alice@example.org\n"[..], &b"x".repeat(100_000)].concat();
     let many = "@example.org\n".repeat(1_000_001);
     let cases: [(&[u8], &str); 12] = [
@@ -88,18 +88,18 @@ fn a_file_that_changes_is_read_again_when_it_is_quiet() {
         let (list, settled) = file.current("acme");
         (knows(&list.unwrap(), address), settled)
     };
-    // It was written just now: who is not in it may be in the rest.
+    // The file was written just now: a recipient that it lacks may be in the rest.
     assert_eq!((state("alice@example.org"), state("bob@example.org")), ((true, false), (false, false)));
     wait_until_quiet(&file);
     assert_eq!(state("bob@example.org"), (false, true));
-    // It is replaced in place, and half of it is valid.
+    // The file is written in place, and a half of it is a valid file.
     write("bob@example.org\n");
     assert_eq!((state("alice@example.org"), state("bob@example.org")), ((true, false), (false, false)));
     write("bob@example.org\neva@example.org\n");
     assert_eq!(state("bob@example.org"), (false, false));
     wait_until_quiet(&file);
     assert_eq!((state("alice@example.org"), state("eva@example.org")), ((false, true), (true, true)));
-    // What cannot be used changes nothing.
+    // A file with a mistake changes nothing.
     for text in ["", "eva@example.or", "rubbish\n"] {
         write(text);
         assert_eq!(state("eva@example.org"), (true, false));
@@ -110,7 +110,7 @@ fn a_file_that_changes_is_read_again_when_it_is_quiet() {
     assert_eq!(state("alice@example.org"), (false, false));
     wait_until_quiet(&file);
     assert_eq!((state("eva@example.org"), state("alice@example.org")), ((true, true), (false, true)));
-    // It is renamed into its place, with the time of modification of its original.
+    // Another file is renamed into its place, with an old time of modification.
     let other = directory.path().join("other");
     fs::write(&other, "alice@example.org\n").unwrap();
     fs::File::open(&other).unwrap().set_modified(SystemTime::UNIX_EPOCH).unwrap();
@@ -118,7 +118,7 @@ fn a_file_that_changes_is_read_again_when_it_is_quiet() {
     assert_eq!(state("alice@example.org"), (false, false));
     wait_until_quiet(&file);
     assert_eq!(state("alice@example.org"), (true, true));
-    // No recipient is rejected by a list whose file has been replaced.
+    // A list whose file has changed rejects no recipient.
     write("bob@example.org\n");
     assert_eq!((state("bob@example.org"), state("eva@example.org")), ((false, false), (false, false)));
 }
@@ -133,7 +133,7 @@ fn all_recipients_are_deferred_until_a_first_list_was_read() {
     let error = recipients.read().unwrap_err().to_string();
     assert!(error.starts_with("acme.toml:3: ") && error.contains("list cannot be read: No such file"), "{error}");
     assert_eq!(look_up("alice@example.org"), Knowledge::Unsettled);
-    // It is found to have a mistake once, and not for each recipient.
+    // The file with the mistake is read once, and not for each recipient.
     fs::write(&path, "alice\n").unwrap();
     wait_until_quiet(&file);
     assert_eq!(look_up("alice@example.org"), Knowledge::Unsettled);

@@ -115,8 +115,8 @@ fn mistakes_in_a_catch_all_are_named() {
     toml("alias-file = \"aliases\"\ncatch-all = \"list@example.com\"", 2, "list@example.com leads to no mailbox here (\"|/bin/cat\" is a program)");
 }
 
-/// A domain that today's version accepts, and whose postmaster is not here: the error has the line to write, which is right as
-/// it is written there.
+/// A domain is accepted as a whole, and its postmaster has no mailbox here. The error has the line to write, which is valid as it
+/// is.
 #[test]
 fn a_domain_without_a_postmaster_here_needs_a_catch_all() {
     let line = "catch-all = { \"example.com\" = \"alice@example.com\" }";
@@ -145,7 +145,7 @@ fn a_domain_without_a_postmaster_here_needs_a_catch_all() {
         format!("(an alias leads to /dev/null), and so in 1 other domains: below [mailboxes] write {line}, or");
     assert!(error.starts_with("odmr.toml:8: postmaster@example.org gets mail") && error.contains(&expected), "{error}");
     load(&format!("{table}{line}\n"), "").unwrap();
-    // Discarding is meant if it is said. A next hop knows its names, and others have postmaster.
+    // No catch-all is needed if the file says that mail is discarded, if a next hop gets it, or if postmaster has a mailbox too.
     let good = |lines: &str| {
         let table = format!("root = \"mail\"\naccept = [\"alice@example.org\", \"@example.com\"]\n{file}\n{lines}\n");
         load(&table, "postmaster: no\nno: /dev/null").unwrap();
@@ -157,7 +157,7 @@ fn a_domain_without_a_postmaster_here_needs_a_catch_all() {
 }
 
 #[test]
-fn a_catch_all_that_nobody_has_written_is_noted() {
+fn a_default_catch_all_is_noted() {
     let note = |lines: &str| {
         let table = "root = \"mail\"\naccept = [\"alice@example.org\",\n\"@example.com\", \"@example.net\"]\n";
         let mailboxes = load(&format!("{table}{lines}\n"), "").unwrap();
@@ -224,7 +224,7 @@ fn mistakes_in_the_file_of_aliases_are_named() {
     check("alias-file = 5", "", "1", "expected a string, or a list of them");
 }
 
-/// What one line is for must not take the mail of all others with it.
+/// A line for another mail server must not stop the mail of all other aliases.
 #[test]
 fn aliases_that_are_not_served_are_warnings() {
     let check = |lines: &str, aliases: &str, expected: &[(&str, &str)]| {
@@ -263,7 +263,7 @@ fn aliases_that_are_not_served_are_warnings() {
                      deferred with 451, and only mail that is submitted here is sent there; for both, remove that alias";
     check("", &format!("x: bob,\n  dave@example.net{root}"), &[("aliases:2", elsewhere)]);
     check("aliases = { x = \"dave@example.net\" }", root, &[("odmr.toml:9", elsewhere)]);
-    // Such a line contradicts nothing that we serve, wherever it is.
+    // Such a line does not contradict other rules, wherever it is.
     let served =
         "aliases = { list = \"bob\" }\nexcept = [\"x@example.com\"]\ndeliver = { \"bob@example.org\" = \"lmtp:/x\" }";
     check(
