@@ -1,5 +1,5 @@
-//! The files of a provider's customers, one for each (RFC 2645 section 5.1): secret, domains and rights of that customer. The
-//! name of the file is the login name. A domain belongs to one customer.
+//! The files of a provider's customers, one for each (RFC 2645 section 5.1): secret, domains and rights of that customer.
+//! The name of the file is the login name. A domain belongs to one customer.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -79,11 +79,11 @@ impl Accounts {
     }
 
     /// The mechanisms to offer: those that may open an account. If accounts have certificates only, those with a secret are
-    /// offered too, as the reply to EHLO must list a mechanism (RFC 2645 section 5.1.1). If a file is skipped, all are offered,
-    /// as its account may use any.
+    /// offered too, as the reply to EHLO must list a mechanism (RFC 2645 section 5.1.1). If a file is skipped, all are
+    /// offered, as its account may use any.
     ///
-    /// CRAM-MD5 is the first one after EXTERNAL: a client that uses the first mechanism that it sees must know it, and RFC 2645
-    /// section 5.1.2 requires this one.
+    /// CRAM-MD5 is the first one after EXTERNAL: a client that uses the first mechanism that it sees must know it, and RFC
+    /// 2645 section 5.1.2 requires this one.
     pub fn mechanisms(&self) -> Vec<Mechanism> {
         let any = self.accounts.is_empty() || !self.skipped.is_empty();
         let offered = |mechanism: &Mechanism| self.accounts.iter().any(|account| account.wants_offered(*mechanism));
@@ -125,7 +125,7 @@ impl Accounts {
         let files = customer_files(&path).map_err(|error| {
             let path = path.display();
             let text = format!(
-                "the directory {path} cannot be read: {error}; name the one with a file for each customer, which may be empty"
+                "the directory {path} cannot be read: {error}; name that with one file for each customer, or an empty one"
             );
             directory.source.error(text)
         })?;
@@ -162,9 +162,9 @@ impl Accounts {
         Ok(accounts)
     }
 
-    /// Adds the accounts whose files could be read. `read` has the lines of their domains too. If several files name a domain,
-    /// the customer that had it before keeps it, also while that customer's file has a mistake; otherwise the first customer by
-    /// name gets it. The files of the others have a mistake, which `note` gets.
+    /// Adds the accounts whose files could be read. `read` has the lines of their domains too. If several files name a
+    /// domain, the customer that had it before keeps it, also while that customer's file has a mistake; otherwise the first
+    /// customer by name gets it. The files of the others have a mistake, which `note` gets.
     fn add_all(&mut self, read: Vec<(Account, Vec<Located<Domain>>)>, earlier: &Accounts, note: impl Fn(ConfigError)) {
         let mut holders: HashMap<Domain, String> = HashMap::new();
         let skipped = self.skipped.iter().filter_map(|skipped| earlier.account(&skipped.name));
@@ -210,8 +210,8 @@ impl Accounts {
 }
 
 impl Accounts {
-    /// As [`CredentialStore::account_of`](crate::sasl::CredentialStore::account_of). The same key may open several accounts, so
-    /// the client may have to name one.
+    /// As [`CredentialStore::account_of`](crate::sasl::CredentialStore::account_of). The same key may open several accounts,
+    /// so the client may have to name one.
     ///
     /// # Errors
     ///
@@ -422,8 +422,8 @@ impl fmt::Debug for Account {
     }
 }
 
-/// The files of a directory, sorted, so that the same mistakes give the same first error each time. It skips names that begin
-/// with a dot, which are temporary files of editors.
+/// The files of a directory, sorted, so that the same mistakes give the same first error each time. It skips names that
+/// begin with a dot, which are temporary files of editors.
 fn customer_files(directory: &Path) -> io::Result<Vec<PathBuf>> {
     let mut files = Vec::new();
     sandbox::note_directory(directory);

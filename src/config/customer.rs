@@ -1,5 +1,5 @@
-//! A customer's file (RFC 2645 section 5.2): its top level, the providers that it calls, and `[outgoing]`, by which its users
-//! submit mail.
+//! A customer's file (RFC 2645 section 5.2): its top level, the providers that it calls, and `[outgoing]`, by which its
+//! users submit mail.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
@@ -51,8 +51,8 @@ impl CustomerConfig {
         Source::examine(path, CustomerConfig::of).0
     }
 
-    /// Reads a customer's file for a user who submits mail, without the files of `secret-file`, which that user often may not
-    /// read. Their secrets are empty.
+    /// Reads a customer's file for a user who submits mail, without the files of `secret-file`, which that user often may
+    /// not read. Their secrets are empty.
     ///
     /// # Errors
     ///
@@ -293,8 +293,8 @@ pub struct OutgoingConfig {
 }
 
 impl OutgoingConfig {
-    /// The first listener that a program on this machine reaches over loopback. Port 0 does not count: it is another port at each
-    /// start.
+    /// The first listener that a program on this machine reaches over loopback. Port 0 does not count: it is another port at
+    /// each start.
     pub fn loopback_listener(&self) -> Option<SocketAddr> {
         self.listen.iter().find_map(|listener| {
             let address = match listener.ip() {

@@ -18,8 +18,8 @@ pub struct ChangedFile {
 }
 
 impl ChangedFile {
-    /// Checks that the changed file is valid. Otherwise the provider would skip it, and the old secret would hold. `tls`: whether
-    /// the provider has a certificate.
+    /// Checks that the changed file is valid. Otherwise the provider would skip it, and the old secret would hold. `tls`:
+    /// whether the provider has a certificate.
     ///
     /// # Errors
     ///

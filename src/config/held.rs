@@ -11,12 +11,14 @@ use crate::recipients::ConfigError;
 /// The settings of the mail that is held for a customer.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct HeldConfig {
-    /// A message of this age expires, whether the customer calls or not; `None`: never. From 1 s to 90 days, default 14 days.
+    /// A message of this age expires, whether the customer calls or not; `None`: never. From 1 s to 90 days, default 14
+    /// days.
     pub expire_after: Option<Duration>,
-    /// The sender of a message of this age gets a DSN about the delay, unless the customer has called since the message arrived;
-    /// `None`, the default: never. Shorter than `expire_after`.
+    /// The sender of a message of this age gets a DSN about the delay, unless the customer has called since the message
+    /// arrived; `None`, the default: never. Shorter than `expire_after`.
     pub delay_warning: Option<Duration>,
-    /// For this time, a rejection that looks like a mistake of the customer's server is a deferral; zero, the default: never.
+    /// For this time, a rejection that looks like a mistake of the customer's server is a deferral; zero, the default:
+    /// never.
     pub soft_bounce: Duration,
     /// The recipients whose mail is accepted; other recipients are rejected.
     pub recipients: KnownRecipients,

@@ -1,11 +1,11 @@
-//! The recipients of a customer: `recipients` of its file at the provider, or the file that `recipients-file` names, which the
-//! customer may replace at any time.
+//! The recipients of a customer: `recipients` of its file at the provider, or the file that `recipients-file` names, which
+//! the customer may replace at any time.
 //!
 //! A process reads the named file at the first recipient of the customer, and again after it has changed. So a mistake in it
 //! does not stop a reload, and reading it does not delay other customers. The file may be replaced by rename or written in
-//! place, and a part of it may be a valid file. So a new list holds only after the file has not changed for two seconds. Until
-//! then the old list holds; a recipient that it lacks waits, and is deferred if the file continues to change. If the file has a
-//! mistake, the old list holds; without an old list all recipients are deferred.
+//! place, and a part of it may be a valid file. So a new list holds only after the file has not changed for two seconds.
+//! Until then the old list holds; a recipient that it lacks waits, and is deferred if the file continues to change. If the
+//! file has a mistake, the old list holds; without an old list all recipients are deferred.
 
 use std::fs::{self, OpenOptions};
 use std::io::{self, BufRead, BufReader, Read};
@@ -159,7 +159,8 @@ pub struct RecipientsFile {
 struct FileState {
     /// `None`: no list could be read so far.
     list: Option<Arc<RecipientList>>,
-    /// The stamp of the file at the last reading, whether it succeeded or not; `None`: the file may have been written meanwhile.
+    /// The stamp of the file at the last reading, whether it succeeded or not; `None`: the file may have been written
+    /// meanwhile.
     read: Option<Option<FileStamp>>,
     /// The last change that was seen, and when.
     change: Option<(Option<FileStamp>, Instant)>,

@@ -1,5 +1,5 @@
-//! Reads `[mailboxes]`: the recipients of a customer, and where their mail goes. [`crate::recipients`] applies these rules, and
-//! rejects those that contradict each other.
+//! Reads `[mailboxes]`: the recipients of a customer, and where their mail goes. [`crate::recipients`] applies these rules,
+//! and rejects those that contradict each other.
 
 use std::collections::HashSet;
 use std::path::PathBuf;

@@ -97,8 +97,8 @@ impl Config {
     }
 }
 
-/// Returns the line of a key in a file. `keys`: the names of its tables, then the key. If the file does not have the key, it is
-/// the line of the innermost of these tables that the file has, or the file as a whole.
+/// Returns the line of a key in a file. `keys`: the names of its tables, then the key. If the file does not have the key, it
+/// is the line of the innermost of these tables that the file has, or the file as a whole.
 pub fn line_of_key(path: &Path, keys: &[&str]) -> SourceLine {
     match Source::read(path) {
         Ok(source) => source.line_of_key(keys),

@@ -51,8 +51,8 @@ impl ProviderConfig {
         ProviderConfig::load_again(path, &Accounts::default())
     }
 
-    /// Reads the same files again; `earlier`: the accounts of the last reading. An account whose file has a mistake now stays
-    /// as it was, with its domains.
+    /// Reads the same files again; `earlier`: the accounts of the last reading. An account whose file has a mistake now
+    /// stays as it was, with its domains.
     ///
     /// # Errors
     ///
@@ -210,15 +210,16 @@ pub struct OdmrConfig {
     pub require_tls: bool,
     /// Whether to offer CRAM-MD5. Default: true. RFC 2645 section 5.1.2 lets a site replace it by a better mechanism.
     pub cram_md5: bool,
-    /// A held message that was deferred also expires this long after it was offered first; `None`, the default: it expires by
-    /// its age only.
+    /// A held message that was deferred also expires this long after it was offered first; `None`, the default: it expires
+    /// by its age only.
     pub give_up: Option<Duration>,
     /// Whether 8-bit content is sent to a customer whose server does not offer 8BITMIME. Default: it is.
     pub without_8bitmime: Without8BitMime,
 }
 
 impl OdmrConfig {
-    /// Reads the rest of the table. `listen`, `listen_tls`: its lists, which were read before; `tls`: whether `[tls]` is there.
+    /// Reads the rest of the table. `listen`, `listen_tls`: its lists, which were read before; `tls`: whether `[tls]` is
+    /// there.
     fn build(
         mut table: Table<'_>, listen: ListenerList, listen_tls: ListenerList, tls: bool,
     ) -> Result<OdmrConfig, ConfigError> {

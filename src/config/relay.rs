@@ -1,5 +1,5 @@
-//! `[relay]` of a provider: how it sends its customers' mail. The times between attempts (RFC 5321 section 4.5.4.1), of which
-//! a customer's `[outgoing]` has some too.
+//! `[relay]` of a provider: how it sends its customers' mail. The times between attempts (RFC 5321 section 4.5.4.1), of
+//! which a customer's `[outgoing]` has some too.
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -27,7 +27,8 @@ pub struct RelayConfig {
     pub resolver: Option<SocketAddr>,
     /// The port of MX hosts, from 1 on. Default 25; other ports are for tests.
     pub port: u16,
-    /// Whether MX hosts may have private addresses, or addresses of this machine. Default: false, the relay skips such addresses.
+    /// Whether MX hosts may have private addresses, or addresses of this machine. Default: false, the relay skips such
+    /// addresses.
     pub allow_private: bool,
     /// Concurrent connections to all hosts, each with a thread. Default 20; 1 to 1000.
     pub connections: usize,
@@ -87,7 +88,8 @@ pub enum TlsPolicy {
     May,
     /// STARTTLS with any certificate; otherwise the mail is deferred.
     Must,
-    /// STARTTLS with a certificate for the host's name, signed by an authority of the system; otherwise the mail is deferred.
+    /// STARTTLS with a certificate for the host's name, signed by an authority of the system; otherwise the mail is
+    /// deferred.
     Verify,
 }
 
@@ -100,8 +102,8 @@ const TLS_POLICY: Text<TlsPolicy> = Text::new(TLS_POLICIES, |text| match text {
     _ => Err(format!("{text:?} is not a valid TLS policy: write {TLS_POLICIES}")),
 });
 
-/// Reads the times between attempts from a table that may have some of the keys. If one is not written, its default fits those
-/// that are.
+/// Reads the times between attempts from a table that may have some of the keys. If one is not written, its default fits
+/// those that are.
 pub(super) fn retry_times(table: &mut Table<'_>) -> Result<Retry, ConfigError> {
     let default = Retry::default();
     let (first_line, max_line) = (table.line_of("retry-first"), table.line_of("retry-max"));

@@ -15,8 +15,8 @@ use crate::session::{ClientIdentity, RemoteSettings, TlsMode};
 /// A change of keys does not need more pins.
 const MOST_PINS: usize = 8;
 
-/// Reads the settings of the host at an address, without its login: `ca`, `pin`, `certificate`, `key`, and the TLS mode at the
-/// key `tls_key`.
+/// Reads the settings of the host at an address, without its login: `ca`, `pin`, `certificate`, `key`, and the TLS mode at
+/// the key `tls_key`.
 pub(super) fn remote(
     table: &mut Table<'_>, HostPort { address, host }: HostPort, tls_key: &str,
 ) -> Result<RemoteSettings, ConfigError> {
@@ -42,8 +42,8 @@ pub(super) fn remote(
     Ok(RemoteSettings { address, host, tls, ca, pins, identity, login: None })
 }
 
-/// Reads `pin`: one, or a list of up to [`MOST_PINS`], so that no call fails while the host changes its key (as with the backup
-/// pin of RFC 7469 section 2.5). Empty: the table has no such key.
+/// Reads `pin`: one, or a list of up to [`MOST_PINS`], so that no call fails while the host changes its key (as with the
+/// backup pin of RFC 7469 section 2.5). Empty: the table has no such key.
 fn pins(table: &mut Table<'_>) -> Result<Vec<Pin>, ConfigError> {
     let line = table.line_of("pin");
     let Some(value) = table.take("pin") else { return Ok(Vec::new()) };
@@ -80,8 +80,8 @@ fn identity(table: &mut Table<'_>) -> Result<Option<ClientIdentity>, ConfigError
     }
 }
 
-/// Reads the settings of a host that is optional in a table, with port 587 by default. `key`, `tls_key`: the keys of its address
-/// and of its TLS mode; `login`: the login if the table has none.
+/// Reads the settings of a host that is optional in a table, with port 587 by default. `key`, `tls_key`: the keys of its
+/// address and of its TLS mode; `login`: the login if the table has none.
 pub(super) fn optional_remote(
     table: &mut Table<'_>, key: &str, tls_key: &str, login: Option<Login>,
 ) -> Result<Option<RemoteSettings>, ConfigError> {
@@ -132,7 +132,8 @@ pub(super) fn file_error(line: &SourceLine, what: &str, path: &Path, text: &str)
     line.error(format!("{text}{remedy}"))
 }
 
-/// Reads the secret to log in with at a host. `missing`: the line of the error if there is neither a secret nor a `certificate`.
+/// Reads the secret to log in with at a host. `missing`: the line of the error if there is neither a secret nor a
+/// `certificate`.
 pub(super) fn login_secret(
     table: &mut Table<'_>, missing: &SourceLine, certificate: bool,
 ) -> Result<Option<Vec<u8>>, ConfigError> {

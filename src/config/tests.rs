@@ -951,8 +951,8 @@ fn a_certificate_may_belong_to_an_account_whose_file_has_a_mistake() {
     assert!(!accounts.knows(&foreign));
 }
 
-/// A customer may be replacing its list at that moment. The configuration is read all the same, and after a reload the old list
-/// holds.
+/// A customer may be replacing its list at that moment. The configuration is read all the same, and after a reload the old
+/// list holds.
 #[test]
 fn a_mistake_in_a_list_of_recipients_is_not_one_of_the_configuration() {
     let directory = with_tls("domains = [\"example.org\"]\nsecret = \"open sesame\"\nrecipients-file = \"list\"\n");

@@ -108,7 +108,8 @@ pub(super) const HOSTNAME: Text<String> = Text::new("a host name such as \"mail.
     let domain = Domain::parse(text).filter(|_| !looks_like_ipv4(text));
     let domain =
         domain.ok_or_else(|| format!("{text:?} is not a valid host name: write one such as \"mail.example.org\""))?;
-    // RFC 5321 section 4.1.2: names in SMTP are ASCII, so a name in Unicode becomes its A-labels. Others stay as they are spelled.
+    // RFC 5321 section 4.1.2: names in SMTP are ASCII, so a name in Unicode becomes its A-labels. Others stay as they are
+    // spelled.
     Ok(if text.is_ascii() { text } else { domain.as_str() }.to_owned())
 });
 
@@ -294,8 +295,8 @@ pub(super) const RESOLVER: Text<SocketAddr> = Text::new("an address and a port s
 pub struct Network(IpNet);
 
 impl Network {
-    /// Whether an address is in the network. An IPv4 address that is mapped into IPv6 (RFC 4291 section 2.5.5.2), as it has on a
-    /// socket for both, counts as the IPv4 address.
+    /// Whether an address is in the network. An IPv4 address that is mapped into IPv6 (RFC 4291 section 2.5.5.2), as it has
+    /// on a socket for both, counts as the IPv4 address.
     pub fn contains(&self, address: IpAddr) -> bool {
         self.0.contains(&address.to_canonical())
     }

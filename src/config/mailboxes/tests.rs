@@ -115,8 +115,8 @@ fn mistakes_in_a_catch_all_are_named() {
     toml("alias-file = \"aliases\"\ncatch-all = \"list@example.com\"", 2, "list@example.com leads to no mailbox here (\"|/bin/cat\" is a program)");
 }
 
-/// A domain is accepted as a whole, and its postmaster has no mailbox here. The error has the line to write, which is valid as it
-/// is.
+/// A domain is accepted as a whole, and its postmaster has no mailbox here. The error has the line to write, which is valid
+/// as it is.
 #[test]
 fn a_domain_without_a_postmaster_here_needs_a_catch_all() {
     let line = "catch-all = { \"example.com\" = \"alice@example.com\" }";
@@ -145,7 +145,8 @@ fn a_domain_without_a_postmaster_here_needs_a_catch_all() {
         format!("(an alias leads to /dev/null), and so in 1 other domains: below [mailboxes] write {line}, or");
     assert!(error.starts_with("odmr.toml:8: postmaster@example.org gets mail") && error.contains(&expected), "{error}");
     load(&format!("{table}{line}\n"), "").unwrap();
-    // No catch-all is needed if the file says that mail is discarded, if a next hop gets it, or if postmaster has a mailbox too.
+    // No catch-all is needed if the file says that mail is discarded, if a next hop gets it, or if postmaster has a mailbox
+    // too.
     let good = |lines: &str| {
         let table = format!("root = \"mail\"\naccept = [\"alice@example.org\", \"@example.com\"]\n{file}\n{lines}\n");
         load(&table, "postmaster: no\nno: /dev/null").unwrap();
