@@ -453,6 +453,24 @@ fn each_example_is_read() {
     assert!(tried >= 8, "{tried} examples");
 }
 
+/// `tests/distributed.rs` tries each line of these files.
+#[test]
+fn the_commented_examples_have_each_key_in_its_table() {
+    for row in rows() {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("dist/examples");
+        let text = fs::read_to_string(root.join(Files::name(row.file))).unwrap();
+        let head = format!("{}]", row.table);
+        let section = text.split("\n[").find(|part| row.table.is_empty() || part.starts_with(&head));
+        let section = section.unwrap_or_else(|| panic!("{}", row.place()));
+        // A customer's file refers to the provider's for these.
+        if section.contains("# as in provider.toml") {
+            continue;
+        }
+        let words = section.split(|character: char| !character.is_ascii_alphanumeric() && character != '-');
+        assert!(words.into_iter().any(|word| word == row.key), "{}", row.place());
+    }
+}
+
 #[test]
 fn the_rules_of_mailboxes_send_mail_where_the_document_says() {
     let (files, text) = (Files::new(), document());

@@ -94,12 +94,11 @@ fn each_line_of_the_examples_that_is_commented_out_is_valid() {
                 continue;
             }
             let mut changed = format!("{}{}", &text[..=at], &text[at + 3..]);
-            // These two have an effect only with another key.
-            if key == "zone" {
-                changed = changed.replace("# at = ", "at = ");
-            }
-            if key == "smarthost-tls" {
-                changed = changed.replace("# smarthost = ", "smarthost = ");
+            // These have an effect only with another key.
+            for (with, other) in [("zone", "at"), ("smarthost-tls", "smarthost"), ("submission-tls", "submission")] {
+                if key == with {
+                    changed = changed.replace(&format!("# {other} = "), &format!("{other} = "));
+                }
             }
             copies.write(name, &changed);
             let result = copies.check(name);
