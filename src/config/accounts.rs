@@ -401,17 +401,9 @@ fn secret_or_verifier(table: &mut Table<'_>) -> Result<(Option<Vec<u8>>, Option<
     Ok((None, Some(scram.value)))
 }
 
+#[rustfmt::skip]
 const CUSTOMER_KEYS: [&str; 11] = [
-    "domains",
-    "certificate",
-    "secret",
-    "secret-file",
-    "scram",
-    "mechanisms",
-    "relay",
-    "any-sender",
-    "max-size",
-    "rate",
+    "domains", "certificate", "secret", "secret-file", "scram", "mechanisms", "relay", "any-sender", "max-size", "rate",
     "delivered-to-prefix",
 ];
 

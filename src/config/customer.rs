@@ -254,19 +254,9 @@ impl ProviderAccount {
     }
 }
 
+#[rustfmt::skip]
 const PROVIDER_KEYS: [&str; 13] = [
-    "address",
-    "tls",
-    "ca",
-    "pin",
-    "certificate",
-    "key",
-    "name",
-    "secret",
-    "secret-file",
-    "mechanisms",
-    "domains",
-    "outgoing",
+    "address", "tls", "ca", "pin", "certificate", "key", "name", "secret", "secret-file", "mechanisms", "domains", "outgoing",
     "schedule",
 ];
 

@@ -40,10 +40,8 @@ impl<'s> Table<'s> {
     /// have, in the order in which the error about an unknown key lists them.
     fn new(file: &'s Source, line: SourceLine, mut values: DeTable<'s>, keys: &[&str]) -> Table<'s> {
         for (former, name) in FORMER_NAMES {
-            if !keys.contains(&name) || values.contains_key(name) {
-                continue;
-            }
-            if let Some((key, value)) = values.remove_entry(former) {
+            let is_free = keys.contains(&name) && !values.contains_key(name);
+            if let Some((key, value)) = is_free.then(|| values.remove_entry(former)).flatten() {
                 let line = file.line(key.span());
                 file.warn(line.error(format!("`{former}` is `{name}` now: write {name} = … in its place")));
                 values.insert(Spanned::new(key.span(), name.into()), value);
