@@ -5,10 +5,10 @@
 //!  SMTP server                                                              SMTP client
 //!      │ ◀──────────────────────── ATRN example.org ─────────────────────────── │
 //!  the worker locks the mail of example.org                                     │
-//!  Turn::offer: after ATRN more octets came? 503, and the session goes on       │
+//!  Turn::offer: more octets after ATRN? 503, and the session goes on            │
 //!  the worker submits the turn to the delivery thread                           │
 //!  Turn::begin ────────────── 250 OK now reversing the connection ────────────▶ │
-//!  SMTP client                         turn::accept: after the 250 more than QUIT came? close
+//!  SMTP client                           turn::accept: more octets after the 250, not QUIT? close
 //!      │                                                                    SMTP server
 //!      │ ◀────────────────────────── 220 greeting ───────────────────────────── │
 //!      │ ────────────────────────────── EHLO ─────────────────────────────────▶ │
@@ -16,15 +16,15 @@
 //!      │ ────────────────────────────── QUIT ─────────────────────────────────▶ │
 //! ```
 //!
-//! Only the SMTP roles turn. TCP and TLS go on as they are, and the provider stays the provider. What a side has learned
-//! by SMTP before the turn is discarded: there is a new greeting and a new EHLO. There is no second turn: after QUIT both
-//! sides close.
+//! Only the SMTP roles turn. TCP and TLS go on as they are: the customer stays the TLS client. The extensions that a side
+//! has learned from EHLO before the turn are discarded: there is a new greeting and a new EHLO (RFC 2645 section 5.3).
+//! There is no second turn: after QUIT both sides close.
 //!
-//! The invariant: no octet crosses the turn unnoticed. Both halves take the connection and the old role by value, so
-//! nothing can be sent in the old role afterwards. An octet that has arrived before the turn is never parsed in the new
-//! role: [`Turn::offer`] and [`accept`] prevent the turn instead. The one exception is the QUIT of a provider that has no
-//! mail and does not wait for the greeting. After [`Turn::begin`] the provider expects the greeting of an SMTP server;
-//! anything else ends the session.
+//! The invariant: no octet that was sent in the old role is parsed in the new one, and none is sent in the old role after
+//! the turn. Both halves consume the connection and the old role, so the compiler prevents the latter. If octets have
+//! arrived too early, [`Turn::offer`] and [`accept`] prevent the turn. The one exception is the QUIT of a provider that has
+//! no mail and does not wait for the greeting. After [`Turn::begin`] the provider expects the greeting of an SMTP server;
+//! any other line ends the session.
 
 use std::io;
 use std::time::{Duration, Instant};
@@ -40,17 +40,17 @@ use crate::smtp::server::{Server, ServerOptions};
 /// The provider's half, on its way from the worker to the delivery thread.
 pub struct Turn {
     session: Box<ServerSession>,
-    /// `Drop` releases it, however the turn ends.
+    /// `Drop` releases the lock, however the turn ends.
     lock: QueueLock,
-    /// The 250 that ATRN has not received yet.
+    /// The 250 to ATRN, which was not sent yet.
     reply: Reply,
 }
 
-/// Messages that are counted for the reply to ATRN: the customer waits for it.
+/// Messages that are counted at most for the reply to ATRN: the customer waits for it.
 const COUNT_LIMIT: usize = 10_000;
 
 impl Turn {
-    /// Prepares the turn of a session that has received ATRN; `lock` has the mail that was asked for.
+    /// Prepares the turn of a session that has received ATRN; `lock` holds the queues of the domains in it.
     ///
     /// # Errors
     /// Octets have arrived after ATRN, which must be the last command of a group (RFC 2920 section 3.1). Returns the
@@ -71,12 +71,12 @@ impl Turn {
         Ok(Box::new(Turn { session, lock, reply }))
     }
 
-    /// Returns the session, which goes on in its old role, because the delivery thread cannot accept the turn.
+    /// Returns the session, which stays the SMTP server: the delivery thread cannot accept the turn.
     pub fn withdraw(self) -> Box<ServerSession> {
         self.session
     }
 
-    /// Queues the 250 on the connection, and becomes the SMTP client.
+    /// Queues the 250 on the connection, and makes the SMTP client of the session (RFC 2645 section 5.3).
     pub fn begin(mut self, without_8bitmime: Without8BitMime) -> Turned {
         self.session.reply(&self.reply);
         let ServerSession { connection, server, peer, .. } = *self.session;
@@ -88,10 +88,10 @@ impl Turn {
     }
 }
 
-/// What the provider has after the turn.
+/// The provider's half after the turn.
 pub struct Turned {
     pub connection: Connection,
-    /// It expects the customer's greeting.
+    /// The client, which waits for the customer's greeting.
     pub client: Client,
     pub lock: QueueLock,
     /// The customer's address as a literal, `[192.0.2.1]`.
@@ -100,11 +100,11 @@ pub struct Turned {
     pub account: String,
 }
 
-/// The customer's half: the provider has answered ATRN with 250, and the customer becomes the SMTP server. Returns the
-/// server, which has not sent its greeting yet.
+/// The customer's half: the provider has replied 250 to ATRN, and the customer becomes the SMTP server. Returns the server,
+/// which has not sent its greeting yet.
 ///
-/// Exim does not wait for the greeting if it has nothing to send: QUIT comes with its 250. Exactly that is left to the
-/// server.
+/// Exim does not wait for the greeting if it has nothing to send: its QUIT arrives with its 250. That QUIT stays in the
+/// input, and the server replies to it.
 ///
 /// # Errors
 /// Other octets have arrived after the 250: the provider must wait for the greeting (RFC 2645 section 5.3). The connection is
@@ -122,7 +122,7 @@ pub fn accept(
     Ok((connection, Server::new(options, tls)))
 }
 
-/// How long the customer waits for the rest of a QUIT that came without its end.
+/// How long the customer waits for the rest of a QUIT whose first octets have arrived.
 const QUIT_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Whether nothing has arrived, or only QUIT.

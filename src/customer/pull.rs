@@ -43,7 +43,7 @@ use crate::smtp::client::{Abort, Client, ClientOptions, Rejection, Stage};
 use crate::smtp::limits;
 use crate::smtp::reply::Severity;
 use crate::smtp::server::ServerRole;
-use crate::smtp::status::{is_login_rejected, is_no_mail, is_too_soon};
+use crate::smtp::status::{is_login_rejected, means_no_mail, is_too_soon};
 use crate::turn;
 
 /// The most calls in a row to a provider that sends a part of the mail in each.
@@ -607,7 +607,7 @@ fn spawn<'s>(scope: &'s Scope<'s, '_>, work: impl FnOnce() + Send + 's) -> Optio
 fn is_success(failure: &SessionFailure) -> bool {
     matches!(
         failure,
-        SessionFailure::Aborted(Abort::Rejected(Rejection { stage: Stage::Atrn, reply })) if is_no_mail(reply)
+        SessionFailure::Aborted(Abort::Rejected(Rejection { stage: Stage::Atrn, reply })) if means_no_mail(reply)
     )
 }
 

@@ -40,7 +40,7 @@ use crate::session::server::{ServerSession, SessionEnd};
 use crate::smtp::command::{Envelope, MailFrom, Notify};
 use crate::smtp::reply::Reply;
 use crate::smtp::server::{Incoming, MessageSink, SessionHandler, check_qualified};
-use crate::smtp::status::{is_no_mail, is_too_soon, too_soon_reply};
+use crate::smtp::status::{means_no_mail, is_too_soon, too_soon_reply};
 use crate::turn::Turn;
 
 /// Serves one session until it ends or its connection has turned. Returns how it ended, for the log.
@@ -88,7 +88,7 @@ pub fn serve(reloader: &Reloader, mut session: Box<ServerSession>, address: Opti
 fn record_call(shared: &Shared, session: &ServerSession, domains: &[Domain], reply: &Reply) {
     let Some(account) = session.server.account().and_then(|name| shared.config.accounts.account(name)) else { return };
     let (path, now) = (shared.spool.call_record(&account.name), shared.lasting.ids.clock().now());
-    let (result, reason) = match is_no_mail(reply) {
+    let (result, reason) = match means_no_mail(reply) {
         true => (CallResult::NoMail, "done".to_owned()),
         false => (CallResult::Failed, reply.to_string()),
     };

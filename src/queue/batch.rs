@@ -76,7 +76,7 @@ pub fn write_message(out: &mut dyn Write, message: &QueuedEnvelope, content: &mu
 /// All parameters of MAIL, each with a space before it. `utf8`: with SMTPUTF8.
 pub fn mail_parameters(envelope: &Envelope, utf8: bool) -> String {
     let mut parameters = match envelope.body {
-        Body::Unsaid => "",
+        Body::Undeclared => "",
         Body::SevenBit => " BODY=7BIT",
         Body::EightBit => " BODY=8BITMIME",
     }

@@ -65,7 +65,7 @@ impl QueuedEnvelope {
         }
         text += &format!("X-ODMR-Envelope: id={}; arrived={}", self.id, self.arrived.rfc3339());
         text += match self.envelope.body {
-            Body::Unsaid => "",
+            Body::Undeclared => "",
             Body::SevenBit => "; body=7BIT",
             Body::EightBit => "; body=8BITMIME",
         };

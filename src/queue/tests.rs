@@ -563,7 +563,7 @@ fn the_header_tells_whether_smtputf8_is_needed() {
         let message = spool.lock().next_message().unwrap().outgoing_message();
         let seen = (message.envelope.utf8, message.utf8_header);
         assert_eq!(seen, (needed, in_header), "{} octets", fields.len());
-        let kept = if declared && !needed { Body::Unsaid } else { Body::SevenBit };
+        let kept = if declared && !needed { Body::Undeclared } else { Body::SevenBit };
         assert_eq!(message.envelope.body, kept);
     };
     let text = "Subject: Prüfung\nFrom: Jürgen <j@x.example>\n";

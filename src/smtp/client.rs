@@ -1,6 +1,6 @@
 //! The SMTP client role, without sockets (RFC 5321; for LMTP RFC 2033).
 //!
-//! A driver (`session/client`, `provider/turned_session`) tells the client what to do, gives it each reply of the peer
+//! A driver (`session/client`, `provider/turned_session`) gives the client its messages and each reply of the peer
 //! ([`Client::reply`]), sends the octets that the client appends to `out`, and acts on the returned [`ClientStep`].
 //!
 //! # States
@@ -26,21 +26,21 @@
 //! Rcpt      RCPT           250        next Rcpt or Data  next Rcpt or Data; all recipients   deferred    5321 3.3
 //!                                                        failed: RSET, message done
 //! Data      DATA           354        send content       RSET, message done                  deferred    5321 3.3
-//! (none)    some content   nothing    Content            421: abort; other: a violation      deferred    5321 3.8
+//! Session   some content   nothing    Content            421: abort; other: a violation      deferred    5321 3.8
 //! Content   all content    250        message done       message done                        in doubt    5321 4.2.5
 //! LoneDot   a dot          any reply  message done       message done                        as decided  2920 3.1
 //! Rset      RSET           250        ready              ready                               -           5321 4.1.1.5
 //! Quit      QUIT           221        closed             closed                              -           5321 4.1.1.10
 //! ```
 //!
-//! - *Ready*: the driver may send a message, ATRN or QUIT. *Abort*: [`ClientStep::Abort`], and QUIT is sent. *Message done*:
-//!   [`ClientStep::MessageDone`]; with PIPELINING after the replies to the whole group. *On loss*: what the loss of the
-//!   connection means for the recipients of the message that have no negative reply yet.
+//! - *Ready*: the driver may send a message, ATRN or QUIT. *Abort*: [`ClientStep::Abort`], and the client sends QUIT.
+//!   *Message done*: [`ClientStep::MessageDone`]; with PIPELINING after the replies to the whole group. *On loss*: the status
+//!   that the loss of the connection gives to the recipients without a negative reply.
 //! - Only the first digit of a reply decides, except for the codes in the table, 421, and 552 to RCPT. A 3yz where none is
 //!   expected counts as 4yz.
-//! - 421 is a 4yz in any state, and the client sends nothing more, not even QUIT (RFC 5321 section 3.8).
-//! - 235 before the client has proved that it knows the secret is an abort: such a server verifies nothing. In SCRAM the
-//!   server must have proved that too (RFC 5802 section 5).
+//! - 421 is a 4yz in any state, and the client sends nothing after it, not even QUIT (RFC 5321 section 3.8).
+//! - If 235 arrives before the client has proved that it knows the secret, the client aborts: such a server verifies
+//!   nothing. In SCRAM the server must have proved that too (RFC 5802 section 5).
 //!
 //! # What becomes of the recipients of a message
 //!
@@ -50,7 +50,7 @@
 //! deferred  4yz to one of these; 552 to RCPT (RFC 5321 section 4.5.3.1.10); or the connection was lost before all content
 //!           was sent
 //! in doubt  the connection was lost after all content was sent and before its reply arrived (RFC 1047): the peer may have
-//!           the message, and the next attempt may send it twice
+//!           the message, and then the next attempt sends it twice
 //! ```
 //!
 //! A negative reply to MAIL decides for all recipients, to RCPT for one. A reply to DATA or the content decides for the
@@ -61,20 +61,20 @@
 //!
 //! Commands wait in `queued`. Without PIPELINING the client sends one and waits for its reply. With PIPELINING the next
 //! command follows MAIL, RCPT, RSET and content at once; every other command ends its group, and QUIT waits for all
-//! replies. So MAIL, RCPT and DATA of a message are one group. It may follow the content of the message before at once, and
-//! then two messages are in flight, never more. If all recipients failed and the peer replies 354 to DATA nevertheless, the
+//! replies. So MAIL, RCPT and DATA of a message are one group. It may follow the content of the message before at once; then
+//! two messages are in flight, never more. If all recipients failed and the peer replies 354 to DATA nevertheless, the
 //! content is a lone dot (section 3.1).
 //!
 //! # BDAT (RFC 3030)
 //!
 //! If the options permit chunks and the peer offers CHUNKING, one `BDAT size LAST` with all content replaces DATA. The client
-//! sends it after the last reply to RCPT, so that no content is sent if no recipient was accepted; its reply is Content.
+//! sends it after the last reply to RCPT, so that no content is sent if no recipient was accepted. Its reply is Content.
 //!
 //! # LIMITS (RFC 9422)
 //!
-//! If the peer announces RCPTMAX or RCPTDOMAINMAX, a transaction has no more recipients, and the others are deferred with 452:
-//! another transaction follows at once, as if the peer had sent that. If no other MAIL is permitted (MAILMAX), or no recipient
-//! of a message, the message needs another session ([`Client::permits`]).
+//! If the peer announces RCPTMAX or RCPTDOMAINMAX, a transaction has no more recipients, and the others are deferred as if the
+//! peer had replied 452: another transaction follows at once. If the peer permits no other MAIL (MAILMAX), or no recipient of
+//! a message, the message needs another session ([`Client::permits`]).
 //!
 //! # One recipient at a time
 //!
@@ -99,36 +99,36 @@ use crate::sasl::{ClientExchange, Login, Mechanism, TlsChannel};
 /// What the client must do before mail, and how it sends mail.
 #[derive(Clone, Default)]
 pub struct ClientOptions {
-    /// Our name for EHLO.
+    /// The name of this host, for EHLO.
     pub name: String,
     pub starttls: StartTls,
-    /// The connection has TLS already: from its first octet, or from before the turn. `None`: it is in clear.
+    /// The TLS that the connection has already, from its first octet or from before the turn; `None`: it is in clear.
     pub tls: Option<TlsChannel>,
     /// The peer must offer ATRN. If it does not, it is not a provider and gets no secret (RFC 2645 section 5.1.1).
     pub atrn: bool,
-    /// If the client must authenticate.
+    /// The login with which the client must authenticate; `None`: it sends no AUTH.
     pub login: Option<Login>,
-    /// A random text that no session has used before, for mechanisms with a nonce of the client.
+    /// A random text that no session has used before, for SCRAM (RFC 5802 section 5.1).
     pub nonce: String,
     /// The peer speaks LMTP (RFC 2033).
     pub lmtp: bool,
-    /// Content may be sent as one BDAT chunk (RFC 3030). Not after a turn: some customers put a filter that reads lines
-    /// before their server.
+    /// Content may be sent as one BDAT chunk (RFC 3030). Not after a turn: some customers have a filter before their server
+    /// that reads lines.
     pub chunking: bool,
     pub without_8bitmime: Without8BitMime,
-    /// The messages were submitted on this side: an address in the header has SMTPUTF8 even if the program that submitted it
-    /// has not declared that. A message in transit is sent as it was declared: with SMTPUTF8, the hosts after the next one
-    /// might reject what they accept without.
+    /// The messages were submitted to this host: if an address in the header is not ASCII, MAIL has SMTPUTF8 even if the
+    /// submitting program has not declared it. A message in transit is sent as it was declared: with SMTPUTF8, hosts after
+    /// the next one might reject a message that they accept without it.
     pub submits: bool,
 }
 
 /// What becomes of 8-bit content if the peer does not offer 8BITMIME.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Without8BitMime {
-    /// It is sent unchanged, as qmail and Exim do: nearly all servers accept it. RFC 6152 section 3 forbids it.
+    /// The client sends it unchanged, as qmail and Exim do. Nearly all servers accept it, though RFC 6152 section 3 forbids it.
     #[default]
     Send,
-    /// It is rejected with 5.6.3 (RFC 6152 section 3).
+    /// The message is rejected with 5.6.3 (RFC 6152 section 3).
     Bounce,
 }
 
@@ -143,17 +143,17 @@ pub enum StartTls {
     Required,
 }
 
-/// A message to be sent, without its content, which the driver has.
+/// A message to be sent, without its content: the driver sends that.
 #[derive(Clone, Debug)]
 pub struct OutgoingMessage {
     pub envelope: Envelope,
     /// Octets on the wire (RFC 1870); 0 if the size is not known yet.
     pub size: u64,
-    /// The content has octets above 127, whatever `BODY` its sender declared.
+    /// The content has octets above 127, whatever `BODY` the envelope has.
     pub eight_bit: bool,
     /// An address in the header is not ASCII: see [`ClientOptions::submits`].
     pub utf8_header: bool,
-    /// Earlier attempts: if a transaction cannot have all recipients, it begins with others in each.
+    /// Earlier attempts. If a transaction cannot have all recipients, each attempt begins with other ones.
     pub attempts: usize,
 }
 
@@ -166,16 +166,16 @@ pub enum Abort {
     NoStartTls,
     /// The peer offers no ATRN: it is not a provider (RFC 2645 section 5.1.1).
     NoAtrn,
-    /// The peer offers no mechanism that may be used here. `starttls`: but it offers STARTTLS, which the options forbid.
-    /// `certificate`: the login has a certificate, and no secret.
+    /// The peer offers no mechanism that the login and the connection permit. `starttls`: the peer offers STARTTLS, which the
+    /// options forbid. `certificate`: the login has a certificate, and no secret.
     NoMechanism { starttls: bool, certificate: bool },
-    /// The peer replied 235 without proof that it knows the secret.
+    /// The peer replied 235 before the exchange was complete: it has verified nothing, or has not proved its own identity.
     Unproven,
-    /// The client has cancelled the authentication; the text is the end of a sentence that begins with the peer.
+    /// The client has cancelled the authentication. The text is the predicate of a sentence about the peer.
     Unacceptable(String),
 }
 
-/// The reply that makes a session useless, and what it answers.
+/// The reply that ends a session, and the command that it answers.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Rejection {
     pub stage: Stage,
@@ -185,7 +185,7 @@ pub struct Rejection {
 /// What a reply answers. The module documentation has the table of all stages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stage {
-    /// Nothing: the peer sends first.
+    /// No command: the server sends first (RFC 5321 section 3.1).
     Greeting,
     Ehlo,
     Helo,
@@ -196,12 +196,12 @@ pub enum Stage {
     Xforward,
     Atrn,
     Mail,
-    /// RCPT; the number of the recipient in its message.
+    /// RCPT, with the number of the recipient in its message, from 0.
     Rcpt(usize),
     Data,
     /// All content of a message.
     Content,
-    /// The end of a message that no recipient gets.
+    /// The end of empty content, after 354 though no recipient was accepted (RFC 2920 section 3.1).
     LoneDot,
     Rset,
     Quit,
@@ -238,7 +238,7 @@ impl fmt::Display for Stage {
     }
 }
 
-/// The peer breaks the protocol: close the connection without another command.
+/// The peer has broken the protocol: close the connection without another command.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ProtocolViolation(pub &'static str);
 
@@ -251,18 +251,18 @@ pub enum ClientStep {
     StartTls,
     /// Send a message, ATRN or QUIT.
     Ready,
-    /// This is the reply to [`Client::begin_transaction`] or [`Client::add_recipient`].
+    /// The reply to [`Client::begin_transaction`] or [`Client::add_recipient`].
     Replied(Reply),
     /// Send the content of the oldest message in flight, then call [`Client::content_sent`]. `chunk`: without added dots
     /// and end, exactly as many octets as the message's size (RFC 3030).
     Content { chunk: bool },
-    /// The oldest message in flight has this result.
+    /// The result of the oldest message in flight, which is in flight no longer.
     MessageDone(DeliveryResult),
-    /// The connection turns: ATRN was accepted.
+    /// The peer has accepted ATRN: turn the connection (RFC 2645 section 5.3).
     Turned,
     /// The session cannot go on.
     Abort(Abort),
-    /// QUIT was answered: close.
+    /// The reply to QUIT has arrived: close.
     Closed,
 }
 
@@ -273,7 +273,7 @@ struct ClientTransaction {
     mail: Option<Reply>,
     /// The replies to RCPT.
     recipients: Vec<Option<Reply>>,
-    /// How many of them are positive, and how many at the front are negative.
+    /// The number of positive ones, and the number of negative ones before the first other.
     accepted: usize,
     failed: usize,
     /// With LMTP: the replies to the content, one for each accepted recipient.
@@ -282,9 +282,9 @@ struct ClientTransaction {
     stepwise: bool,
     /// MAIL had SMTPUTF8.
     utf8: bool,
-    /// RCPT commands.
+    /// The number of RCPT commands, if the driver adds the recipients.
     rcpts: usize,
-    /// The octets of the content, if it is sent by BDAT.
+    /// The octets of the content; `None`: it is sent by DATA, not by BDAT.
     chunk: Option<u64>,
     /// All content was sent.
     content_sent: bool,
@@ -301,7 +301,7 @@ impl ClientTransaction {
         self.failed += self.recipients[self.failed..].iter().take_while(|reply| failed(reply)).count();
     }
 
-    /// The result, if accepted recipients without a reply to the content of their own have the status `accepted`.
+    /// The result. `accepted`: the status of accepted recipients that have no reply to the content of their own (LMTP).
     fn result(&self, accepted: &RecipientStatus, decided_by: DecidedBy) -> DeliveryResult {
         let mut content_replies = self.content_replies.iter();
         let status = |recipient: &Option<Reply>| match (&self.mail, recipient) {
@@ -315,7 +315,7 @@ impl ClientTransaction {
 
 /// The client role on one connection.
 pub struct Client {
-    /// `tls` is set after STARTTLS.
+    /// STARTTLS sets `tls` in them.
     options: ClientOptions,
     extensions: PeerExtensions,
     /// The peer has accepted EHLO, not only HELO.
@@ -326,7 +326,7 @@ pub struct Client {
     /// The client has sent `*`, which cancels AUTH (RFC 4954 section 4).
     auth_cancelled: bool,
     authenticated: bool,
-    /// Commands that wait for replies to others.
+    /// Commands that were not sent yet.
     queued: VecDeque<(Stage, Vec<u8>)>,
     /// The replies that the client waits for.
     pending: VecDeque<Stage>,
@@ -336,13 +336,13 @@ pub struct Client {
     ready: bool,
     /// As [`Client::closing`].
     closing: bool,
-    /// The peer ended the session with its reply to a message, which has its result.
+    /// The peer ended the session with its reply to a message, whose result was returned.
     ended_by_message: bool,
     client_overridden: bool,
     messages_waiting: Option<u64>,
-    /// MAIL commands.
+    /// The number of MAIL commands (RFC 9422 section 4.1).
     mails: usize,
-    /// The domains of the recipients, if the peer limits them.
+    /// The domains of the recipients, if the peer limits them (RFC 9422 section 4.3).
     domains: HashSet<String>,
 }
 
@@ -381,18 +381,18 @@ impl Client {
         self.peer_name.as_deref()
     }
 
-    /// The number of messages that the provider holds for us, if its reply to ATRN has it.
+    /// The number of messages that the provider holds for this customer, if its reply to ATRN has it.
     pub fn messages_waiting(&self) -> Option<u64> {
         self.messages_waiting
     }
 
-    /// Whether the peer has accepted XCLIENT: it takes us for another client for the rest of the session.
+    /// Whether the peer has accepted XCLIENT: for the rest of the session it acts as if another client were connected.
     pub fn is_client_overridden(&self) -> bool {
         self.client_overridden
     }
 
-    /// What the next reply answers, and so how long to wait for it (RFC 5321 section 4.5.3.2); `None`: the client waits for
-    /// no reply.
+    /// What the next reply answers, which decides how long to wait for it (RFC 5321 section 4.5.3.2); `None`: the client
+    /// waits for no reply.
     pub fn awaiting(&self) -> Option<Stage> {
         self.pending.front().copied()
     }
@@ -412,13 +412,13 @@ impl Client {
         self.closing
     }
 
-    /// The number of messages that were begun and have no result yet: 0 to 2.
+    /// The number of messages whose MAIL is sent or queued and that have no result yet: 0 to 2.
     pub fn in_flight(&self) -> usize {
         self.transactions.len()
     }
 
-    /// Whether [`Client::send_message`] may be called: no message is in flight; or, with PIPELINING, one whose content
-    /// was sent.
+    /// Whether [`Client::send_message`] may be called: no message is in flight, or, with PIPELINING, one whose content was
+    /// sent; and the peer permits another MAIL.
     pub fn is_ready_for_message(&self) -> bool {
         let before = self.transactions.back();
         let may_follow = before.is_none_or(|before| before.content_sent && self.extensions.pipelining);
@@ -430,21 +430,21 @@ impl Client {
         self.extensions.limits.mails.is_some_and(|limit| self.mails >= limit)
     }
 
-    /// Whether the peer permits a message with at least one of these recipients in this session. A session that has sent no
-    /// message permits any.
+    /// Whether the peer permits a message with at least one of these recipients in this session. Before the first message
+    /// it permits any.
     pub fn permits(&self, recipients: &[Recipient]) -> bool {
         !self.is_used_up() && recipients.iter().any(|recipient| self.permits_domain(&domain_of(recipient)))
     }
 
-    /// Whether the peer permits RCPT for this recipient in the open transaction. RFC 9422 section 4.2: also RCPT commands that
-    /// have failed count.
+    /// Whether the peer permits RCPT for this recipient in the open transaction. RFC 9422 section 4.2: RCPT commands that
+    /// have failed count, too.
     pub fn permits_recipient(&self, recipient: &Recipient) -> bool {
         let rcpts = self.transactions.front().map_or(0, |transaction| transaction.rcpts);
         let one_more = self.extensions.limits.recipients.is_none_or(|most| rcpts < most);
         one_more && self.permits_domain(&domain_of(recipient))
     }
 
-    /// RFC 9422 section 4.3.
+    /// Whether the peer permits recipients of this domain in this session (RFC 9422 section 4.3).
     fn permits_domain(&self, domain: &str) -> bool {
         let limit = self.extensions.limits.domains;
         limit.is_none_or(|limit| self.domains.len() < limit || self.domains.contains(domain))
@@ -468,7 +468,7 @@ impl Client {
         let recipients = &message.envelope.recipients;
         let count = recipients.len();
         let most = self.extensions.limits.recipients.unwrap_or(count);
-        // How many the attempt before has tried, at least: one that is deferred in each must not keep the others waiting.
+        // At least as many as the attempt before has tried: a recipient that is deferred each time must not delay the others.
         let step = if self.extensions.limits.domains.is_some() { 1 } else { most };
         let first = message.attempts.wrapping_mul(step) % count.max(1);
         let mut permitted = Vec::with_capacity(most.min(count));
@@ -484,7 +484,8 @@ impl Client {
     /// Sends a message: MAIL, a RCPT for each recipient, DATA.
     ///
     /// # Errors
-    /// The result, if the peer lacks an extension that the message needs. Nothing was sent then.
+    /// The result, if the peer lacks an extension that the message needs, or permits none of its recipients. Nothing was sent
+    /// then.
     pub fn send_message(&mut self, message: &OutgoingMessage, out: &mut Vec<u8>) -> Result<(), DeliveryResult> {
         let (recipients, utf8) = (&message.envelope.recipients, message.envelope.needs_utf8());
         if let Some(reply) = self.incompatibility(message) {
@@ -529,10 +530,10 @@ impl Client {
         Ok(())
     }
 
-    /// Sends RCPT for one recipient more of that message.
+    /// Sends RCPT for one more recipient of the message of [`Client::begin_transaction`].
     ///
     /// # Errors
-    /// The reply, if no transaction is open or the peer lacks SMTPUTF8. Nothing was sent then.
+    /// The reply, if no transaction is open, the peer lacks SMTPUTF8, or its limits permit no more. Nothing was sent then.
     pub fn add_recipient(&mut self, recipient: &Recipient, out: &mut Vec<u8>) -> Result<(), Reply> {
         let Some(transaction) = self.transactions.front().filter(|transaction| transaction.stepwise) else {
             return Err(Reply::new(451, "4.5.0", "No transaction is open"));
@@ -553,14 +554,14 @@ impl Client {
         Ok(())
     }
 
-    /// Goes on with the content of that message, `size` octets on the wire.
+    /// Sends DATA or BDAT for the message of [`Client::begin_transaction`], whose content has `size` octets on the wire.
     pub fn send_data(&mut self, size: u64, out: &mut Vec<u8>) -> ClientStep {
         self.queue_data(size);
         self.flush_commands(out);
         self.chunk_or_wait(out)
     }
 
-    /// Ends the transaction of that message with RSET.
+    /// Ends the transaction of [`Client::begin_transaction`] with RSET.
     pub fn abort_transaction(&mut self, out: &mut Vec<u8>) {
         if self.transactions.front().is_some_and(|transaction| transaction.stepwise) {
             self.transactions.pop_front();
@@ -569,8 +570,8 @@ impl Client {
         }
     }
 
-    /// Tells the peer, if it offers XCLIENT or XFORWARD, which client sent the next message. Returns whether to wait for
-    /// [`ClientStep::Ready`].
+    /// Sends XCLIENT or XFORWARD, if the peer offers one, with the client that has sent the next message. Returns whether to
+    /// wait for [`ClientStep::Ready`].
     pub fn send_client_info(&mut self, info: &ClientInfo, out: &mut Vec<u8>) -> bool {
         let (stage, verb, offered) = match &self.extensions {
             PeerExtensions { xclient, .. } if !xclient.is_empty() => (Stage::Xclient, "XCLIENT", xclient),
@@ -586,13 +587,13 @@ impl Client {
         true
     }
 
-    /// All content of the oldest message was sent, with its end.
+    /// The driver has sent all content of the oldest message, with its end.
     pub fn content_sent(&mut self, out: &mut Vec<u8>) {
         let mut replies = 1;
         if let Some(transaction) = self.transactions.front_mut() {
             transaction.content_sent = true;
             if self.options.lmtp {
-                // RFC 2033 section 4.2.
+                // RFC 2033 section 4.2: one reply for each accepted recipient.
                 replies = transaction.accepted;
             }
         }
@@ -600,7 +601,7 @@ impl Client {
         self.flush_commands(out);
     }
 
-    /// Sends EHLO once more: after AUTH a provider may list the domains of the account.
+    /// Sends EHLO again: after AUTH the provider may list the domains of the account.
     pub fn ehlo_again(&mut self, out: &mut Vec<u8>) {
         self.ready = false;
         self.send_ehlo();
@@ -615,7 +616,7 @@ impl Client {
         self.flush_commands(out);
     }
 
-    /// Sends QUIT when all replies have arrived (RFC 5321 section 4.1.1.10).
+    /// Sends QUIT after all replies have arrived (RFC 5321 section 4.1.1.10).
     pub fn quit(&mut self, out: &mut Vec<u8>) {
         self.queue_quit();
         self.flush_commands(out);
@@ -648,16 +649,16 @@ impl Client {
         self.transactions.drain(..).enumerate().map(result).collect()
     }
 
-    /// One reply of the peer: the transitions between the states.
+    /// Processes one reply of the peer: the transitions in the table of states.
     ///
     /// # Errors
-    /// The client waits for no reply.
+    /// The client waits for no reply, and the reply is not 421.
     pub fn reply(&mut self, reply: Reply, out: &mut Vec<u8>) -> Result<ClientStep, ProtocolViolation> {
         let last = ends_session(&reply);
         let stage = match self.pending.pop_front() {
             Some(stage) => stage,
             None if last => Stage::Session,
-            None => return Err(ProtocolViolation("a reply came that nobody asked for")),
+            None => return Err(ProtocolViolation("the peer sent a reply without a command")),
         };
         if last {
             self.closing = true;
@@ -685,7 +686,7 @@ impl Client {
                 self.client_overridden = true;
                 self.send_ehlo()
             }
-            // A peer that rejects the information accepts the mail nevertheless.
+            // A peer that rejects XCLIENT or XFORWARD may accept the mail nevertheless.
             (Stage::Xclient | Stage::Xforward, _) | (Stage::Helo, Severity::Positive) => self.proceed(),
             (Stage::Atrn, Severity::Positive) => {
                 self.messages_waiting = messages_waiting(&reply);
@@ -719,7 +720,7 @@ impl Client {
         ClientStep::Wait
     }
 
-    /// Whether the session makes sense with a server that has no extensions.
+    /// Whether the session needs no extension, so that HELO is enough (RFC 5321 section 3.2).
     fn is_helo_enough(&self) -> bool {
         self.options.starttls != StartTls::Required && self.options.login.is_none() && !self.options.lmtp
     }
@@ -737,7 +738,7 @@ impl Client {
         }
     }
 
-    /// What follows EHLO and TLS.
+    /// What follows EHLO and TLS: AUTH, or the session is ready.
     fn proceed(&mut self) -> ClientStep {
         if self.options.atrn && !self.extensions.atrn {
             return self.abort(Abort::NoAtrn);
@@ -754,7 +755,7 @@ impl Client {
         ClientStep::Ready
     }
 
-    /// Sends AUTH with the strongest mechanism that was not tried yet. Returns whether there is one.
+    /// Sends AUTH with the strongest mechanism that was not tried yet (RFC 4954 section 4). Returns whether there is one.
     fn send_auth(&mut self) -> bool {
         let Some(login) = &self.options.login else { return false };
         let (offered, channel) = (&self.extensions.mechanisms, self.options.tls.clone().unwrap_or_default());
@@ -782,7 +783,7 @@ impl Client {
 
     fn auth_replied(&mut self, reply: Reply) -> ClientStep {
         let mut exchange = self.exchange.take();
-        // RFC 5802 section 6: without -PLUS, which the server offers, somebody between could go on unseen.
+        // RFC 5802 section 6: the server offers -PLUS. With another mechanism an attacker between the two would stay unseen.
         let fallback = !self.tried_mechanisms.contains(&Mechanism::ScramSha256Plus);
         let problem = exchange.as_ref().filter(|_| self.auth_cancelled).and_then(|exchange| exchange.problem());
         if let Some(problem) = problem.map(str::to_owned) {
@@ -799,7 +800,7 @@ impl Client {
                 self.queue_command(Stage::Auth, line);
                 ClientStep::Wait
             }
-            // RFC 4954 section 4: the server must reject what the client has cancelled.
+            // RFC 4954 section 4: the server must reject an AUTH that the client has cancelled.
             (Severity::Positive, Some(done)) if done.finished() && self.auth_cancelled => {
                 self.abort(Abort::Unacceptable("accepts it nevertheless".to_owned()))
             }
@@ -909,14 +910,14 @@ impl Client {
 
     fn content_replied(&mut self, reply: Reply) -> ClientStep {
         if ends_session(&reply) {
-            // A server that means only one recipient by 421 replies for the others, too: not for the next message, which would
-            // count as sent.
+            // Some LMTP servers mean only one recipient by 421, and reply for the others, too. If these replies counted for the
+            // next message, it would be lost: a 250 would mean that it was sent.
             self.pending
                 .iter_mut()
                 .take_while(|stage| **stage == Stage::Content)
                 .for_each(|stage| *stage = Stage::Rset);
         }
-        // After 421 the other recipients get no reply, and were not sent.
+        // RFC 2033 section 4.2: one reply for each accepted recipient. After 421 the rest are deferred.
         if self.options.lmtp
             && !ends_session(&reply)
             && let Some(transaction) = self.transactions.front_mut()
@@ -930,7 +931,7 @@ impl Client {
         self.finish_transaction(Some(&reply))
     }
 
-    /// Ends the oldest message; `last`: the reply that decides on its accepted recipients.
+    /// Ends the oldest message. `last`: the reply that decides on its accepted recipients.
     fn finish_transaction(&mut self, last: Option<&Reply>) -> ClientStep {
         let Some(transaction) = self.transactions.pop_front() else {
             return ClientStep::Wait;
@@ -949,15 +950,15 @@ impl Client {
         ClientStep::MessageDone(transaction.result(&accepted, decided_by))
     }
 
-    /// Whether the peer may get the content: it has 7 bits, or the peer offers 8BITMIME, or the options permit 8-bit
-    /// content without it (RFC 6152 section 3). They never do for a message that needs SMTPUTF8 (RFC 6531 section 3.1).
+    /// Whether the content may be sent to the peer: it is 7-bit, or the peer offers 8BITMIME, or the options permit 8-bit
+    /// content without it (RFC 6152 section 3). A message that needs SMTPUTF8 always needs 8BITMIME (RFC 6531 section 3.1).
     pub fn may_send_content(&self, message: &OutgoingMessage) -> bool {
         let undeclared = self.options.without_8bitmime == Without8BitMime::Send && !message.envelope.needs_utf8();
         !message.eight_bit || self.extensions.eight_bit || undeclared
     }
 
-    /// The reply that rejects a message, if the peer lacks an extension that the message needs. If the peer does not even
-    /// know EHLO, that may be so for now only, and the message is deferred.
+    /// The reply that rejects a message, if the peer lacks an extension that the message needs. The callers defer the message
+    /// if the peer has rejected EHLO, because that may be temporary.
     fn incompatibility(&self, message: &OutgoingMessage) -> Option<Reply> {
         let offered = &self.extensions;
         match offered.size {
@@ -967,7 +968,7 @@ impl Client {
                 Some(Reply::new(554, "5.6.3", "The next hop does not offer 8BITMIME"))
             }
             Some(limit) if limit > 0 && message.size > limit => {
-                Some(Reply::new(552, "5.3.4", format!("The next hop takes no more than {limit} octets")))
+                Some(Reply::new(552, "5.3.4", format!("The next hop accepts no more than {limit} octets")))
             }
             _ => None,
         }
@@ -1002,14 +1003,14 @@ impl Client {
             }
             line.extend(envelope.envelope_id.iter().map(|id| format!(" ENVID={id}")));
         }
-        // RFC 4954 section 5: the peer cannot verify the sender of a message that we relay.
+        // RFC 4954 section 5: a client that has authenticated must send AUTH=<> for a sender that it does not vouch for.
         if self.authenticated && offered.auth {
             line.push_str(" AUTH=<>");
         }
         line
     }
 
-    /// `utf8`: MAIL had SMTPUTF8.
+    /// RCPT, with parameters only of extensions that the peer offers. `utf8`: MAIL had SMTPUTF8.
     fn rcpt_line(&self, recipient: &Recipient, utf8: bool) -> String {
         let mut line = format!("RCPT TO:<{}>", spelled(&recipient.mailbox, utf8));
         if self.extensions.dsn {
@@ -1031,7 +1032,7 @@ impl Client {
         }
     }
 
-    /// RSET, so that the peer drops the transaction; QUIT does that too.
+    /// Queues RSET, so that the peer drops the transaction. After QUIT it is not needed.
     fn queue_reset(&mut self) {
         if !self.closing {
             self.queue_command(Stage::Rset, "RSET");
@@ -1076,18 +1077,18 @@ fn messages_waiting(reply: &Reply) -> Option<u64> {
     pairs.find_map(|pair| pair[0].parse().ok())
 }
 
-/// An address as it came; without SMTPUTF8 its domain has A-labels (RFC 6531 section 3.2).
+/// An address as it was received; without SMTPUTF8 its domain has A-labels (RFC 6531 section 3.2).
 fn spelled(mailbox: &Mailbox, utf8: bool) -> Cow<'_, str> {
     if utf8 { Cow::Owned(mailbox.to_string()) } else { mailbox.with_a_labels() }
 }
 
-/// The domain of a recipient, to compare it with others; empty: it has none.
+/// The domain of a recipient, in lower case, to compare it with others; empty if there is none.
 fn domain_of(recipient: &Recipient) -> String {
     let address = recipient.mailbox.to_string();
     address.rsplit_once('@').map_or("", |(_, domain)| domain).to_ascii_lowercase()
 }
 
-/// The reply for a recipient that the peer does not permit in this transaction.
+/// The reply for a recipient that the limits of the peer do not permit in this transaction (RFC 9422).
 pub fn one_too_many() -> Reply {
     Reply::new(452, "4.5.3", "The peer permits no more recipients in one transaction")
 }
@@ -1096,14 +1097,14 @@ fn no_utf8() -> Reply {
     Reply::new(553, "5.6.7", "The next hop does not offer SMTPUTF8")
 }
 
-/// ` NAME=value` for XCLIENT and XFORWARD; `None`: the peer offers an attribute that is not known here.
+/// ` NAME=value` for XCLIENT and XFORWARD; `None`: this program does not know the attribute.
 fn client_attribute(info: &ClientInfo, name: &str) -> Option<String> {
     let value = match name {
         "ADDR" => match info.address {
             IpAddr::V4(address) => address.to_string(),
             IpAddr::V6(address) => format!("IPV6:{address}"),
         },
-        // The DNS name of the address is not known here, and the client may have lied in EHLO.
+        // The DNS name of the address was not looked up, and the name in EHLO may be wrong.
         "NAME" => "[UNAVAILABLE]".to_owned(),
         "HELO" => info.helo.as_deref().map_or("[UNAVAILABLE]".to_owned(), xtext),
         "PROTO" => if info.extended { "ESMTP" } else { "SMTP" }.to_owned(),

@@ -1,9 +1,9 @@
 //! The commands of a client: verbs, parameters, and the envelope that MAIL and RCPT build (RFC 5321 section 4.1.1, RFC 2645
 //! section 5.2.1).
 //!
-//! A line is parsed in two steps, because the order of errors matters. [`Verb::of`] finds the verb; the server checks that
-//! the command is permitted in its state (530, 503); only then [`Command::parse`] checks the argument (501). A parse error
-//! is the reply to send.
+//! A line is parsed in two steps, because the order of errors matters. [`Verb::of`] finds the verb (500); the server checks
+//! that it implements the command (502) and permits it in its state (530, 503); only then [`Command::parse`] checks the
+//! argument (501). The error of a parser is the reply to send.
 
 use std::borrow::Cow;
 
@@ -29,11 +29,11 @@ pub enum Verb {
     Vrfy,
     Help,
     Quit,
-    /// A command of SMTP that no listener here implements.
+    /// A command of SMTP that this program never implements: 502 (RFC 5321 section 4.2.4).
     Unimplemented,
     /// A method of HTTP: a browser has connected to this port.
     Http,
-    /// Any other word of letters.
+    /// Any other word: 500 (RFC 5321 section 4.2.4).
     Unknown,
 }
 
@@ -66,7 +66,8 @@ impl Verb {
     /// # Errors
     /// The reply to a line that has no verb.
     pub fn of(line: &[u8]) -> Result<(Verb, &[u8]), Reply> {
-        // If servers differ in what ends a line, a client can smuggle commands past one of them (RFC 5321 section 2.3.8).
+        // If two servers disagree about what ends a line, a client can smuggle commands past one of them (RFC 5321 section
+        // 2.3.8).
         if line.iter().any(|octet| matches!(octet, b'\r' | b'\n' | 0)) {
             return Err(Reply::new(500, "5.5.2", "A command line ends in CRLF and holds no other CR, LF or NUL"));
         }
@@ -89,9 +90,9 @@ impl Verb {
 /// The parameter `BODY` of MAIL (RFC 6152).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Body {
-    /// The client did not declare it.
+    /// MAIL had no `BODY`.
     #[default]
-    Unsaid,
+    Undeclared,
     SevenBit,
     EightBit,
 }
@@ -106,14 +107,14 @@ pub struct Envelope {
     pub utf8: bool,
     /// `RET` (RFC 3461 section 4.3).
     pub ret: Option<Return>,
-    /// `ENVID`, unchanged: xtext (RFC 3461 section 4.4).
+    /// `ENVID`, as the client sent it, in xtext (RFC 3461 section 4.4): at most 100 octets.
     pub envelope_id: Option<String>,
 }
 
 impl Envelope {
     /// An envelope without recipients and parameters.
     pub fn new(from: ReversePath) -> Envelope {
-        Envelope { from, recipients: Vec::new(), body: Body::Unsaid, utf8: false, ret: None, envelope_id: None }
+        Envelope { from, recipients: Vec::new(), body: Body::Undeclared, utf8: false, ret: None, envelope_id: None }
     }
 
     /// The same envelope with other recipients.
@@ -123,19 +124,20 @@ impl Envelope {
         Envelope { from, recipients, body: *body, utf8: *utf8, ret: *ret, envelope_id }
     }
 
-    /// Drops the SMTPUTF8 that the client has declared, if no address in the header needs it either. Many clients declare it
-    /// because the server offers it, and a server without it would reject a message that it can accept.
+    /// Drops the SMTPUTF8 that the client has declared, if the header does not need it. Many clients declare it whenever the
+    /// server offers it; with it, the message would be rejected for a next hop without SMTPUTF8 that can accept it (RFC 6531
+    /// section 3.2).
     pub fn drop_needless_utf8(&mut self, header_needs_it: bool) {
         if self.utf8 && !header_needs_it {
             self.utf8 = false;
             // Without SMTPUTF8 other text beyond ASCII in the header makes the content 8-bit (RFC 6152 section 2).
             if self.body == Body::SevenBit {
-                self.body = Body::Unsaid;
+                self.body = Body::Undeclared;
             }
         }
     }
 
-    /// Whether only a server with SMTPUTF8 can accept it (RFC 6531 section 3.2).
+    /// Whether only a server with SMTPUTF8 can accept the message (RFC 6531 section 3.2).
     pub fn needs_utf8(&self) -> bool {
         self.utf8 || !self.from.is_ascii() || self.recipients.iter().any(|recipient| !recipient.mailbox.is_ascii())
     }
@@ -146,7 +148,7 @@ impl Envelope {
 pub struct MailFrom {
     /// The sender and the parameters; there are no recipients yet.
     pub envelope: Envelope,
-    /// `SIZE` in octets (RFC 1870); a larger number than fits is `u64::MAX`.
+    /// `SIZE` in octets (RFC 1870); a number that does not fit is `u64::MAX`.
     pub size: Option<u64>,
 }
 
@@ -154,15 +156,15 @@ pub struct MailFrom {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RcptTo {
     pub path: ForwardPath,
-    /// The client wrote the path with octets above 127.
+    /// The path is not ASCII.
     pub utf8: bool,
     pub notify: Notify,
-    /// As [`Recipient::original`].
+    /// `ORCPT`, as in [`Recipient::original`].
     pub original: Option<String>,
 }
 
 impl RcptTo {
-    /// The recipient as an envelope has it; `None`: it is `postmaster` without a domain.
+    /// The recipient for an envelope; `None`: the path is `postmaster` without a domain (RFC 5321 section 4.5.1).
     pub fn recipient(self) -> Option<Recipient> {
         match self.path {
             ForwardPath::Mailbox(mailbox) => Some(Recipient { mailbox, notify: self.notify, original: self.original }),
@@ -171,20 +173,20 @@ impl RcptTo {
     }
 }
 
-/// How much of a message a DSN about its failure returns (RFC 3461 section 4.3).
+/// The parameter `RET` of MAIL: how much of the message a DSN about its failure returns (RFC 3461 section 4.3).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Return {
     Full,
     Header,
 }
 
-/// The parameter `NOTIFY` of RCPT: when the sender wants a DSN (RFC 3461 section 4.1). Its text is kept and relayed
+/// The parameter `NOTIFY` of RCPT: when the sender wants a DSN (RFC 3461 section 4.1). Its text is stored and relayed
 /// unchanged.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Notify(Option<String>);
 
 impl Notify {
-    /// Parses `NEVER`, or a list of `SUCCESS`, `FAILURE` and `DELAY`, each at most once; `None`: it is not valid.
+    /// Parses `NEVER`, or a list of `SUCCESS`, `FAILURE` and `DELAY`, each at most once; `None`: the value is not valid.
     pub fn parse(value: &[u8]) -> Option<Notify> {
         let text = std::str::from_utf8(value).ok()?;
         let mut words: Vec<String> = text.split(',').map(str::to_ascii_uppercase).collect();
@@ -206,17 +208,17 @@ impl Notify {
         self.has("SUCCESS")
     }
 
-    /// Whether the sender wants a DSN after a failure; so it is without the parameter (RFC 3461 section 5.2.6).
+    /// Whether the sender wants a DSN after a failure; true without the parameter (RFC 3461 section 5.2.6).
     pub fn failure(&self) -> bool {
         self.0.is_none() || self.has("FAILURE")
     }
 
-    /// Whether the sender wants a DSN about a delay; so it is without the parameter (RFC 3461 section 5.2.5).
+    /// Whether the sender wants a DSN about a delay; true without the parameter (RFC 3461 section 5.2.5).
     pub fn delay(&self) -> bool {
         self.0.is_none() || self.has("DELAY")
     }
 
-    /// The same without `SUCCESS`; `NEVER` if nothing else was in it.
+    /// The same without `SUCCESS`; `NEVER` if it was the only word.
     pub fn without_success(&self) -> Notify {
         let Some(text) = &self.0 else { return Notify(None) };
         let words: Vec<_> = text.split(',').filter(|word| !word.eq_ignore_ascii_case("SUCCESS")).collect();
@@ -233,7 +235,7 @@ impl Notify {
 pub struct Recipient {
     pub mailbox: Mailbox,
     pub notify: Notify,
-    /// `ORCPT`, unchanged: `type;xtext` (RFC 3461 section 4.2).
+    /// `ORCPT`, as the client sent it, `type;xtext` (RFC 3461 section 4.2): at most 500 octets.
     pub original: Option<String>,
 }
 
@@ -244,8 +246,8 @@ impl Recipient {
     }
 }
 
-/// Parses the value of `ORCPT`: a type of address, `;`, and xtext, at most 500 octets (RFC 3461 section 4.2); `None`: it
-/// is not valid.
+/// Parses the value of `ORCPT`: a type of address, `;`, and xtext, at most 500 octets (RFC 3461 section 4.2); `None`: the
+/// value is not valid.
 pub fn original_recipient(value: &[u8]) -> Option<String> {
     let at = value.iter().position(|octet| *octet == b';')?;
     let (kind, text) = (&value[..at], &value[at + 1..]);
@@ -261,10 +263,11 @@ pub enum Command {
     Atrn(Vec<Domain>),
     Auth {
         mechanism: Vec<u8>,
-        /// The initial response, not decoded.
+        /// The initial response, in base64 (RFC 4954 section 4).
         initial: Option<Vec<u8>>,
     },
-    /// `size` octets follow, also if `last` is an error because the rest of the line is not valid (RFC 3030 section 2).
+    /// `size` octets of content follow the line, even if the rest of the line is not valid: then `last` is the reply (RFC
+    /// 3030 section 2).
     Bdat {
         size: u64,
         last: Result<bool, Reply>,
@@ -283,13 +286,13 @@ pub enum Command {
 }
 
 impl Command {
-    /// Parses `rest`, the line after its verb. `offers`: the extensions whose parameters are accepted.
+    /// Parses `rest`, the line after its verb. `offers`: the extensions whose parameters the server accepts.
     ///
     /// # Errors
     /// The reply to a command whose argument is not valid.
     pub fn parse(verb: Verb, rest: &[u8], offers: ServerExtensions) -> Result<Command, Reply> {
-        // RFC 5321 section 4.1.1: white space before the CRLF is tolerated. It is not after ATRN, which has the grammar of
-        // RFC 2645.
+        // RFC 5321 section 4.1.1: the server should tolerate white space before the CRLF. The grammar of ATRN has none (RFC
+        // 2645 section 5.2.1).
         let argument = rest.strip_prefix(b" ").unwrap_or(rest).trim_ascii_end();
         match verb {
             Verb::Atrn => atrn(rest),
@@ -321,7 +324,7 @@ fn argument_error(text: impl Into<Cow<'static, str>>) -> Reply {
     Reply::new(501, "5.5.4", text)
 }
 
-/// RFC 5321 section 4.3.2: a command that takes no argument and has one gets 501.
+/// A command without parameters. RFC 5321 section 4.3.2: with an argument it gets 501.
 fn alone(argument: &[u8], command: Command) -> Result<Command, Reply> {
     match argument {
         [] => Ok(command),
@@ -329,7 +332,7 @@ fn alone(argument: &[u8], command: Command) -> Result<Command, Reply> {
     }
 }
 
-/// `"ATRN" [SP domain *("," domain)]` and nothing else (RFC 2645 section 5.2.1).
+/// `"ATRN" [SP domain *("," domain)]` (RFC 2645 section 5.2.1). A domain that occurs twice counts once.
 fn atrn(rest: &[u8]) -> Result<Command, Reply> {
     let Some(list) = rest.strip_prefix(b" ") else {
         return Ok(Command::Atrn(Vec::new()));
@@ -355,7 +358,8 @@ fn auth(argument: &[u8]) -> Result<Command, Reply> {
     }
 }
 
-/// `BDAT SP chunk-size [SP LAST]` (RFC 3030 section 2). Without the size it is unknown where the next command begins.
+/// `BDAT SP chunk-size [SP LAST]` (RFC 3030 section 2). If the size is valid, its octets must be skipped even if the rest of
+/// the line is not: they would be read as commands.
 fn bdat(argument: &[u8]) -> Result<Command, Reply> {
     let error = || argument_error("Syntax: BDAT chunk-size [LAST]");
     let mut words = argument.trim_ascii_start().split(|octet| *octet == b' ');
@@ -369,8 +373,8 @@ fn bdat(argument: &[u8]) -> Result<Command, Reply> {
     Ok(Command::Bdat { size, last })
 }
 
-/// RFC 5321 section 4.1.4: the server must not reject mail because of the name in EHLO, so any printable word is accepted.
-/// U-labels are not permitted (RFC 6531 section 3.3).
+/// The name in EHLO or HELO. RFC 5321 section 4.1.4: the server must not reject mail because the name is not that of the
+/// client, so any printable word is accepted; but no U-label (RFC 6531 section 3.3).
 fn hello(argument: &[u8]) -> Result<String, Reply> {
     let printable = argument.iter().all(|octet| (b'!'..=b'~').contains(octet));
     match std::str::from_utf8(argument) {
@@ -379,8 +383,8 @@ fn hello(argument: &[u8]) -> Result<String, Reply> {
     }
 }
 
-/// The argument without `keyword` (`FROM:`, `TO:`) and the spaces after it, which the example in RFC 2645 section 6 has and
-/// RFC 5321 section 3.3 forbids.
+/// The argument without `keyword` (`FROM:`, `TO:`) and the spaces after it. RFC 5321 section 3.3 forbids these spaces, but
+/// the example in RFC 2645 section 6 has one.
 fn after_keyword<'a>(argument: &'a [u8], keyword: &'static str) -> Result<&'a [u8], Reply> {
     let path = argument.split_at_checked(keyword.len()).map(|(word, rest)| (word, rest.trim_ascii_start()));
     match path {
@@ -389,6 +393,7 @@ fn after_keyword<'a>(argument: &'a [u8], keyword: &'static str) -> Result<&'a [u
     }
 }
 
+/// `FROM:<reverse-path> [parameters]` (RFC 5321 section 4.1.1.2).
 fn mail(argument: &[u8], offers: ServerExtensions) -> Result<MailFrom, Reply> {
     let input = after_keyword(argument, "FROM:")?;
     let (path, used) = reverse_path(input).map_err(|error| path_error(error, "5.1.7"))?;
@@ -419,13 +424,14 @@ fn mail(argument: &[u8], offers: ServerExtensions) -> Result<MailFrom, Reply> {
                 let text = text.ok_or_else(|| argument_error("ENVID is xtext of 100 octets at most"))?;
                 envelope.envelope_id = Some(String::from_utf8_lossy(text).into_owned());
             }
-            // RFC 4954 section 5: a server that offers AUTH accepts AUTH=. It treats the value as <> if it does not trust
-            // the client; here it trusts none.
+            // RFC 4954 section 5: a server that offers AUTH must accept AUTH=, and treats the value as <> if it does not
+            // trust the client. This server trusts no client, so it drops the value.
             b"AUTH" if offers.auth => {
                 if !value.is_some_and(|value| value == b"<>" || is_xtext(value)) {
                     return Err(argument_error("Syntax: AUTH=<> or AUTH=xtext"));
                 }
             }
+            // RFC 5321 section 4.1.1.11.
             _ => return Err(Reply::new(555, "5.5.4", "MAIL parameter not recognised")),
         }
         Ok(())
@@ -437,6 +443,7 @@ fn mail(argument: &[u8], offers: ServerExtensions) -> Result<MailFrom, Reply> {
     Ok(MailFrom { envelope, size })
 }
 
+/// `TO:<forward-path> [parameters]` (RFC 5321 section 4.1.1.3).
 fn rcpt(argument: &[u8], offers: ServerExtensions) -> Result<RcptTo, Reply> {
     let input = after_keyword(argument, "TO:")?;
     let (path, used) = forward_path(input).map_err(|error| path_error(error, "5.1.3"))?;
@@ -459,7 +466,7 @@ fn rcpt(argument: &[u8], offers: ServerExtensions) -> Result<RcptTo, Reply> {
 }
 
 /// Calls `accept` with the keyword, in upper case, and the value of each parameter after a path, up to the first error.
-/// Each must have a space before it (RFC 5321 section 4.1.2).
+/// A space must precede each parameter (RFC 5321 section 4.1.2).
 fn each_parameter(rest: &[u8], mut accept: impl FnMut(&[u8], Option<&[u8]>) -> Result<(), Reply>) -> Result<(), Reply> {
     if !rest.is_empty() && rest[0] != b' ' {
         return Err(argument_error("A space must follow the address"));
@@ -469,7 +476,7 @@ fn each_parameter(rest: &[u8], mut accept: impl FnMut(&[u8], Option<&[u8]>) -> R
         let mut parts = parameter.splitn(2, |octet| *octet == b'=');
         let name = parts.next().unwrap_or_default().to_ascii_uppercase();
         if names.contains(&name) {
-            return Err(argument_error("A parameter is there twice"));
+            return Err(argument_error("A parameter occurs twice"));
         }
         accept(&name, parts.next())?;
         names.push(name);
@@ -488,7 +495,7 @@ fn path_error(error: PathError, enhanced: &'static str) -> Reply {
     Reply::new(501, enhanced, text)
 }
 
-/// The value of 1 to 20 digits (RFC 1870 section 3); a larger number than fits is `u64::MAX`.
+/// The value of 1 to 20 digits (RFC 1870 section 3); a number that does not fit is `u64::MAX`.
 fn number(digits: &[u8]) -> Option<u64> {
     if !(1..=20).contains(&digits.len()) || !digits.iter().all(u8::is_ascii_digit) {
         return None;

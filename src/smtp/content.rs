@@ -16,12 +16,12 @@
 /// Decodes content from the wire.
 ///
 /// After DATA only `<CRLF>.<CRLF>` is the end; its first CRLF may be that of the DATA line itself (RFC 5321 section
-/// 4.1.1.4). Sequences such as `<LF>.<LF>` are content, and [`bare`](Self::bare) reports them: if some servers read them
-/// as the end and others do not, a message can smuggle commands past the first server.
+/// 4.1.1.4). Sequences such as `<LF>.<LF>` are content, and [`bare`](Self::bare) reports them: if the next server reads them
+/// as the end, a message can smuggle commands past this one.
 #[derive(Debug)]
 pub struct ContentDecoder {
     state: DotState,
-    /// The state after a CRLF: the only difference between DATA and BDAT.
+    /// The state after a CRLF, which is the only difference between DATA and BDAT.
     line_start: DotState,
     size: u64,
     bare: bool,
@@ -30,9 +30,9 @@ pub struct ContentDecoder {
 /// What [`ContentDecoder::feed`] has read.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Fed {
-    /// Octets of the input that were content or its end: less than all only at the end.
+    /// Octets of the input that were content or its end: fewer than all only after the end.
     pub used: usize,
-    /// The content has ended. BDAT has no end in the content.
+    /// The content has ended. In BDAT, whose chunks have a size, it never does.
     pub end: bool,
 }
 
@@ -114,7 +114,7 @@ impl ContentDecoder {
         self.bare
     }
 
-    /// Octets on the wire as RFC 1870 section 5 counts them: with every CRLF, without added dots and the end.
+    /// Octets on the wire as RFC 1870 section 5 counts them: with each CRLF, without added dots and the end.
     pub fn size(&self) -> u64 {
         self.size
     }
@@ -128,8 +128,8 @@ impl ContentDecoder {
 
 /// Encodes content for the wire.
 ///
-/// An LF or a CRLF at rest becomes CRLF. Any other CR becomes a space: the file may come from another program, and the peer
-/// must not read one message as two.
+/// An LF or a CRLF at rest becomes CRLF. Any other CR becomes a space (RFC 5321 section 2.3.8): another program may have
+/// written the file, and the peer might read one message as two.
 #[derive(Debug)]
 pub struct ContentEncoder {
     state: DotState,
@@ -165,7 +165,7 @@ impl ContentEncoder {
                 }
                 (_, b'\r') => DotState::Cr,
                 (state, _) => {
-                    // RFC 5321 section 4.5.2.
+                    // RFC 5321 section 4.5.2: a dot before each dot that begins a line.
                     if self.dots && state == DotState::LineStart && octet == b'.' {
                         out.push(b'.');
                     }
@@ -210,13 +210,13 @@ impl WireSize {
         }
     }
 
-    /// The octets of the content, with the CRLF that a last line without a line end gets.
+    /// The octets of the content, with the CRLF that [`ContentEncoder::finish`] adds to a last line without a line end.
     pub fn finish(&self) -> u64 {
         self.size + if matches!(self.last, None | Some(b'\n')) { 0 } else { 2 }
     }
 }
 
-/// Reads the header of content at rest, up to the empty line that ends it. Of each line it reads the first 512 octets.
+/// Reads the header of content at rest, up to the empty line that ends it; of each line the first 512 octets.
 #[derive(Debug, Default)]
 pub struct HeaderScanner {
     /// The beginning of the current line.

@@ -1,5 +1,4 @@
-//! Service extensions: those that our server offers in its reply to EHLO, and those that a peer offers (RFC 5321 section
-//! 4.1.1.1).
+//! Service extensions: those of our server, and those that a peer offers in its reply to EHLO (RFC 5321 section 4.1.1.1).
 
 use super::limits;
 use super::reply::Reply;
@@ -16,11 +15,11 @@ pub struct ServerExtensions {
     pub dsn: bool,
 }
 
-/// The extensions in the peer's reply to the last EHLO. They do not outlive STARTTLS or the turn.
+/// The extensions in the peer's reply to the last EHLO. They end with STARTTLS (RFC 3207 section 4.2) and with the turn.
 #[derive(Clone, Debug, Default)]
 pub struct PeerExtensions {
     pub pipelining: bool,
-    /// The octets of the largest message; `Some(0)`: SIZE is offered without a limit (RFC 1870 section 3).
+    /// The largest message, in octets on the wire; `Some(0)`: the peer offers SIZE without a limit (RFC 1870 section 3).
     pub size: Option<u64>,
     pub eight_bit: bool,
     pub utf8: bool,
@@ -29,32 +28,33 @@ pub struct PeerExtensions {
     pub starttls: bool,
     pub atrn: bool,
     pub auth: bool,
-    /// The mechanisms that this program knows.
+    /// The mechanisms in AUTH that this program knows.
     pub mechanisms: Vec<Mechanism>,
-    /// The attributes of XCLIENT and of XFORWARD, as Postfix documents them; empty: the command is not offered.
+    /// The attributes of XCLIENT and of XFORWARD, as Postfix documents them; empty: the peer does not offer the command.
     pub xclient: Vec<String>,
     pub xforward: Vec<String>,
     pub limits: PeerLimits,
-    /// The domains of our account at a provider that lists them (XDOMAINS).
+    /// The domains of our account, if the peer is a provider that lists them (XDOMAINS).
     pub domains: Option<AccountDomains>,
 }
 
-/// The domains of an account, as the lines `XDOMAINS example.org example.com` of a provider of this program list them.
+/// The domains of an account, in the lines `XDOMAINS example.org example.com` of a provider that runs this program.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct AccountDomains {
     pub names: Vec<String>,
-    /// There are more, which are not listed.
+    /// The account has more domains than the lines.
     pub has_more: bool,
 }
 
-/// The keyword of the lines with the domains of an account. It begins with X: no RFC knows it (RFC 5321 section 4.1.1.1).
+/// The keyword of the lines with the domains of an account. It begins with X because no RFC defines it (RFC 5321 section
+/// 4.1.1.1).
 const DOMAINS_KEYWORD: &str = "XDOMAINS";
 
-/// The last word of these lines if not all domains are listed.
+/// The last word of these lines if the account has more domains.
 const MORE_DOMAINS: &str = "...";
 
-/// The most of these lines: a client keeps [`limits::REPLY_LINES_KEPT`] lines of a reply, and needs the others too.
-const MOST_DOMAIN_LINES: usize = limits::REPLY_LINES_KEPT / 2;
+/// The most of these lines: the client stores [`limits::STORED_REPLY_LINES`] lines of a reply, and needs the others too.
+const MOST_DOMAIN_LINES: usize = limits::STORED_REPLY_LINES / 2;
 
 /// The lines that list the domains of an account in the reply to EHLO.
 pub fn domain_lines(domains: &[Domain]) -> Vec<String> {
@@ -74,7 +74,7 @@ pub fn domain_lines(domains: &[Domain]) -> Vec<String> {
     lines
 }
 
-/// What the peer permits at most (RFC 9422 section 4); `None`: it does not say.
+/// The limits that the peer announces (RFC 9422 section 4); `None`: it announces none.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct PeerLimits {
     /// MAILMAX: MAIL commands in a session.
@@ -147,7 +147,7 @@ impl PeerExtensions {
 mod tests {
     use super::*;
 
-    /// What a provider lists, the customer reads, also if it does not fit.
+    /// The customer reads the domains that the provider lists, also if there are too many for the reply.
     #[test]
     fn the_domains_of_an_account_are_listed_and_read() {
         let listed = |count: usize| {
@@ -156,16 +156,16 @@ mod tests {
             let lines = domain_lines(&domains);
             assert!(lines.iter().all(|line| line.len() <= limits::REPLY_TEXT));
             let reply = lines.into_iter().fold(Reply::bare(250, "relay.example.net"), Reply::with_line);
-            let told = PeerExtensions::parse(&reply).domains;
-            (domains.iter().map(|domain| domain.as_str().to_owned()).collect::<Vec<_>>(), told)
+            let read = PeerExtensions::parse(&reply).domains;
+            (domains.iter().map(|domain| domain.as_str().to_owned()).collect::<Vec<_>>(), read)
         };
         assert_eq!(listed(0).1, None);
         for count in [1, 2, 100, 500] {
-            let (names, told) = listed(count);
-            assert_eq!(told, Some(AccountDomains { names, has_more: false }), "{count}");
+            let (names, read) = listed(count);
+            assert_eq!(read, Some(AccountDomains { names, has_more: false }), "{count}");
         }
-        let (names, told) = listed(10_000);
-        let told = told.unwrap();
-        assert!(told.has_more && names.starts_with(&told.names) && told.names.len() > 500, "{}", told.names.len());
+        let (names, read) = listed(10_000);
+        let read = read.unwrap();
+        assert!(read.has_more && names.starts_with(&read.names) && read.names.len() > 500, "{}", read.names.len());
     }
 }

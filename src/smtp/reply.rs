@@ -1,8 +1,8 @@
 //! Replies: three digits, an enhanced status code, and lines of text (RFC 5321 section 4.2, RFC 2034).
 //!
-//! A peer's replies are read leniently: a code without text, odd texts and unknown codes are accepted. Our replies are
-//! written strictly: CRLF, at most 512 octets a line, the enhanced status code on every line. What a reply means depends
-//! on its code only, never on its text: see `status.rs`.
+//! A peer's replies are read leniently: a code without text, odd texts and unknown codes are accepted (RFC 5321 section 4.2).
+//! Our replies are written strictly: CRLF, at most 512 octets a line, the enhanced status code on every line. What a reply
+//! means depends on its code only, never on its text: see `status.rs`.
 
 use std::borrow::Cow;
 use std::fmt::{self, Write};
@@ -25,13 +25,13 @@ pub enum Severity {
     Permanent,
 }
 
-/// What the text of a softened reply begins with.
+/// The beginning of the text of a softened reply.
 const SOFT_BOUNCE: &str = "Soft bounce: ";
 
 /// A reply, ours or a peer's.
 #[derive(Clone, Debug, Eq)]
 pub struct Reply {
-    /// It is as a peer has sent it.
+    /// A peer has sent it.
     from_peer: bool,
     code: u16,
     /// `class.subject.detail`; `None` for greetings, EHLO and 3yz (RFC 2034 section 4).
@@ -39,7 +39,7 @@ pub struct Reply {
     lines: Vec<Cow<'static, str>>,
 }
 
-/// Replies are equal if they say the same, whoever says it.
+/// Two replies are equal if their codes and texts are, whether they are ours or a peer's.
 impl PartialEq for Reply {
     fn eq(&self, other: &Reply) -> bool {
         (self.code, &self.enhanced, &self.lines) == (other.code, &other.enhanced, &other.lines)
@@ -58,14 +58,14 @@ impl Reply {
         Reply { from_peer: false, code, enhanced: None, lines: vec![text.into()] }
     }
 
-    /// The reply with one line more.
+    /// The reply with one more line.
     pub fn with_line(mut self, text: impl Into<Cow<'static, str>>) -> Reply {
         self.lines.push(text.into());
         self
     }
 
     /// A peer's reply as we may send it to another peer: in ASCII (RFC 5321 section 4.2), and with an enhanced status code
-    /// (RFC 2034 section 4). If it has none, it gets the one that says no more than its class.
+    /// (RFC 2034 section 4). If it has none, it gets the one with the class alone, such as 5.0.0.
     pub fn for_relaying(self) -> Reply {
         let class = match self.code / 100 {
             2 => "2.0.0",
@@ -83,7 +83,8 @@ impl Reply {
         Reply { code, ..self }
     }
 
-    /// A negative reply that rejects nothing: 451 in place of a 5yz, with the reply that it replaces as its text.
+    /// The reply with which a soft bounce defers: 451 in place of a 5yz, whose code and text become its text. Another reply is
+    /// returned as it is.
     pub fn softened(self) -> Reply {
         if self.severity() != Severity::Permanent {
             return self;
@@ -94,12 +95,12 @@ impl Reply {
         Reply { code: 451, enhanced: Some(enhanced.into()), lines: vec![text.into()], ..self }
     }
 
-    /// Whether it is from [`Reply::softened`].
+    /// Whether [`Reply::softened`] has made this reply of a 5yz.
     pub fn is_softened(&self) -> bool {
         self.lines().next().is_some_and(|text| text.starts_with(SOFT_BOUNCE))
     }
 
-    /// Whether a peer has said it; otherwise it is our own.
+    /// Whether a peer has sent the reply; otherwise it is our own.
     pub fn is_from_peer(&self) -> bool {
         self.from_peer
     }
@@ -129,12 +130,12 @@ impl Reply {
         self.enhanced.as_deref()
     }
 
-    /// The lines of text, without code and enhanced status code.
+    /// The lines of text, without codes.
     pub fn lines(&self) -> impl Iterator<Item = &str> {
         self.lines.iter().map(|line| &**line)
     }
 
-    /// Appends the reply in its form on the wire; long lines are cut into several.
+    /// Appends the reply as it is on the wire; long lines are cut into several (RFC 5321 section 4.5.3.1.5).
     pub fn write_to(&self, out: &mut Vec<u8>) {
         let pieces: Vec<&str> = self.lines.iter().flat_map(|line| pieces(line)).collect();
         for (number, piece) in pieces.iter().enumerate() {
@@ -144,8 +145,8 @@ impl Reply {
                 out.extend_from_slice(enhanced.as_bytes());
                 out.push(b' ');
             }
-            // A text may contain octets from a peer. A line end in them must not begin another reply.
-            // RFC 5321 section 4.2: a textstring may contain tabs.
+            // A text may contain octets from a peer. A line end in them would begin another reply. RFC 5321 section 4.2: a
+            // textstring may contain tabs.
             let plain = |octet: u8| octet == b'\t' || octet >= b' ' && octet != 127;
             out.extend(piece.bytes().map(|octet| if plain(octet) { octet } else { b'?' }));
             out.extend_from_slice(b"\r\n");
@@ -211,7 +212,7 @@ impl ReplyReader {
             Some(b'-') => (false, &line[4..]),
             Some(_) => return Err(broken()),
         };
-        let text = String::from_utf8_lossy(&text[..text.len().min(limits::REPLY_LINE_KEPT)]);
+        let text = String::from_utf8_lossy(&text[..text.len().min(limits::STORED_REPLY_LINE)]);
         let mut reply = match self.begun.take() {
             None => Reply { from_peer: true, code, enhanced: None, lines: Vec::new() },
             Some(reply) if reply.code == code => reply,
@@ -221,7 +222,7 @@ impl ReplyReader {
         if reply.lines.is_empty() {
             reply.enhanced = enhanced.map(|code| Cow::Owned(code.to_owned()));
         }
-        if reply.lines.len() < limits::REPLY_LINES_KEPT {
+        if reply.lines.len() < limits::STORED_REPLY_LINES {
             reply.lines.push(Cow::Owned(text.to_owned()));
         }
         if last {
@@ -231,9 +232,9 @@ impl ReplyReader {
         Ok(None)
     }
 
-    /// Reads what the peer has sent after its last line end before it closed the connection. Returns the reply if its code is
-    /// complete and is 4yz or 5yz: no text that is missing could change what it means. A 2yz or 3yz that was cut off may be
-    /// one that the peer took back, and does not count.
+    /// Reads the octets that the peer has sent after its last line end before it closed the connection. Returns the reply if
+    /// its code is complete and is 4yz or 5yz: no missing text could change what it means. A 2yz or 3yz that was cut off does
+    /// not count, because the peer may not have meant it: to be in doubt loses no mail.
     pub fn end(&mut self, rest: &[u8]) -> Option<Reply> {
         let begun = self.begun.clone();
         let last = if rest.is_empty() { None } else { self.line(rest).ok().flatten() };
@@ -241,7 +242,7 @@ impl ReplyReader {
     }
 }
 
-/// Splits a text into `5.1.1`, if its class is that of the code (RFC 2034 section 4), and the rest.
+/// Splits a text into the enhanced status code, if its class is that of the code (RFC 2034 section 4), and the rest.
 fn split_enhanced(code: u16, text: &str) -> (Option<&str>, &str) {
     let (word, rest) = text.split_once(' ').unwrap_or((text, ""));
     let mut fields = word.split('.');

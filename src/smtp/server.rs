@@ -1,34 +1,35 @@
 //! The SMTP server role, without sockets (RFC 5321; on port 366 RFC 2645 section 5).
 //!
 //! A driver (`session/server`) gives the server each line of the client ([`Server::line`]) and acts on the returned
-//! [`ServerStep`]: it sends the reply, reads content, starts TLS or closes. The server asks its [`SessionHandler`] about
-//! everything that depends on accounts, mailboxes and queues.
+//! [`ServerStep`]: it sends the reply, reads content, starts TLS or closes. The server asks its [`SessionHandler`] what
+//! depends on accounts, mailboxes and queues.
 //!
 //! # Commands
 //!
-//! `x`: the listener implements the command (RFC 2645 section 5.4 permits port 366 to have few commands). A command out of
-//! its order gets 503, or 530 if TLS or authentication is missing.
+//! `x`: the listener implements the command. RFC 2645 section 5.4 lets port 366 reply 502 to every other command. A command
+//! out of its order gets 503 (RFC 5321 section 4.1.4), or 530 if TLS or authentication is missing (RFC 3207 section 4, RFC
+//! 2645 section 5.2.1).
 //!
 //! ```text
 //! command              inbound  odmr  submission  customer  when                                    RFC
 //! EHLO, HELO              x      x        x          x      always; resets the transaction          5321 4.1.4
 //! STARTTLS                x      x                          after EHLO; before TLS and AUTH         3207 4
-//! AUTH                           x                          after EHLO; once; after a failed -PLUS  4954 4
-//!                                                           only QUIT follows                       9266 4.1
+//! AUTH                           x                          after EHLO; until it succeeds; after a  4954 4
+//!                                                           failed -PLUS only QUIT follows          9266 4.1
 //! ATRN                           x                          after AUTH, outside a transaction       2645 5.2.1
 //! MAIL                    x      x        x          x      after EHLO or HELO, odmr: after AUTH;   5321 4.1.4
 //!                                                           outside a transaction
 //! RCPT                    x      x        x          x      after MAIL, before BDAT                 5321 3.3
 //! DATA                    x      x        x          x      after an accepted RCPT, before BDAT     5321 3.3
 //! BDAT                    x      x        x          x      after an accepted RCPT                  3030 2
-//! VRFY                    x               x          x      always; 252                             5321 3.5.3
+//! VRFY                    x               x          x      always; the reply is 252                5321 3.5.3
 //! RSET, NOOP, HELP, QUIT  x      x        x          x      always                                  5321 4.1.4
 //! ```
 //!
 //! After AUTH the reply to EHLO lists the domains of the account, in lines `XDOMAINS`, for `odmr check --call`.
 //!
-//! STARTTLS forgets everything that the client has sent before (RFC 3207 section 4.2). After ATRN the connection turns, and
-//! `turn.rs` makes a client of the server.
+//! After STARTTLS the server forgets everything that the client has sent before (RFC 3207 section 4.2). After ATRN the
+//! connection turns, and `turn.rs` makes a client of the server (RFC 2645 section 5.3).
 
 use super::command::{Command, Envelope, MailFrom, Notify, RcptTo, Recipient, VERBS, Verb, not_implemented};
 use super::extensions::{self, ServerExtensions};
@@ -58,7 +59,7 @@ pub enum ServerRole {
 pub struct ServerOptions {
     pub role: ServerRole,
     pub hostname: String,
-    /// Octets of one message on the wire (RFC 1870).
+    /// The largest message, in octets on the wire (RFC 1870).
     pub max_size: u64,
     /// Recipients of one transaction, at least [`limits::FEWEST_RECIPIENTS`].
     pub max_recipients: usize,
@@ -68,12 +69,13 @@ pub struct ServerOptions {
     pub max_auth_failures: usize,
     /// STARTTLS is offered: there is a certificate.
     pub starttls: bool,
-    /// AUTH and all that follows it require TLS.
+    /// AUTH, ATRN and mail on port 366 require TLS (RFC 3207 section 4).
     pub require_tls: bool,
     /// The extension DSN is offered (RFC 3461).
     pub dsn: bool,
-    /// Mail that would be rejected is deferred, by the driver.
+    /// The driver defers what the server or its handler rejects.
     pub soft_bounce: bool,
+    /// The mechanisms that AUTH may offer, in the order of the reply to EHLO.
     pub mechanisms: Vec<Mechanism>,
 }
 
@@ -97,20 +99,20 @@ impl ServerOptions {
     }
 }
 
-/// The provider or the customer, whose mail a server accepts.
+/// The provider or the customer, for which a server accepts mail.
 pub trait SessionHandler {
-    /// The accounts that may authenticate; none on a listener without AUTH.
+    /// The accounts that may authenticate. Default: none, for a listener without AUTH.
     fn credentials(&self) -> &dyn CredentialStore {
         &NoCredentials
     }
 
-    /// Whether this mechanism may open this account. If not, it fails like a wrong secret.
+    /// Whether a client may authenticate as this account by this mechanism. If not, AUTH fails as if the secret were wrong.
     fn permits(&self, _account: &str, _mechanism: Mechanism) -> bool {
         true
     }
 
-    /// Observes each step of an authentication; `None`: the client has cancelled it, or its line is not a response. Returns the
-    /// reply that ends the session in place of what follows from the step.
+    /// Observes each step of an authentication; `None`: the client has cancelled it, or its line is not a valid response.
+    /// Returns a reply if the session must end with it; `None`: the server replies to the step.
     fn authentication_step(&mut self, _step: Option<&ExchangeStep>) -> Option<Reply> {
         None
     }
@@ -127,26 +129,27 @@ pub trait SessionHandler {
     /// The reply to RCPT that rejects it.
     fn recipient(&mut self, path: &ForwardPath, notify: &Notify, original: Option<&str>) -> Result<Mailbox, Reply>;
 
-    /// The domains whose mail this account may fetch: the reply to EHLO lists them after AUTH (XDOMAINS).
+    /// The domains that this account may name in ATRN: the reply to EHLO lists them after AUTH (XDOMAINS).
     fn domains(&self, _account: &str) -> Vec<Domain> {
         Vec::new()
     }
 
-    /// Octets of one message from this account, if it may send less than the listener accepts.
+    /// The largest message from this account, in octets on the wire; more than the listener accepts has no effect.
     fn size_limit(&self, _account: Option<&str>) -> u64 {
         u64::MAX
     }
 
-    /// Whether the handler may wait for another host before it returns. Then the driver sends the earlier replies first.
+    /// Whether the handler may wait for another host before it returns. Then the driver sends the earlier replies first, so
+    /// that the client does not time out.
     fn may_wait(&self) -> bool {
         false
     }
 
-    /// Observes a 4yz or 5yz to the client about its mail, whether the server, this handler or a [`MessageSink`] has made it.
+    /// Observes a 4yz or 5yz to the client about its mail, whether it is from the server, this handler or a [`MessageSink`].
     fn not_accepted(&mut self, _what: Unaccepted<'_>, _reply: &Reply) {}
 
-    /// Observes a recipient that the client names without an open transaction, mostly in one group with a MAIL that was not
-    /// accepted. `path`: as the client sent it, in angle brackets.
+    /// Observes a RCPT without an open transaction, mostly in one group with a MAIL that was not accepted. `path`: as the
+    /// client sent it, in angle brackets.
     fn recipient_without_mail(&mut self, _path: &[u8]) {}
 
     /// Begins to receive the content of a message.
@@ -171,8 +174,8 @@ pub enum Unaccepted<'a> {
 
 impl<'a> Unaccepted<'a> {
     /// What a negative reply to a command is about; `line`: the command, `None` if it was too long. Returns `None` if the
-    /// command is not part of a transaction, or 503 answers it: then the client has got another reply before, or has made
-    /// an error that is not about this mail.
+    /// command is not part of a transaction, or the reply is 503: that follows from an earlier reply, or the client has sent
+    /// its commands in a wrong order, which is not about this mail.
     pub fn at_command(line: Option<&'a [u8]>, reply: &Reply) -> Option<Unaccepted<'a>> {
         let Some(line) = line else { return Some(Unaccepted::Line) };
         let path = path_of(line);
@@ -186,23 +189,23 @@ impl<'a> Unaccepted<'a> {
     }
 }
 
-/// The path of MAIL or RCPT, as the client sent it.
+/// The path of MAIL or RCPT and what follows it, as the client sent it; empty if the line has no `<`.
 pub fn path_of(line: &[u8]) -> &[u8] {
     &line[line.iter().position(|octet| *octet == b'<').unwrap_or(line.len())..]
 }
 
-/// What is known of a message before its content arrives.
+/// What the server knows of a message before its content arrives.
 #[derive(Clone, Debug)]
 pub struct Incoming<'a> {
     /// The id of the session in the log.
     pub session: &'a str,
-    /// For the `Received` field.
+    /// The parts of its `Received` field (RFC 5321 section 4.4).
     pub received: Received<'a>,
     /// Octets that the client has announced with SIZE (RFC 1870).
     pub size: Option<u64>,
 }
 
-/// The destination of the content of one message. If it is dropped before its commit, nothing is stored.
+/// The destination of the content of one message. Without a commit, nothing is stored.
 pub trait MessageSink: Send {
     /// Writes a piece of the content, with LF line ends.
     ///
@@ -210,10 +213,11 @@ pub trait MessageSink: Send {
     /// The reply to the content. No more of it is written then.
     fn write(&mut self, octets: &[u8]) -> Result<(), Reply>;
 
-    /// Makes the message durable, and returns its id. Only then may the content be answered with 250.
+    /// Makes the message durable, and returns its id. The reply to the content may be 250 only after that: the server must
+    /// not lose a message that it has accepted (RFC 5321 section 6.1).
     ///
     /// # Errors
-    /// The reply to the content: the client stays responsible for the message.
+    /// The reply to the content. The client stays responsible for the message (RFC 5321 section 4.2.5).
     fn commit(self: Box<Self>) -> Result<String, Reply>;
 }
 
@@ -228,8 +232,9 @@ pub enum ServerStep {
     StartTls(Reply),
     /// Send the reply, read the content up to its end, then call [`Server::end_transaction`].
     Data(Reply),
-    /// Read `size` octets. If the chunk is rejected, discard them and send the reply. Otherwise they are content: call
-    /// [`Server::end_transaction`] after the last chunk, [`Server::chunk_rejected`] if one cannot be stored.
+    /// Read `size` octets. If the chunk is rejected, discard them and send the reply (RFC 3030 section 2). Otherwise they
+    /// are content: call [`Server::end_transaction`] after the last chunk, [`Server::chunk_rejected`] if one cannot be
+    /// stored.
     Chunk { size: u64, last: bool, rejected: Option<Reply> },
     /// ATRN is permitted: check the domains and turn the connection, or reject ATRN.
     Atrn(Vec<Domain>),
@@ -238,11 +243,11 @@ pub enum ServerStep {
 /// An open mail transaction (RFC 5321 section 3.3).
 #[derive(Clone, Debug)]
 pub struct Transaction {
-    /// With the recipients that were accepted.
+    /// The sender, and the recipients that were accepted.
     pub envelope: Envelope,
     /// Octets that the client has announced with SIZE.
     pub size: Option<u64>,
-    /// Octets that its content may have.
+    /// The most octets that the content may have.
     limit: u64,
     /// Octets of the chunks that have arrived; `None`: there was no BDAT.
     chunked: Option<u64>,
@@ -262,13 +267,13 @@ pub struct Server {
     transaction: Option<Transaction>,
     /// Failed commands since the last message.
     errors: usize,
-    /// Rejected recipients in the whole session.
+    /// Rejected recipients in the whole session, and commands out of their order.
     rejections: usize,
-    /// Other replies since the last message or accepted recipient.
+    /// Other commands since the last message or the first recipient of a transaction.
     commands: usize,
     auth_failures: usize,
     auth_attempt: Option<AuthAttempt>,
-    /// An exchange has used the channel binding of this connection.
+    /// An exchange has used the channel binding of this connection (RFC 9266 section 4.1).
     binding_used: bool,
 }
 
@@ -276,20 +281,20 @@ pub struct Server {
 #[derive(Clone, Debug)]
 pub struct AuthAttempt {
     pub mechanism: Mechanism,
-    /// The account that the client has named, once the attempt has failed.
+    /// The account that the client has named, after the attempt has failed.
     pub account: Option<String>,
 }
 
 /// EHLO or HELO.
 struct Hello {
     name: String,
-    /// It was EHLO.
+    /// The command was EHLO.
     extended: bool,
 }
 
 impl Server {
-    /// A server that has sent no greeting yet. `tls`: the connection has TLS from its first octet, or from before the turn;
-    /// `None`: it is in clear.
+    /// A server that has sent no greeting yet. `tls`: the TLS that the connection has already, from its first octet or from
+    /// before the turn; `None`: the connection is in clear.
     pub fn new(options: ServerOptions, tls: Option<TlsChannel>) -> Server {
         Server {
             options,
@@ -323,17 +328,17 @@ impl Server {
         self.options.role
     }
 
-    /// Whether mail that would be rejected is deferred.
+    /// Whether the driver defers what the server or its handler rejects.
     pub fn soft_bounce(&self) -> bool {
         self.options.soft_bounce
     }
 
-    /// Our own name.
+    /// The name of this host, in the greeting and in the reply to EHLO.
     pub fn hostname(&self) -> &str {
         &self.options.hostname
     }
 
-    /// Octets that the content of the open transaction may have.
+    /// The most octets that the content of the open transaction may have.
     pub fn max_size(&self) -> u64 {
         self.transaction.as_ref().map_or(self.options.max_size, |transaction| transaction.limit)
     }
@@ -348,7 +353,7 @@ impl Server {
         self.auth_attempt.as_ref()
     }
 
-    /// The certificate that the client has shown in TLS; `None`: none, or it was not asked for one.
+    /// The certificate of the client in TLS; `None`: the client has sent none, or was not asked for one.
     pub fn client_certificate(&self) -> Option<CertificateDigests> {
         self.tls.as_ref()?.client_certificate
     }
@@ -413,8 +418,8 @@ impl Server {
         }
     }
 
-    /// What is known of the message whose content arrives next; `None`: there is no transaction. `session`: the id of the
-    /// session in the log; `peer`: the client's address as a literal; `tls`: TLS version and cipher.
+    /// What the server knows of the message whose content arrives next; `None`: there is no transaction. `session`: the id of
+    /// the session in the log; `peer`: the client's address as a literal; `tls`: TLS version and cipher.
     pub fn incoming<'a>(
         &'a self, session: &'a str, peer: &'a str, tls: Option<&'a str>,
     ) -> Option<(&'a Envelope, Incoming<'a>)> {
@@ -442,18 +447,19 @@ impl Server {
         }
         if !self.options.implements(verb) {
             return Err(match verb {
-                // RFC 2645 section 5.4: on port 366 every other command gets 502.
+                // RFC 5321 section 4.2.4: 500 for an unknown command. RFC 2645 section 5.4: on port 366 it gets 502.
                 Verb::Unknown if self.options.role != ServerRole::Odmr => {
                     Reply::new(500, "5.5.1", "Command not recognised")
                 }
                 _ => not_implemented(),
             });
         }
-        // RFC 9266 section 4.1: the channel binding serves one exchange, and the connection ends with it.
+        // RFC 9266 section 4.1: a channel binding must serve one exchange only, so the connection ends after it.
         if self.binding_used && self.account.is_none() && verb != Verb::Quit {
             let text = "The channel binding of this connection is used up, connect again";
             return Ok(ServerStep::Close(Reply::new(421, "4.7.0", text)));
         }
+        // The chunk of a BDAT that is not permitted must be discarded: `chunk` checks it.
         if verb != Verb::Bdat {
             self.permitted(verb)?;
         }
@@ -482,7 +488,7 @@ impl Server {
         }
     }
 
-    /// Whether the command is permitted in this state. The order of the lines is the order of the errors.
+    /// Checks that the command is permitted in this state. The order of the lines is the order of the errors.
     fn permitted(&self, verb: Verb) -> Result<(), Reply> {
         use Verb::*;
         let odmr = self.options.role == ServerRole::Odmr;
@@ -497,16 +503,19 @@ impl Server {
             Auth | Atrn | Mail | Rcpt | Data | Bdat if odmr && self.options.require_tls && self.tls.is_none() => {
                 return Err(Reply::new(530, "5.7.0", "TLS is required here: say STARTTLS first"));
             }
-            // RFC 2645 section 5.2.1, RFC 6409 section 4.3.
+            // RFC 2645 section 5.2.1 for ATRN, RFC 6409 section 4.3 for mail.
             Atrn | Mail | Rcpt | Data | Bdat if odmr && !authenticated => {
                 return Err(Reply::new(530, "5.7.0", "Authentication required"));
             }
             Auth | Atrn if !extended => "Say EHLO first",
+            // RFC 4954 section 4: no AUTH after a success. MAIL needs AUTH here, so none is in a transaction either.
             Auth if authenticated => "You are authenticated already",
             Atrn if transaction.is_some() => "A mail transaction is open: end it first",
+            // RFC 3207 section 4.2.
             StartTls if self.tls.is_some() => "TLS is active already",
             StartTls if authenticated => "Too late: you are authenticated",
             StartTls if !extended => "Say EHLO first",
+            // RFC 5321 section 4.1.4.
             Mail if self.hello.is_none() => "Say EHLO first",
             Mail if transaction.is_some() => "A mail transaction is open: RSET ends it",
             Rcpt | Data | Bdat if transaction.is_none() => "Say MAIL first",
@@ -519,13 +528,14 @@ impl Server {
         Err(Reply::new(503, "5.5.1", text))
     }
 
-    /// EHLO resets the transaction (RFC 5321 section 4.1.4); authentication and TLS stay.
+    /// EHLO resets the transaction (RFC 5321 section 4.1.4); the session stays authenticated.
     fn ehlo(&mut self, name: String, handler: &dyn SessionHandler) -> Reply {
         self.hello = Some(Hello { name, extended: true });
         self.transaction = None;
         let options = &self.options;
         let mechanisms: Vec<_> = self.mechanisms(handler).map(|mechanism| mechanism.name()).collect();
-        // RFC 1870 section 4: 0 means that no limit is announced. A client bounces a larger message without asking us.
+        // A client bounces a message that is larger than the announced limit without sending MAIL, and nothing could defer it.
+        // RFC 1870 section 4: 0 announces no limit.
         let size = if options.soft_bounce { 0 } else { options.max_size };
         let mut reply = Reply::bare(250, options.hostname.clone())
             .with_line("PIPELINING")
@@ -542,14 +552,15 @@ impl Server {
         if !mechanisms.is_empty() {
             reply = reply.with_line(format!("AUTH {}", mechanisms.join(" ")));
         }
-        // RFC 3207 section 4.2: not under TLS.
+        // RFC 3207 section 4.2: STARTTLS must not be offered under TLS.
         if options.implements(Verb::StartTls) && self.tls.is_none() {
             reply = reply.with_line("STARTTLS");
         }
+        // RFC 2645 section 5.1.1: even before AUTH.
         if options.role == ServerRole::Odmr {
             reply = reply.with_line("ATRN");
         }
-        // Before AUTH nobody learns whose mail is held here.
+        // Only an authenticated client learns which domains have mail here.
         let domains = self.account.as_deref().map(|account| handler.domains(account)).unwrap_or_default();
         extensions::domain_lines(&domains).into_iter().fold(reply, Reply::with_line)
     }
@@ -560,8 +571,8 @@ impl Server {
         Reply::bare(250, self.options.hostname.clone())
     }
 
-    /// The mechanisms that may be used now: PLAIN under TLS only (RFC 4954 section 4), -PLUS with TLS 1.3 only, EXTERNAL only
-    /// if TLS has brought a certificate that opens an account (RFC 4422 appendix A).
+    /// The mechanisms that may be used now: PLAIN under TLS only (RFC 4954 section 4), -PLUS under TLS 1.3 only, EXTERNAL only
+    /// if an account has the certificate that the client has sent in TLS (RFC 4422 appendix A).
     fn mechanisms(&self, handler: &dyn SessionHandler) -> impl Iterator<Item = Mechanism> {
         let tls = self.tls.as_ref();
         let offered = self.options.role == ServerRole::Odmr && (tls.is_some() || !self.options.require_tls);
@@ -590,6 +601,7 @@ impl Server {
         let Some(Transaction { envelope, .. }) = &mut self.transaction else {
             return Err(Reply::new(503, "5.5.1", "Say MAIL first"));
         };
+        // RFC 5321 section 4.5.3.1.10.
         if envelope.recipients.len() >= limit {
             return Err(Reply::new(452, "4.5.3", "Too many recipients: send the rest in another transaction"));
         }
@@ -600,8 +612,8 @@ impl Server {
         let mailbox = handler.recipient(&path, &notify, original.as_deref())?;
         if !envelope.recipients.iter().any(|recipient| recipient.mailbox == mailbox) {
             envelope.recipients.push(Recipient { mailbox, notify, original });
-            // A client that asks for one recipient after another, to verify addresses before it accepts mail for them, is none
-            // that sends anything.
+            // Some hosts verify each address by MAIL, RCPT and RSET before they accept mail for it. They send no messages, but
+            // must not be closed for "too many commands": the first recipient of each transaction resets the count.
             if envelope.recipients.len() == 1 {
                 self.commands = 0;
             }
@@ -609,7 +621,7 @@ impl Server {
         Ok(ServerStep::Reply(Reply::new(250, "2.1.5", "OK, recipient accepted")))
     }
 
-    /// BDAT. Its octets follow even if it is rejected, and must be read, or they would be taken for commands (RFC 3030
+    /// BDAT. Its octets follow even if it is rejected, and must be read, or they would be executed as commands (RFC 3030
     /// section 2).
     fn chunk(&mut self, size: u64, last: Result<bool, Reply>) -> ServerStep {
         let limit = self.max_size();
@@ -635,6 +647,7 @@ impl Server {
         ServerStep::Chunk { size, last, rejected: Some(reply) }
     }
 
+    /// AUTH (RFC 4954 section 4).
     fn auth(
         &mut self, name: &[u8], initial: Option<Vec<u8>>, handler: &mut dyn SessionHandler,
     ) -> Result<ServerStep, Reply> {
@@ -721,9 +734,9 @@ impl Server {
         Reply::new(214, "2.0.0", format!("Commands: {}", words.join(" "))).with_line("See RFC 5321 and RFC 2645")
     }
 
-    /// Counts negative replies, and of a stranger the others too, and closes the connection of a client that gets too many.
+    /// Counts errors and rejected recipients, and closes the connection of a client that has too many.
     fn count_replies(&mut self, step: ServerStep) -> ServerStep {
-        // What is deferred stays with the client: with 421 after so much of it, no session would get to the mail after it.
+        // Deferred mail stays in the client's queue. If it counted, each session would end before the mail after it.
         if self.options.soft_bounce {
             return step;
         }
@@ -735,10 +748,10 @@ impl Server {
         };
         match reply.code() {
             500..=502 | 504 | 555 => self.errors += 1,
-            // A few rejected recipients are honest mistakes, and after a rejected MAIL the rest of its group gets 503; many
-            // are an attempt to find addresses (RFC 5321 section 7.3).
+            // A few rejected recipients are mistakes; many are an attempt to find addresses (RFC 5321 section 7.3). After a
+            // rejected MAIL the rest of its group gets 503, so these count less than an error, too.
             503 | 550 | 551 | 553 => self.rejections += 1,
-            // A client may send more recipients than a transaction can have (RFC 5321 section 4.5.3.1.10).
+            // 452: a client may send more recipients than a transaction can have (RFC 5321 section 4.5.3.1.10).
             400..=499 => return step,
             _ => return self.count_command(step),
         }
@@ -749,16 +762,16 @@ impl Server {
         step
     }
 
-    /// Counts a command that is no error, and closes the connection of a stranger that has sent far more of them than a
-    /// message needs: with thousands of HELP in one write it would take the processor from the senders of mail (RFC 5321
-    /// section 7.8).
+    /// Counts a command that is not an error, and closes the connection of a client that has not authenticated and has sent
+    /// far more of them than a message needs: with thousands of HELP in one write it would use the processor that the
+    /// senders of mail need (RFC 5321 section 7.8).
     fn count_command(&mut self, step: ServerStep) -> ServerStep {
-        let is_stranger = match self.options.role {
+        let counts = match self.options.role {
             ServerRole::Inbound => true,
             ServerRole::Odmr => self.account.is_none(),
             ServerRole::Submission | ServerRole::Customer => false,
         };
-        self.commands += usize::from(is_stranger);
+        self.commands += usize::from(counts);
         if self.commands > self.options.max_recipients.saturating_add(limits::COMMANDS_WITHOUT_MESSAGE) {
             return ServerStep::Close(Reply::new(421, "4.7.0", "Too many commands without a message"));
         }
@@ -766,7 +779,7 @@ impl Server {
     }
 }
 
-/// Checks that a domain could be held here: it has the grammar of RFC 5321 section 4.1.2.
+/// Checks that the domain of a recipient could be one of this host: it has the grammar of RFC 5321 section 4.1.2.
 ///
 /// # Errors
 /// The reply to RCPT.
@@ -793,7 +806,7 @@ pub fn check_qualified(mailbox: &Mailbox) -> Result<(), Reply> {
     }
 }
 
-/// The reply to a message of more than `limit` octets (RFC 1870 sections 6.1 and 6.3).
+/// The reply to a message of more than `limit` octets on the wire (RFC 1870 sections 6.1 and 6.3).
 pub fn message_too_large(limit: u64) -> Reply {
     Reply::new(552, "5.3.4", format!("The message is larger than {limit} octets"))
 }

@@ -1,26 +1,26 @@
-//! What a reply means: the one place that says what becomes of a recipient, a session or the next attempt.
+//! What a reply means for a recipient, for the session and for the next attempt. No other file interprets reply codes.
 //!
 //! ```text
 //! reply to     2yz      4yz       5yz       exceptions
 //! AUTH         go on    later     abort     500-504, 534, 538: another mechanism (RFC 4954 sections 4, 6)
 //!                                           535, 530 to any command: check name and secret
 //! ATRN         turned   later     abort     453: no mail, a success (RFC 2645 section 5.2.1)
-//!                                           450 4.7.0: the last call has brought no mail, the next is to come later
+//!                                           450 4.7.0: too soon after a call without mail; not a failure
 //! MAIL         go on    deferred  rejected  about us (below): this server accepts no mail from us (RFC 2645 section 5.4);
-//!                                           550, 530 5.7.z: perhaps so, perhaps it rejects this sender only
+//!                                           550, 530 5.7.z: either that, or it rejects this sender only
 //! RCPT         go on    deferred  rejected  452, 552: too many recipients for this transaction; deferred, and sent at once
 //!                                           in another (RFC 5321 section 4.5.3.1.10)
 //! DATA (354)   -        deferred  rejected
 //! the content  sent     deferred  rejected  no reply: in doubt (RFC 1047)
-//! anything                                  421: deferred, and the peer ends the session (RFC 5321 section 3.8)
+//! any of them                               421: deferred, and the peer ends the session (RFC 5321 section 3.8)
 //! ```
 //!
-//! A 3yz where none is expected counts as 4yz.
+//! A 3yz where none is expected counts as 4yz. *Later*: the customer calls again at its next time.
 //!
-//! A 5yz before the content is *about us* ([`is_about_us`]) if no message of ours could have another reply: the server does
-//! not know a command, or requires authentication. A next hop's rejection about us is a deferral for the host before us; one
-//! about the sender, the recipient or the content is passed on. After the content a 5yz is about the message, because the
-//! server has accepted the transaction, unless it requires authentication even then:
+//! A 5yz before the content is *about us*, the client ([`is_about_us`]), if each of our messages would get it: the server does
+//! not know a command, or requires authentication. If a next hop rejects mail with a reply about us, the host before us gets
+//! a deferral; a reply about the sender, the recipient or the content is relayed to it. After the content a 5yz is about the
+//! mail, because the server has accepted the transaction, unless it requires authentication even then:
 //!
 //! ```text
 //!                        before the content    after it
@@ -28,26 +28,26 @@
 //! 502, 503               about us (*)          about the mail
 //! 500 5.5.1              about us              about the mail
 //! any other 5yz          about the mail        about the mail
-//! (*) but x.1.z, x.2.z, x.6.z (RFC 3463 section 3) are about address, mailbox and content: about the mail; and so is x.7.z,
-//!     policy, except 530 5.7.0, 535 and 538 (RFC 4954 section 6)
+//! (*) about the mail if the enhanced status code is x.1.z, x.2.z or x.6.z (address, mailbox, content; RFC 3463 section 3),
+//!     or x.7.z (policy) with other codes than 530 5.7.0, 535 and 538 (RFC 4954 section 6)
 //! ```
 //!
-//! BDAT is a command as well as content, so the reply to it is judged as before the content.
+//! The reply to BDAT, which is both a command and content, is interpreted as before the content.
 
 use std::fmt;
 
 use super::reply::{Reply, Severity};
 
-/// What became of one recipient.
+/// The status of one recipient after an attempt.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum RecipientStatus {
     /// 2yz to the content: the peer is responsible now (RFC 5321 section 4.2.5).
     Sent(Reply),
     /// The recipient stays in the queue for another attempt.
     Deferred(Reply),
-    /// No attempt can succeed; the sender gets a DSN.
+    /// No attempt can succeed: the sender gets a DSN.
     Rejected(Reply),
-    /// All content was sent and no reply arrived (RFC 1047): the peer may have the message. It stays in the queue.
+    /// All content was sent and no reply arrived (RFC 1047): the peer may have the message. The recipient stays in the queue.
     InDoubt,
 }
 
@@ -60,8 +60,8 @@ impl RecipientStatus {
         }
     }
 
-    /// The status after a negative reply to RCPT. 552 means "too many recipients" there, for now (RFC 5321 section
-    /// 4.5.3.1.10).
+    /// The status after a negative reply to RCPT. RFC 5321 section 4.5.3.1.10: 552 means "too many recipients" there, and is
+    /// a 4yz.
     pub fn after_rcpt(reply: &Reply) -> RecipientStatus {
         match reply.code() {
             552 => RecipientStatus::Deferred(reply.clone()),
@@ -98,8 +98,8 @@ impl RecipientStatus {
         matches!(self, RecipientStatus::Deferred(reply) if matches!(reply.code(), 452 | 552))
     }
 
-    /// The same status, but if its reply is 452, with 451: for a queue in which 452 does not mean "too many recipients", so
-    /// that the next attempt is not at once.
+    /// The same status, but with 451 in place of 452: if 452 did not mean "too many recipients", the next attempt must not
+    /// follow at once.
     pub fn not_one_too_many(self) -> RecipientStatus {
         match self {
             RecipientStatus::Deferred(reply) if reply.code() == 452 => RecipientStatus::Deferred(reply.with_code(451)),
@@ -107,15 +107,15 @@ impl RecipientStatus {
         }
     }
 
-    /// The status at a next hop as the host before us must learn it; `stage`: what the next hop's reply answers. `upstream`
-    /// makes the reply for that host.
+    /// The status at a next hop, as the host before us must receive it. `stage`: what the next hop's reply answers.
+    /// `upstream` makes the reply for the host before us.
     pub fn of_hop(self, stage: HopStage, upstream: impl Fn(HopReply) -> Reply) -> RecipientStatus {
         match self {
-            // A reply to RCPT, where 552 defers for us, but not for the host before us.
+            // 552 to RCPT defers here. To the host before us it would mean the limit of its own transaction.
             RecipientStatus::Deferred(reply) if reply.code() == 552 => {
                 RecipientStatus::Rejected(upstream(reply_of_hop(reply, HopStage::Recipient)))
             }
-            // The client has deferred the message although its reply is a rejection: the hop does not know EHLO now.
+            // The client defers a message with a 5yz of its own if the hop has rejected EHLO, which may be temporary.
             RecipientStatus::Deferred(reply) if reply.severity() == Severity::Permanent => {
                 RecipientStatus::Deferred(Reply::new(451, "4.3.5", format!("Not now: {reply}")))
             }
@@ -125,7 +125,7 @@ impl RecipientStatus {
         }
     }
 
-    /// The `status` in the log: `sent`, `deferred`, `rejected` or `in-doubt`.
+    /// The value of `status` in the log: `sent`, `deferred`, `rejected` or `in-doubt`.
     pub fn word(&self) -> &'static str {
         match self {
             RecipientStatus::Sent(_) => "sent",
@@ -145,8 +145,8 @@ impl RecipientStatus {
         }
     }
 
-    /// The enhanced status code for a DSN and the log: that of the reply, or the one that says no more than its class (RFC
-    /// 3464 section 2.3.4).
+    /// The enhanced status code for a DSN and the log: that of the reply, or else the one with the class alone, such as 4.0.0
+    /// (RFC 3464 section 2.3.4).
     pub fn enhanced(&self) -> &str {
         let class = match self {
             RecipientStatus::Sent(_) => "2.0.0",
@@ -158,7 +158,7 @@ impl RecipientStatus {
     }
 }
 
-/// The reply that decided, on one line. It is not quoted.
+/// The reply that decided, on one line, without quotes.
 impl fmt::Display for RecipientStatus {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.reply() {
@@ -182,13 +182,13 @@ impl DeliveryResult {
         DeliveryResult { recipients: vec![status; count], decided_by }
     }
 
-    /// The connection was lost before the peer decided on any of `count` recipients. `text`: what happened.
+    /// The connection was lost before the peer replied about any of `count` recipients. `text`: what happened.
     pub fn lost(text: impl Into<String>, count: usize) -> DeliveryResult {
         let reply = connection_lost(text);
         DeliveryResult::all(RecipientStatus::Deferred(reply), count, DecidedBy::ConnectionLoss)
     }
 
-    /// The same result of a session that was stopped by this side.
+    /// The same result, if this side has stopped the session: the message did not cause the loss of the connection.
     pub fn stopped(mut self) -> DeliveryResult {
         if self.decided_by == DecidedBy::ConnectionLoss {
             self.decided_by = DecidedBy::UnrelatedConnectionLoss;
@@ -196,7 +196,7 @@ impl DeliveryResult {
         self
     }
 
-    /// Whether the session ended with this message: by a reply to it, or because the connection was lost.
+    /// Whether the session ended with this message: by 421 to it, or because the connection was lost.
     pub fn ended_session(&self) -> bool {
         let replies = self.recipients.iter().filter_map(RecipientStatus::reply);
         self.decided_by == DecidedBy::ConnectionLoss || replies.into_iter().any(ends_session)
@@ -226,22 +226,22 @@ pub enum DecidedBy {
     PeerAtContent,
     /// This client, before it sent anything of the message.
     Us,
-    /// The loss of the connection, which says nothing about the message.
+    /// The loss of the connection while this message was sent, which it may have caused.
     ConnectionLoss,
-    /// The loss of the connection for a reason that is not this message: a message before it was under way, or this side was
-    /// stopped.
+    /// The loss of the connection for another reason than this message: an earlier message was being sent, or this side has
+    /// stopped the session.
     UnrelatedConnectionLoss,
 }
 
 impl DecidedBy {
-    /// Whether nobody decided: the connection was lost.
+    /// Whether neither side decided: the connection was lost.
     pub fn is_connection_loss(self) -> bool {
         matches!(self, DecidedBy::ConnectionLoss | DecidedBy::UnrelatedConnectionLoss)
     }
 }
 
 /// Whether a 5yz to a command is about this host and not about the mail: the server does not know the command, or requires
-/// authentication (RFC 4954 section 6). See the table of this module.
+/// authentication (RFC 4954 section 6). This module's documentation has the table.
 pub fn is_about_us(reply: &Reply) -> bool {
     match (reply.code(), enhanced_subject(reply)) {
         (500, _) => reply.enhanced() == Some("5.5.1"),
@@ -250,7 +250,7 @@ pub fn is_about_us(reply: &Reply) -> bool {
     }
 }
 
-/// Whether a reply means that the server accepts nothing without authentication, or rejects ours (RFC 4954 section 6: 530
+/// Whether a reply means that the server accepts no mail without authentication, or rejects ours (RFC 4954 section 6: 530
 /// 5.7.0, 535 5.7.8, 538 5.7.11).
 fn requires_authentication(reply: &Reply) -> bool {
     match (reply.code(), enhanced_subject(reply)) {
@@ -260,7 +260,7 @@ fn requires_authentication(reply: &Reply) -> bool {
     }
 }
 
-/// Whether a negative reply to MAIL may reject either this sender only or all mail from us.
+/// Whether it is unknown if a negative reply to MAIL rejects this sender only or all mail from us.
 pub fn may_be_about_sender(reply: &Reply) -> bool {
     matches!(reply.code(), 530 | 550) && !is_about_us(reply) && !matches!(enhanced_subject(reply), Some(1 | 2 | 6))
 }
@@ -285,17 +285,18 @@ pub fn is_login_rejected(reply: &Reply) -> bool {
     matches!(reply.code(), 530 | 535)
 }
 
-/// Whether the reply to ATRN means that there is no mail for the customer, which is a success (RFC 2645 section 5.2.1).
-pub fn is_no_mail(reply: &Reply) -> bool {
+/// Whether the reply to ATRN means that the provider has no mail for the customer, which is a success (RFC 2645 section 5.2.1).
+pub fn means_no_mail(reply: &Reply) -> bool {
     reply.code() == 453
 }
 
-/// The reply to ATRN if the customer must wait for so many seconds, because its last call has brought no mail.
+/// The reply to ATRN that makes the customer wait for `seconds`, because its last call has brought no mail (RFC 2645 section
+/// 5.2.1: 450 may limit the rate of requests).
 pub fn too_soon_reply(seconds: i64) -> Reply {
     Reply::new(450, "4.7.0", format!("Your last call has brought no mail: call again in {seconds} seconds"))
 }
 
-/// Whether the reply to ATRN means that the provider wants a pause between calls, which is no failure.
+/// Whether the reply to ATRN is [`too_soon_reply`]: the provider requires a pause between calls, which is not a failure.
 pub fn is_too_soon(reply: &Reply) -> bool {
     reply.code() == 450 && reply.enhanced() == Some("4.7.0")
 }
@@ -305,32 +306,32 @@ pub fn connection_lost(text: impl Into<String>) -> Reply {
     Reply::new(451, "4.4.2", text.into())
 }
 
-/// What a next hop's negative reply answers, and what we reply to.
+/// What a next hop's negative reply answers, and what our reply to the host before us answers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum HopStage {
-    /// MAIL or RCPT, and we reply to RCPT.
+    /// The hop's answers MAIL or RCPT, ours RCPT.
     Recipient,
-    /// MAIL, RCPT, DATA or BDAT, and we reply to the content.
+    /// The hop's answers MAIL, RCPT, DATA or BDAT, ours the content.
     Message,
-    /// The content, and so do we.
+    /// Both answer the content.
     Content,
 }
 
 /// What a next hop's negative reply is about.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum HopReply {
-    /// The recipient or the content: it is relayed to the host before us.
+    /// The sender, the recipient or the content: the reply for the host before us.
     AboutMail(Reply),
-    /// The hop, which shuts down.
+    /// The hop, which ends the session (421).
     Unavailable,
-    /// This host: the hop does not know a command, or requires authentication. A sender must not get their mail back for
-    /// that.
+    /// This host: the hop does not know a command, or requires authentication. The message must be deferred: no sender
+    /// should get a bounce because this host is not set up.
     Unfit(Reply),
 }
 
-/// What a next hop's negative reply is about. The host before us gets a code that can only be about the mail at its own stage
-/// (RFC 5321 section 4.3.2): it would take 501 or 530 for a reply about itself, and 552 to RCPT, which a next hop uses for
-/// its quota or its SIZE, for "too many recipients" (section 4.5.3.1.10).
+/// What a next hop's negative reply is about. The host before us gets a code that can only be about the mail (RFC 5321
+/// section 4.3.2): it would interpret 501 or 530 as about itself, and 552 to RCPT, by which the next hop means a quota or its
+/// SIZE, as "too many recipients" (section 4.5.3.1.10).
 pub fn reply_of_hop(reply: Reply, stage: HopStage) -> HopReply {
     let code = match (reply.code(), stage) {
         (421, _) => return HopReply::Unavailable,

@@ -1,4 +1,4 @@
-//! Both roles: each with a scripted peer, then joined by two vectors of octets.
+//! Both roles: each with a scripted peer, then the client with the server.
 
 use std::collections::VecDeque;
 
@@ -166,14 +166,14 @@ fn every_reply_to_the_greeting_ehlo_and_helo() {
     check(&[up, "502 x", "550 x"], "500 what?", "Closed", "");
     check(&[up, "250 x", "quit "], "221 bye", "Closed", "");
     check(&[up, "250 x"], "421 shutting down", "Rejected the session 421", "");
-    let unsolicited = "ProtocolViolation(\"a reply came that nobody asked for\")";
+    let unsolicited = "ProtocolViolation(\"the peer sent a reply without a command\")";
     check(&[up, "250 x"], "250 x", unsolicited, "");
     check(&[up, "250 x"], "550 x", unsolicited, "");
 }
 
 /// Rules: TLS-02, TLS-03, TLS-14.
 #[test]
-fn starttls_comes_first_and_forgets_what_was_offered_in_clear() {
+fn starttls_is_the_first_command_and_what_was_offered_in_clear_does_not_count() {
     let starttls = || ClientOptions { starttls: StartTls::Required, ..with_credentials(false) };
     let offers = "250-x/250-STARTTLS/250-AUTH CRAM-MD5/250 ATRN";
     check(starttls(), &["220 x"], offers, "Wait", "STARTTLS");
@@ -185,7 +185,7 @@ fn starttls_comes_first_and_forgets_what_was_offered_in_clear() {
     check(starttls(), &["220 x", offers], "501 x", "Rejected STARTTLS 501", "QUIT");
     check(starttls(), &["220 x", offers], "421 x", "Rejected STARTTLS 421", "");
     check(starttls(), &["220 x", offers, "220 go"], offers, "Wait", "AUTH CRAM-MD5");
-    // What was offered in clear does not count.
+    // ATRN was offered in clear only.
     check(starttls(), &["220 x", offers, "220 go"], "250 x", "Abort(NoAtrn)", "QUIT");
     check(
         starttls(),
@@ -209,7 +209,7 @@ fn every_reply_to_auth_and_atrn() {
     check(&[], "334 not base64", "Wait", "*");
     check(&["334 not base64"], "501 cancelled", "Wait", &plain);
     check(&["334 not base64"], "235 come in", "Abort(Unproven)", "QUIT");
-    // Success before the challenge proves nothing.
+    // A success before the challenge proves nothing.
     check(&[], "235 come in", "Abort(Unproven)", "QUIT");
     check(&[], "504 x", "Wait", &plain);
     check(&[], "534 x", "Wait", &plain);
@@ -240,7 +240,7 @@ fn every_reply_to_auth_and_atrn() {
 
 /// Rules: SCR-07.
 #[test]
-fn scram_is_not_exchanged_for_a_weaker_mechanism() {
+fn after_plus_no_weaker_mechanism_is_tried() {
     let scram = "250-x/250-AUTH SCRAM-SHA-256 CRAM-MD5 PLAIN/250 ATRN";
     let plus = "250-x/250-AUTH SCRAM-SHA-256-PLUS SCRAM-SHA-256 CRAM-MD5 PLAIN/250 ATRN";
     let check = |offers, path: &[&str], reply: &str, step: &str, sent: &str| {
@@ -249,7 +249,7 @@ fn scram_is_not_exchanged_for_a_weaker_mechanism() {
     let initial = |mechanism, text: &str| format!("AUTH {mechanism} {}", data_encoding::BASE64.encode(text.as_bytes()));
     let challenge = |text: &str| format!("334 {}", data_encoding::BASE64.encode(text.as_bytes()));
     check(plus, &[], "535 x", "Rejected AUTH 535", "QUIT");
-    // Somebody between would be glad of an exchange without the channel binding.
+    // An attacker between the two could read an exchange without the channel binding.
     check(plus, &[], "504 x", "Rejected AUTH 504", "QUIT");
     check(scram, &[], "504 x", "Wait", "AUTH CRAM-MD5");
     check(scram, &[], "235 come in", "Abort(Unproven)", "QUIT");
@@ -283,7 +283,7 @@ fn no_secret_is_sent_in_clear_or_to_a_server_without_atrn() {
 
 /// Rules: AUTH-11.
 #[test]
-fn an_initial_response_that_is_too_long_waits_for_the_challenge() {
+fn an_initial_response_that_is_too_long_is_sent_after_the_challenge() {
     let options = ClientOptions { login: login(&[b'x'; 600]), ..with_credentials(true) };
     let mut scripted = Scripted::new(options);
     assert_eq!(scripted.receive("220 x").1, "EHLO me.example");
@@ -334,7 +334,7 @@ fn one_command_at_a_time_without_pipelining() {
     check(&at(&["354 x", "content "]), "552 x", "Done !552 !550", "");
     check(&at(&["354 x", "content "]), "421 x", "Done ~421 !550", "");
     // No reply is pending while content is being sent.
-    check(&at(&["354 x"]), "452 x", "ProtocolViolation(\"a reply came that nobody asked for\")", "");
+    check(&at(&["354 x"]), "452 x", "ProtocolViolation(\"the peer sent a reply without a command\")", "");
     check(&at(&["354 x"]), "421 x", "Rejected the session 421", "");
 }
 
@@ -382,7 +382,7 @@ fn the_next_group_is_sent_after_the_final_dot() {
     assert!(scripted.client.is_ready_for_message());
     scripted.sent();
     assert_eq!(scripted.send(1), "MAIL FROM:<a@b.example>/RCPT TO:<r0@example.org>/DATA");
-    assert!(!scripted.client.is_ready_for_message(), "two are enough");
+    assert!(!scripted.client.is_ready_for_message(), "two messages are in flight");
     assert_eq!(scripted.receive("250 x").0, "Done =250");
     assert_eq!(scripted.receive("250 x").0, "Wait");
     // QUIT waits for all replies, and stays queued if the commands of a message are dropped.
@@ -396,7 +396,7 @@ fn the_next_group_is_sent_after_the_final_dot() {
     assert_eq!(scripted.receive("550 x"), ("Done !550".to_owned(), "QUIT".to_owned()));
 }
 
-/// A host after the next one may be without SMTPUTF8, and would reject what it has always accepted.
+/// With an SMTPUTF8 that its sender has not declared, a host after the next one might reject a message that it can accept.
 #[test]
 fn only_submitted_mail_has_an_smtputf8_that_was_not_declared() {
     for submits in [false, true] {
@@ -417,7 +417,7 @@ fn only_submitted_mail_has_an_smtputf8_that_was_not_declared() {
 /// Rules: SIZE-01.
 #[test]
 fn a_message_that_needs_a_missing_extension_is_not_sent() {
-    let unfit = |offers: &str, change: fn(&mut OutgoingMessage)| {
+    let send = |offers: &str, change: fn(&mut OutgoingMessage)| {
         let without_8bitmime = Without8BitMime::Bounce;
         let mut scripted = Scripted::new(ClientOptions { without_8bitmime, ..options() });
         scripted.receive("220 x");
@@ -429,37 +429,37 @@ fn a_message_that_needs_a_missing_extension_is_not_sent() {
         assert_eq!(result.is_some(), scripted.out.is_empty());
         (result.map(|result| statuses(&result)).unwrap_or_default(), scripted.sent())
     };
-    assert_eq!(unfit("250 x", |message| message.envelope.utf8 = true).0, "!553 !553");
+    assert_eq!(send("250 x", |message| message.envelope.utf8 = true).0, "!553 !553");
     assert_eq!(
-        unfit("250 x", |message| message.envelope.recipients[1] = Recipient::plain(mailbox("é@example.org"))).0,
+        send("250 x", |message| message.envelope.recipients[1] = Recipient::plain(mailbox("é@example.org"))).0,
         "!553 !553"
     );
-    assert_eq!(unfit("250 x", |message| message.eight_bit = true).0, "!554 !554");
-    assert_eq!(unfit("250-x/250 SIZE 2", |_| {}).0, "!552 !552");
-    assert_eq!(unfit("250-x/250 SIZE 3", |_| {}).1, "MAIL FROM:<a@b.example> SIZE=3");
-    assert_eq!(unfit("250-x/250 SIZE", |_| {}).1, "MAIL FROM:<a@b.example> SIZE=3");
-    assert_eq!(unfit("250-x/250 size 0", |_| {}).1, "MAIL FROM:<a@b.example> SIZE=3");
+    assert_eq!(send("250 x", |message| message.eight_bit = true).0, "!554 !554");
+    assert_eq!(send("250-x/250 SIZE 2", |_| {}).0, "!552 !552");
+    assert_eq!(send("250-x/250 SIZE 3", |_| {}).1, "MAIL FROM:<a@b.example> SIZE=3");
+    assert_eq!(send("250-x/250 SIZE", |_| {}).1, "MAIL FROM:<a@b.example> SIZE=3");
+    assert_eq!(send("250-x/250 size 0", |_| {}).1, "MAIL FROM:<a@b.example> SIZE=3");
     // RFC 6531 section 3.2: a domain needs no extension, as its A-labels are the same name.
     let labels = |message: &mut OutgoingMessage| {
         message.envelope.from = ReversePath::Mailbox(mailbox("A..b@x"));
         message.envelope.recipients.truncate(1);
         message.envelope.recipients[0] = Recipient::plain(mailbox("Eva@B\u{dc}CHER.example"));
     };
-    assert_eq!(unfit("250-x/250 PIPELINING", labels).1, "MAIL FROM:<A..b@x>/RCPT TO:<Eva@xn--bcher-kva.example>/DATA");
-    let sent = unfit("250-x/250-PIPELINING/250 SMTPUTF8", |message| {
+    assert_eq!(send("250-x/250 PIPELINING", labels).1, "MAIL FROM:<A..b@x>/RCPT TO:<Eva@xn--bcher-kva.example>/DATA");
+    let sent = send("250-x/250-PIPELINING/250 SMTPUTF8", |message| {
         message.envelope.recipients.truncate(1);
         message.envelope.recipients[0] = Recipient::plain(mailbox("\u{e9}@B\u{dc}CHER.example"));
     });
     assert_eq!(sent.1, "MAIL FROM:<a@b.example> SMTPUTF8/RCPT TO:<\u{e9}@B\u{dc}CHER.example>/DATA");
-    let utf8 = unfit("250-x/250-8BITMIME/250 SMTPUTF8", |message| message.envelope.utf8 = true);
+    let utf8 = send("250-x/250-8BITMIME/250 SMTPUTF8", |message| message.envelope.utf8 = true);
     assert_eq!(utf8.1, "MAIL FROM:<a@b.example> BODY=8BITMIME SMTPUTF8");
     assert_eq!(
-        unfit("250-x/250 8BITMIME", |message| message.envelope.body = Body::SevenBit).1,
+        send("250-x/250 8BITMIME", |message| message.envelope.body = Body::SevenBit).1,
         "MAIL FROM:<a@b.example>"
     );
 }
 
-/// Only SMTPUTF8 has no way without 8BITMIME (RFC 6531 section 3.1).
+/// But not with SMTPUTF8, which requires 8BITMIME (RFC 6531 section 3.1).
 #[test]
 fn eight_bit_content_is_sent_without_8bitmime_by_default() {
     let send = |ehlo: &[&str], utf8: bool| {
@@ -562,7 +562,7 @@ fn served(step: &Served) -> String {
     }
 }
 
-/// Each line leads to its step. As a driver does, this ends content and starts TLS.
+/// Checks that each line leads to its step. Like a driver, it ends content and starts TLS.
 fn session(server_options: ServerOptions, tls: bool, lines: &[(&str, &str)]) {
     let mut server = Server::new(server_options, under(tls));
     for (number, (line, expected)) in lines.iter().enumerate() {
@@ -583,7 +583,7 @@ const RCPT: (&str, &str) = ("RCPT TO:<r@example.org>", "250 2.1.5");
 
 /// Rules: SMTP-41.
 #[test]
-fn commands_come_in_their_order() {
+fn commands_out_of_their_order_get_503_or_530() {
     for role in [ServerRole::Inbound, ServerRole::Customer] {
         let check = |lines: &[(&str, &str)]| session(server_options(role), false, lines);
         check(&[("NOOP", "250 2.0.0"), ("RSET", "250 2.0.0"), ("HELP", "214 2.0.0"), ("VRFY a", "252 2.0.0")]);
@@ -671,7 +671,7 @@ fn every_reply_to_auth() {
     check(true, &[("AUTH CRAM-MD5", "334"), ("*", "501 5.7.0"), ("AUTH cram-md5", "334"), ("eA==", "501 5.5.2")]);
     // PLAIN is not offered in clear (RFC 4954 section 4).
     check(false, &[("AUTH PLAIN", "504 5.5.4"), (&right, "504 5.5.4"), ("AUTH CRAM-MD5", "334"), ("*", "501 5.7.0")]);
-    // RFC 9266 section 4.1: whatever became of the exchange, only QUIT follows; also after STARTTLS, which there was.
+    // RFC 9266 section 4.1: whatever the result of the exchange, only QUIT follows.
     let plus = format!("AUTH SCRAM-SHA-256-PLUS {}", data_encoding::BASE64.encode(b"p=tls-exporter,,n=acme,r=c"));
     let foreign = format!("AUTH SCRAM-SHA-256-PLUS {}", data_encoding::BASE64.encode(b"p=tls-unique,,n=acme,r=c"));
     let used_up = [("NOOP", "close 421 4.7.0")];
@@ -746,7 +746,7 @@ fn too_many_failed_commands_or_recipients_close_the_session() {
 }
 
 #[test]
-fn a_stranger_that_sends_no_mail_has_a_limit_of_commands() {
+fn an_unauthenticated_client_that_sends_no_mail_has_a_limit_of_commands() {
     let (hello, mail) = (["EHLO a"], ["EHLO a", MAIL.0, RCPT.0]);
     let junk: [(&[&str], &[&str]); 9] = [
         (&hello, &["NOOP"]),
@@ -773,7 +773,7 @@ fn a_stranger_that_sends_no_mail_has_a_limit_of_commands() {
             assert_eq!(reply == "close 421 4.7.0", role == ServerRole::Inbound, "{role:?} {repeated:?}: {reply}");
         }
     }
-    // A message ends the count, and what is deferred does not count.
+    // A message resets the count, and deferrals do not count.
     let mut server =
         Server::new(ServerOptions { max_recipients: 2, ..server_options(ServerRole::Inbound) }, under(false));
     let send = |server: &mut Server, line: &str| served(&server.line(line.as_bytes(), &mut ScriptedHandler::default()));
@@ -788,14 +788,14 @@ fn a_stranger_that_sends_no_mail_has_a_limit_of_commands() {
         (0..90).for_each(|_| assert_eq!(send(&mut server, "NOOP"), "250 2.0.0"));
         server.end_transaction();
     }
-    // So does the first recipient of each transaction: a host may verify addresses before it accepts mail for them.
+    // The first recipient of each transaction resets it, too: a host may verify addresses before it accepts mail for them.
     for line in [MAIL.0, RCPT.0, "RSET"].iter().cycle().take(1000) {
         assert!(send(&mut server, line).starts_with("250"));
     }
 }
 
 #[test]
-fn a_stranger_on_port_366_may_repeat_commands_once_it_has_authenticated() {
+fn a_client_on_port_366_may_repeat_commands_after_it_has_authenticated() {
     let mut server = Server::new(server_options(ServerRole::Odmr), under(true));
     let mut send = |line: &str| served(&server.line(line.as_bytes(), &mut ScriptedHandler::default()));
     send("EHLO a");
@@ -838,7 +838,7 @@ fn received_has_the_protocol_and_the_client() {
     assert!(!two.contains("example.org"), "{two}");
 }
 
-/// Lines of a client, valid and not.
+/// Lines of a client, valid and invalid.
 fn lines() -> impl Strategy<Value = Vec<Vec<u8>>> {
     let known = proptest::sample::select(vec![
         "EHLO a.example",
@@ -884,7 +884,7 @@ proptest! {
     /// read only for an accepted recipient, and authentication stays (ODMR-06).
     /// Rules: SMTP-36, ESC-02.
     #[test]
-    fn each_line_has_one_reply_and_a_permitted_step(
+    fn each_line_has_one_reply_and_leads_to_a_permitted_step(
         lines in lines(),
         role in proptest::sample::select(vec![ServerRole::Inbound, ServerRole::Odmr, ServerRole::Customer]),
         (tls, starttls, require_tls) in any::<(bool, bool, bool)>(),
@@ -1118,12 +1118,12 @@ impl Peer {
                 }
             },
             Served::Atrn(_) => self.send_reply(&Reply::new(250, "2.0.0", "OK now reversing the connection"), out),
-            Served::Chunk { .. } => panic!("the client says no BDAT"),
+            Served::Chunk { .. } => panic!("the client does not send BDAT"),
         }
     }
 }
 
-/// How a session went.
+/// The result of a session.
 #[derive(Debug, Default)]
 struct Run {
     results: Vec<DeliveryResult>,
@@ -1138,7 +1138,7 @@ struct Run {
 
 const CONTENT: &[u8] = b"a\n.b\n..\n";
 
-/// Runs client and server in turn, up to the end of the session.
+/// Runs client and server alternately, up to the end of the session.
 fn run_session(client: &mut Client, peer: &mut Peer, messages: impl IntoIterator<Item = OutgoingMessage>) -> Run {
     let mut messages = messages.into_iter();
     let (mut up, mut down, mut run) = (Vec::new(), Vec::new(), Run::default());
@@ -1230,7 +1230,7 @@ fn by_the_book(mix: &Mix) -> String {
 }
 
 #[test]
-fn every_mix_of_replies_ends_as_the_rfcs_say() {
+fn every_mix_of_replies_has_the_result_that_the_rfcs_define() {
     let mut mixes = Vec::new();
     let recipient = [250, 452, 550, 552, 421];
     for total in 1..=3u32 {
@@ -1315,7 +1315,7 @@ fn a_message_is_in_doubt_if_all_content_was_sent_and_no_reply_arrived() {
     }
 }
 
-/// If MAIL was deferred, the 503 to RCPT that follows from that rejects no recipient.
+/// If MAIL was deferred, the 503 to RCPT that follows rejects no recipient.
 #[test]
 fn after_a_negative_reply_to_mail_it_decides_for_all_recipients() {
     for (mail, expected) in [("451 x", "~451 ~451"), ("550 x", "!550 !550")] {
@@ -1343,9 +1343,9 @@ fn after_a_negative_reply_to_mail_it_decides_for_all_recipients() {
     assert_eq!(results.iter().map(statuses).collect::<Vec<_>>(), ["~552 !550 ~441"], "552 to RCPT: too many, for now");
 }
 
-/// 421 to the content ends the session with the message before: the one behind it has no share in that.
+/// If the peer replies 421 to the content of a message, the message after it did not cause the loss of the connection.
 #[test]
-fn the_message_that_the_peer_ended_the_session_with_is_the_only_one() {
+fn only_the_message_that_ended_the_session_counts_as_the_cause() {
     for (last, expected) in [
         ("421 x", vec![DecidedBy::UnrelatedConnectionLoss]),
         ("250 x", vec![DecidedBy::ConnectionLoss]),
@@ -1586,7 +1586,7 @@ fn the_limits_of_the_peer_are_obeyed() {
     scripted.sent();
     scripted.send(1);
     assert!(!scripted.client.is_used_up());
-    // One recipient after the other: also RCPT commands that have failed count.
+    // Recipients one at a time: RCPT commands that have failed count, too.
     let mut scripted = offering("RCPTMAX=2");
     scripted.begin_transaction();
     scripted.receive("250 ok");
@@ -1664,8 +1664,8 @@ fn a_lost_lmtp_session_leaves_only_the_other_recipients_in_doubt() {
     assert_eq!(left.iter().map(statuses).collect::<Vec<_>>(), ["=250 ? ?"]);
 }
 
-/// Some servers mean only one recipient by 421. The replies for the others are not about the next message, whose content was not
-/// sent.
+/// Some LMTP servers mean only one recipient by 421. Their replies for the others are not about the next message, whose
+/// content was not sent.
 #[test]
 fn no_reply_after_421_counts_for_the_next_message() {
     let mut scripted = lmtp_content_sent();
@@ -1680,7 +1680,7 @@ fn no_reply_after_421_counts_for_the_next_message() {
 }
 
 #[test]
-fn the_peer_gets_the_client_info_that_it_offers_to_read() {
+fn the_peer_gets_the_client_info_that_it_offers_to_accept() {
     let origin = ClientInfo { address: "192.0.2.9".parse().unwrap(), helo: Some("a+b =c".to_owned()), extended: true };
     let begin = |offered: &str| {
         let mut scripted = Scripted::new(options());
@@ -1694,7 +1694,7 @@ fn the_peer_gets_the_client_info_that_it_offers_to_read() {
         begin("250-x/250-XFORWARD NAME ADDR PROTO HELO SOURCE PORT/250 XCLIENT NAME ADDR PROTO HELO");
     assert!(awaited && !scripted.client.is_ready_for_message());
     assert_eq!(scripted.sent(), "XCLIENT NAME=[UNAVAILABLE] ADDR=192.0.2.9 PROTO=ESMTP HELO=a+2Bb+20+3Dc");
-    // The session begins anew, and stays accepted_any else's.
+    // The session begins anew, with another client in the eyes of the peer.
     assert_eq!(scripted.receive("220 x"), step_and_sent("Wait", "EHLO me.example"));
     assert_eq!(scripted.receive("250 x").0, "Ready");
     assert!(scripted.client.is_client_overridden());

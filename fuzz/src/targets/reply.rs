@@ -39,9 +39,9 @@ fn read(octets: &[u8]) -> Reply {
 
 fn one(reply: &Reply) {
     assert!((200..600).contains(&reply.code()) && reply.is_from_peer());
-    assert!((1..=limits::REPLY_LINES_KEPT).contains(&reply.lines().count()));
+    assert!((1..=limits::STORED_REPLY_LINES).contains(&reply.lines().count()));
     // Each octet that is not UTF-8 was replaced by three octets.
-    assert!(reply.lines().all(|line| line.len() <= 3 * limits::REPLY_LINE_KEPT));
+    assert!(reply.lines().all(|line| line.len() <= 3 * limits::STORED_REPLY_LINE));
     check::shown(&reply.to_string());
     assert!(reply.to_string().chars().count() <= 330);
     PeerExtensions::parse(reply);
@@ -76,7 +76,7 @@ fn relayed(reply: &Reply) {
     let again = read(&octets);
     assert_eq!((again.code(), again.enhanced()), (reply.code(), relayed.enhanced()));
     let is_plain = |line: &str| line.len() <= limits::REPLY_TEXT && !line.contains(|octet: char| octet.is_control());
-    if relayed.lines().all(is_plain) && relayed.lines().count() <= limits::REPLY_LINES_KEPT {
+    if relayed.lines().all(is_plain) && relayed.lines().count() <= limits::STORED_REPLY_LINES {
         assert_eq!(again.lines().collect::<Vec<_>>(), relayed.lines().collect::<Vec<_>>());
     }
 }

@@ -1,4 +1,4 @@
-//! Content on the wire and at rest, in one piece and in many.
+//! Content on the wire and at rest, whole and cut into pieces.
 
 use proptest::collection::vec;
 use proptest::prelude::*;
