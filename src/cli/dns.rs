@@ -36,7 +36,7 @@ use super::process::print;
 use super::terminal::{has_colours, highlighted};
 use crate::config::{Config, CustomerConfig, ProviderConfig};
 use crate::mail::address::Domain;
-use crate::net::reserved::{is_own, not_in_the_world};
+use crate::net::reserved::{is_own, not_public};
 use crate::net::resolver::{Rtype, address_for_name};
 use crate::net::tls::CertificateInfo;
 
@@ -165,7 +165,7 @@ fn judge_host(
     // A smarthost sends from addresses of its own.
     let sends = config.relay.smarthost.is_none();
     findings.extend(own.iter().filter(|_| sends).filter_map(|source| judge_source(host, *source, &known.addresses)));
-    let has_name = |address: &&IpAddr| sends && (allow_private || not_in_the_world(**address).is_none());
+    let has_name = |address: &&IpAddr| sends && (allow_private || not_public(**address).is_none());
     for &address in known.addresses.iter().filter(has_name) {
         findings.push(judge_pointer(host, address, &lookups.ask(&reverse_name(address), Rtype::PTR)));
     }

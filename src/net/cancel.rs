@@ -1,6 +1,6 @@
-//! The cancellation token, and the one wait for descriptors that it ends.
+//! The cancellation token, and the one function that waits for descriptors.
 //!
-//! Every thread that waits polls the token's descriptor beside its own: one call of [`CancelToken::cancel`] wakes all.
+//! Every thread that waits also polls the token's descriptor: one call of [`CancelToken::cancel`] wakes all.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -20,7 +20,7 @@ pub struct CancelToken(Arc<State>);
 #[derive(Debug)]
 struct State {
     cancelled: AtomicBool,
-    /// The reading end of a pipe: poll(2) waits for it beside sockets.
+    /// The reading end of a pipe, for poll(2).
     reader: OwnedFd,
     writer: OwnedFd,
 }
@@ -36,7 +36,7 @@ impl CancelToken {
         Ok(CancelToken(Arc::new(State { cancelled: AtomicBool::new(false), reader, writer })))
     }
 
-    /// Cancels. A second call does nothing.
+    /// Cancels the token and its clones. A second call does nothing.
     pub fn cancel(&self) {
         if !self.0.cancelled.swap(true, Ordering::SeqCst) {
             // One octet that is never read: the pipe is readable from now on. It was empty, so this cannot fail.
@@ -66,21 +66,21 @@ impl CancelToken {
         self.is_cancelled()
     }
 
-    /// Returns a descriptor to poll for `IN`: readable for ever after `cancel`. Never read from it.
+    /// Returns a descriptor to poll for `IN`: it is readable for ever after `cancel`. Never read from it.
     pub fn fd(&self) -> BorrowedFd<'_> {
         self.0.reader.as_fd()
     }
 }
 
-/// One poll(2): waits until a descriptor is ready or the deadline has passed; without a deadline there is no limit. If
-/// a signal interrupts the wait no descriptor is ready: the caller checks its deadline and waits again.
+/// Calls poll(2): waits until a descriptor is ready or the deadline has passed; without a deadline there is no limit. If
+/// a signal interrupts the wait, no descriptor is ready: the caller must check its deadline and wait again.
 ///
 /// # Errors
 ///
-/// The system's errors.
+/// The errors of the system.
 pub fn poll(descriptors: &mut [PollFd<'_>], deadline: Option<Instant>) -> io::Result<()> {
     let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
-    // A time too long for the system becomes no limit.
+    // A time that is too long for the system becomes no limit.
     let left = left.and_then(|left| Timespec::try_from(left).ok());
     match rustix::event::poll(descriptors, left.as_ref()) {
         Ok(_) | Err(Errno::INTR) => Ok(()),

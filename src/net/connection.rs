@@ -1,9 +1,7 @@
 //! One connection: octets and lines in both directions, in clear or under TLS.
 //!
-//! The contract:
-//!
-//! - No call on a descriptor waits (see [`Descriptor`]). [`Connection::fill`] and [`Connection::flush`] never wait, and one call does a
-//!   bounded amount of work: no peer can keep a thread busy.
+//! - No call on a descriptor waits (see [`Descriptor`]). [`Connection::fill`] and [`Connection::flush`] never wait, and one
+//!   call does a limited amount of work: no peer can keep a thread busy.
 //! - Deadlines are absolute: a peer that sends one octet a minute does not extend them.
 //! - [`Connection::send`] only collects octets; [`Connection::flush`] gives them to the system.
 //!
@@ -18,14 +16,14 @@
 //!   }                                        }
 //! ```
 //!
-//! The poller reports what *becomes* ready. So a thread with thousands comes back to a connection that is neither
-//! `drained` nor `congested` without waiting. When it gets a connection from another thread it first looks at `received`;
-//! and after each `fill` it asks `ended` whether the peer will send more.
+//! The poller reports only descriptors that *become* ready. So a thread with thousands must return to a connection that is
+//! neither `drained` nor `congested` without a report. When it gets a connection from another thread, it must look at
+//! `received` first; and after each `fill` it must ask `ended` whether the peer will send more.
 //!
 //! TLS begins only if the read buffer is empty, so that no octet sent in clear counts as sent under TLS (RFC 3207
 //! section 6). An end of the connection without close_notify is an error (RFC 8314 section 3.4). `shutdown` sends
-//! close_notify only if everything before it was sent. After an error of TLS the peer gets the alert that tells why (RFC
-//! 8446 section 6.2): `start_tls_…` and `close` wait a little for the peer to read it, `shutdown` does not.
+//! close_notify only if everything before it was sent. After an error of TLS the peer gets an alert with the reason (RFC
+//! 8446 section 6.2): `start_tls_…` and `close` wait up to 2 seconds for the peer to read it, `shutdown` does not.
 
 use std::io::{self, Write};
 use std::mem::{self, MaybeUninit};
@@ -48,38 +46,38 @@ use crate::sasl::TlsChannel;
 
 /// Octets read from the system in one `fill`.
 const READ_SIZE: usize = 64 * 1024;
-/// If this many octets wait in the read buffer `fill` reads no more, so that the peer must wait for us.
+/// If the read buffer has this many octets, `fill` reads no more, so that the peer must wait.
 const READ_BUFFER_LIMIT: usize = 256 * 1024;
 /// Octets given to the system in one `flush`.
 const FLUSH_LIMIT: usize = 256 * 1024;
-/// Spaces for a read that are kept while no thread reads.
+/// Spaces for a read that are not freed while no thread reads.
 const SPARE_SPACE_LIMIT: usize = 4;
-/// An empty buffer larger than this is freed: thousands of idle connections must not keep what one burst needed.
+/// An empty buffer larger than this is freed: otherwise thousands of idle connections would hold the memory of one burst.
 const IDLE_CAPACITY: usize = 4 * 1024;
 
-/// After an error of TLS: how long to wait for the peer to read our alert and to close.
+/// How long to wait, after an error of TLS, for the peer to read our alert and to close.
 const ALERT_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// One connection.
 pub struct Connection {
-    /// The log of the dialogue. It travels with the connection; nothing here writes to it.
+    /// The log of the dialogue, for the driver; this file does not write to it.
     pub trace: Trace,
     input: Descriptor,
     /// `None`: the same descriptor as `input`.
     output: Option<Descriptor>,
     tls: Option<Box<TlsSession>>,
-    /// TLS has ended with an error, and the peer has not been given time to read our alert.
+    /// TLS has ended with an error, and no call has waited for the peer to read our alert.
     tls_failed: bool,
     read: Buffer,
-    /// The rest of a line that was too long is being discarded: how many of its octets so far.
+    /// The octets of a line that was too long that were discarded so far; `None`: none is being discarded.
     discarding: Option<usize>,
     /// Octets read during `flush_all` or the handshake; the next `fill` reports them.
     early_octets: usize,
-    /// The last read has taken all octets that had arrived.
+    /// The last read has read all octets that had arrived.
     drained: bool,
-    /// No octets come after those in `read`.
+    /// No octets will follow those in `read`.
     ended: bool,
-    /// Why there are no more, if the peer has not closed in good order.
+    /// The error that has ended the input.
     read_error: Option<io::Error>,
     out: Buffer,
     /// At the last flush the system accepted no more octets.
@@ -87,25 +85,25 @@ pub struct Connection {
     write_error: Option<io::Error>,
 }
 
-/// What one `fill` found.
+/// The result of one `fill`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Filled {
-    /// `received` has this many octets more.
+    /// `received` has this many more octets.
     Bytes(usize),
-    /// No octets at the moment, or the read buffer is full.
+    /// No octets have arrived, or the read buffer is full.
     Nothing,
     /// The peer will send nothing more; under TLS, it has sent close_notify.
     End,
 }
 
-/// What `take_line` found.
+/// The result of `take_line`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Line {
     /// No complete line yet.
     None,
     /// A line without its line end.
     Whole(Vec<u8>),
-    /// A line longer than the limit. Reported once; the rest of the line is discarded.
+    /// A line longer than the limit: reported once; the rest of the line is discarded.
     TooLong,
 }
 
@@ -130,7 +128,7 @@ impl Connection {
         Connection::accepted(Arc::new(socket), trace)
     }
 
-    /// [`Connection::new`] over a socket that the listener can still shut down.
+    /// [`Connection::new`] over a socket that the limiter shares, so that it can shut it down.
     ///
     /// # Errors
     ///
@@ -139,15 +137,15 @@ impl Connection {
         Ok(Connection::with(Descriptor::own(socket)?, None, trace))
     }
 
-    /// Returns a connection over two descriptors of the caller, as UCSPI and inetd-style supervisors pass them; over one if
-    /// `output` is `None`. Their flags stay as they are.
+    /// Returns a connection over two descriptors that another process has opened, as UCSPI and inetd pass them; over one if
+    /// `output` is `None`. Their flags stay unchanged.
     pub fn over(input: OwnedFd, output: Option<OwnedFd>, trace: Trace) -> Connection {
         Connection::with(Descriptor::shared(input), output.map(Descriptor::shared), trace)
     }
 
     fn with(input: Descriptor, output: Option<Descriptor>, trace: Trace) -> Connection {
         for descriptor in [Some(&input), output.as_ref()].into_iter().flatten() {
-            // Writes are already collected here; Nagle's algorithm would delay each by 40 ms. A pipe has no such option.
+            // Writes are collected here already, and Nagle's algorithm would delay each by 40 ms. A pipe has no such option.
             let _ = rustix::net::sockopt::set_tcp_nodelay(descriptor, true);
         }
         Connection {
@@ -168,17 +166,17 @@ impl Connection {
         }
     }
 
-    /// Returns what TLS has negotiated; `None`: the connection is in clear.
+    /// Returns the TLS version and cipher; `None`: the connection is in clear.
     pub fn tls_info(&self) -> Option<TlsInfo> {
         self.tls.as_ref()?.info()
     }
 
-    /// Returns the certificate that the peer has shown; `None`: it has shown none.
+    /// Returns the certificate that the peer has sent; `None`: it has sent none.
     pub fn peer_certificate(&self) -> Option<CertificateInfo> {
         self.tls.as_ref()?.peer_certificate()
     }
 
-    /// Returns what TLS tells an authentication; `None`: the connection is in clear.
+    /// Returns the properties of TLS that an authentication may use; `None`: the connection is in clear.
     pub fn tls_channel(&self) -> Option<TlsChannel> {
         Some(self.tls.as_ref()?.channel())
     }
@@ -208,26 +206,26 @@ impl Connection {
         [Some(&self.input), self.output.as_ref()].into_iter().flatten().map(AsFd::as_fd)
     }
 
-    /// Closes the connection in good order. After an error of TLS it waits for the peer to read our alert, for 2 seconds
-    /// at most; otherwise it does not wait.
+    /// Closes the connection. After an error of TLS it waits for the peer to read our alert, for 2 seconds at most;
+    /// otherwise it does not wait.
     pub fn close(mut self) {
         self.deliver_alert(Instant::now() + ALERT_TIMEOUT);
         self.shutdown();
     }
 
-    /// [`Connection::close`] for a thread that must not wait: after an error of TLS another thread waits.
+    /// Closes the connection like [`Connection::close`], but never waits: after an error of TLS another thread does.
     pub fn close_without_waiting(mut self) {
         if !self.tls_failed {
             return self.shutdown();
         }
-        // If there is no thread, the alert is sent at least.
+        // If no thread can be started, the alert is at least sent.
         let _ = self.flush();
         let _ = thread::Builder::new().spawn(move || self.close());
     }
 
-    /// After an error of TLS: sends our alert and no more, and reads up to the peer's end of the connection or the deadline.
-    /// If a socket is closed while octets of the peer are unread or still come, the system resets the connection, and the
-    /// peer may lose the alert.
+    /// After an error of TLS: sends our alert and nothing else, and reads until the peer closes the connection or the deadline
+    /// has passed. If a socket is closed with octets unread, or more arrive, the system resets the connection, and the peer
+    /// may lose the alert.
     fn deliver_alert(&mut self, deadline: Instant) {
         if !mem::take(&mut self.tls_failed) {
             return;
@@ -248,9 +246,9 @@ impl Connection {
         }
     }
 
-    /// Closes the connection in good order, as far as that is possible without waiting.
+    /// Sends what the system accepts and closes the connection, without waiting.
     pub fn shutdown(mut self) {
-        // A close_notify after half of our octets would make the peer believe that it has all of them.
+        // If not all octets were sent, a close_notify would make the peer believe that it has all of them.
         if matches!(self.flush(), Ok(true))
             && let Some(session) = &mut self.tls
         {
@@ -258,8 +256,7 @@ impl Connection {
             let _ = self.flush();
         }
         let _ = rustix::net::shutdown(self.output_fd(), rustix::net::Shutdown::Write);
-        // If a socket is closed with octets unread, the system resets the connection, and the peer may lose our last
-        // reply.
+        // If a socket is closed with octets unread, the system resets the connection, and the peer may lose our last reply.
         let mut space = ReadSpace::take();
         let mut left = READ_BUFFER_LIMIT;
         while left > 0
@@ -273,12 +270,13 @@ impl Connection {
 
 /// Input: octets.
 impl Connection {
-    /// Reads what has arrived: once, 64 KiB at most, through TLS. Reads nothing while 256 KiB wait in the buffer.
+    /// Reads octets that have arrived, once, 64 KiB at most, and decrypts them under TLS. Reads nothing while the buffer has
+    /// 256 KiB.
     ///
     /// # Errors
     ///
-    /// The system's; under TLS `InvalidData`, and `UnexpectedEof` for an end without close_notify. What came before it is
-    /// reported first.
+    /// The errors of the system; under TLS `InvalidData`, and `UnexpectedEof` for an end without close_notify. Octets before
+    /// the error are reported first.
     pub fn fill(&mut self) -> io::Result<Filled> {
         match mem::take(&mut self.early_octets) {
             0 => self.read_available(),
@@ -297,7 +295,7 @@ impl Connection {
         let mut space = ReadSpace::take();
         let octets = match self.input.read(&mut space.0) {
             Ok(octets) => octets,
-            // After an interrupted read the octets are still there.
+            // After an interrupted read the octets are not read yet.
             Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {
                 self.drained = error.kind() == io::ErrorKind::WouldBlock;
                 return Ok(Filled::Nothing);
@@ -316,7 +314,7 @@ impl Connection {
             Some(session) if octets.is_empty() => session.end_of_input(),
             Some(session) => {
                 let fed = session.feed(octets, read);
-                // An alert of the peer needs no answer.
+                // rustls has no alert to send if the peer has sent one.
                 self.tls_failed |= fed.is_err() && session.wants_write();
                 fed
             }
@@ -332,7 +330,7 @@ impl Connection {
             0 if self.at_end()? => Ok(Filled::End),
             0 => Ok(Filled::Nothing),
             count => {
-                // Note a close_notify that came with these octets now: no poller will report it.
+                // A close_notify may have arrived with these octets: no poller will report it later.
                 let _ = self.at_end();
                 Ok(Filled::Bytes(count))
             }
@@ -349,29 +347,29 @@ impl Connection {
         Ok(self.ended)
     }
 
-    /// Acknowledges at once what has arrived. A peer that writes its replies one by one and leaves Nagle's algorithm on
-    /// (fetchmail) would otherwise wait 40 ms in each group. On other systems than Linux it does nothing.
+    /// Makes the system acknowledge at once what has arrived. A peer that writes its replies one by one and uses Nagle's
+    /// algorithm (fetchmail) would otherwise wait 40 ms in each group. On other systems than Linux it does nothing.
     pub fn acknowledge(&self) {
         #[cfg(target_os = "linux")]
         let _ = rustix::net::sockopt::set_tcp_quickack(&self.input, true);
     }
 
-    /// Returns the octets that have arrived and are not yet consumed.
+    /// Returns the octets that were read and not yet consumed.
     pub fn received(&self) -> &[u8] {
         self.read.rest()
     }
 
-    /// Removes the first `count` octets of `received`; all, if there are fewer.
+    /// Removes the first `count` octets of `received`; if there are fewer, all.
     pub fn consume(&mut self, count: usize) {
         self.read.consume(count);
     }
 
-    /// Returns whether the last `fill` has read all that had arrived, the end of the connection left aside.
+    /// Returns whether the last `fill` has read all octets that had arrived. The end of the connection may have arrived, too.
     pub fn drained(&self) -> bool {
         self.drained
     }
 
-    /// Returns whether the peer will send nothing more than what is in `received`.
+    /// Returns whether no octets will follow those in `received`.
     pub fn ended(&self) -> bool {
         self.ended
     }
@@ -379,23 +377,23 @@ impl Connection {
 
 /// Input: lines.
 impl Connection {
-    /// Takes the next line that ends in CRLF. `limit` counts its octets with the CRLF (RFC 5321 section 4.5.3.1) and is
-    /// 256 KiB at most. A bare CR or LF stays in the line, so that the parser rejects it (RFC 5321 section 2.3.8).
+    /// Removes and returns the next line that ends in CRLF. `limit`: its octets with the CRLF (RFC 5321 section 4.5.3.1), at
+    /// most 256 KiB. A bare CR or LF stays in the line, so that the parser rejects it (RFC 5321 section 2.3.8).
     pub fn take_line(&mut self, limit: usize) -> Line {
         self.take(limit, LineEnd::CrLf)
     }
 
-    /// Takes the next line that ends in CRLF or in a bare LF: for replies only, which some servers end so.
+    /// Like [`Connection::take_line`], but a bare LF ends a line, too: for replies only, because some servers send it.
     pub fn take_reply_line(&mut self, limit: usize) -> Line {
         self.take(limit, LineEnd::Lf)
     }
 
-    /// Returns how many octets of a line that is too long were discarded; 0 once its end was found.
+    /// Returns how many octets of a line that is too long were discarded; 0 after its end was found.
     pub fn discarded(&self) -> usize {
         self.discarding.unwrap_or(0)
     }
 
-    /// An incomplete line is searched again from its beginning when more of it has arrived: `limit` bounds that work.
+    /// An incomplete line is searched again from its beginning when more of it has arrived; `limit` limits that work.
     fn take(&mut self, limit: usize, ends: LineEnd) -> Line {
         if self.discarding.is_some() && !self.discard(ends) {
             return Line::None;
@@ -431,7 +429,7 @@ impl Connection {
 
 /// Output.
 impl Connection {
-    /// Returns the octets to send, to append more. Some of them may have been sent: look at new ones only.
+    /// Returns the buffer of octets to send, to append more. Its first octets may have been sent already.
     pub fn out(&mut self) -> &mut Vec<u8> {
         self.out.end()
     }
@@ -442,23 +440,23 @@ impl Connection {
     }
 
     /// Gives octets to the system: as many as it accepts without waiting, and about 256 KiB at most. Returns whether
-    /// that was all.
+    /// none are left.
     ///
     /// # Errors
     ///
-    /// The system's or rustls'. After an error every further call returns the same error; what the peer has sent can
+    /// The errors of the system and of rustls. After an error each call returns the same error; the octets of the peer can
     /// still be read.
     pub fn flush(&mut self) -> io::Result<bool> {
         let result = self.write_error.take().map_or_else(|| self.write_pending(), Err);
         result.inspect_err(|error| self.write_error = Some(copy(error)))
     }
 
-    /// Returns how many octets were not yet given to the system. Under TLS some are counted in their encrypted form.
+    /// Returns the number of octets that were not yet given to the system; under TLS some are counted in encrypted form.
     pub fn unsent(&self) -> usize {
         self.out.rest().len() + self.tls.as_ref().map_or(0, |session| session.unsent())
     }
 
-    /// Returns whether the system accepted no more octets at the last `flush`: wait until it does.
+    /// Returns whether the last `flush` ended because the system accepted no more octets: wait until it does.
     pub fn congested(&self) -> bool {
         self.congested
     }
@@ -483,7 +481,7 @@ impl Connection {
         Ok(self.unsent() == 0)
     }
 
-    /// One system call. Returns how many octets the system accepted; `None`: there is nothing to send.
+    /// Writes by one system call. Returns how many octets the system accepted; `None`: there is nothing to send.
     fn write_once(&mut self) -> io::Result<Option<usize>> {
         let mut output = self.output.as_ref().unwrap_or(&self.input);
         let plain = self.out.rest();
@@ -495,11 +493,10 @@ impl Connection {
             self.out.consume(written);
             return Ok(Some(written));
         };
-        // Seal only when everything sealed was sent: topping up after each partial write would make a TLS record of
-        // every few octets.
+        // Seal only after all sealed octets were sent: to seal more after each partial write would make very small records.
         if !session.wants_write() && !session.handshaking() && !plain.is_empty() {
-            // The last line gets a record of its own: fetchmail waits for its socket while lines that it has not read
-            // are in the record it has, and would wait for ever.
+            // The last line gets a record of its own. fetchmail waits for its socket even if its TLS library has decrypted
+            // lines that it has not read, and would wait for ever.
             let last = plain[..plain.len() - 1].iter().rposition(|octet| *octet == b'\n').map_or(0, |at| at + 1);
             let mut sealed = if last > 0 { session.seal(&plain[..last])? } else { 0 };
             if sealed == last {
@@ -513,7 +510,7 @@ impl Connection {
 
 /// Waiting.
 impl Connection {
-    /// Returns what to poll for: `IN` on `input_fd`, `OUT` on `output_fd`, both or neither.
+    /// Returns the flags to poll for: `IN` on `input_fd`, `OUT` on `output_fd`, both or neither.
     pub fn interest(&self) -> PollFlags {
         let mut interest = PollFlags::empty();
         interest.set(PollFlags::IN, !self.ended && self.received().len() < READ_BUFFER_LIMIT);
@@ -521,15 +518,15 @@ impl Connection {
         interest
     }
 
-    /// Waits until `fill` has something to report, and flushes meanwhile. Take all lines before: this does not look at
-    /// octets that were already reported.
+    /// Waits until `fill` has something to report, and flushes meanwhile. Take all lines first: this function does not look
+    /// at octets that `fill` has already reported.
     ///
-    /// If the deadline has passed the result is `Deadline`, even if octets have arrived: a peer that sends them slowly
-    /// cannot extend it.
+    /// If the deadline has passed, the result is `Deadline`, even if octets have arrived: a peer that sends slowly cannot
+    /// extend it.
     ///
     /// # Errors
     ///
-    /// The errors of `flush`, but only if there is nothing to read.
+    /// The errors of `flush`, but only if there is nothing to read; the errors of the system.
     pub fn wait_input(&mut self, deadline: Instant, cancel: &CancelToken) -> io::Result<WaitResult> {
         loop {
             let broken = self.flush().err();
@@ -543,7 +540,7 @@ impl Connection {
             if now >= deadline {
                 return Ok(WaitResult::Deadline);
             }
-            // A peer that closed may have sent the reason (a 421): read that before our own error is returned.
+            // A peer that has closed may have sent 421 before: that must be read before our own error is returned.
             let until = if broken.is_some() { now } else { deadline };
             let ready = self.poll(self.interest() | PollFlags::IN, Some(cancel), until)?;
             match broken {
@@ -555,8 +552,8 @@ impl Connection {
         }
     }
 
-    /// Waits until everything was given to the system. Reads meanwhile, so that two peers that both send do not wait
-    /// for each other.
+    /// Waits until all octets were given to the system. Reads meanwhile, so that two peers that both send do not wait
+    /// for each other (RFC 2920 section 3.1).
     ///
     /// # Errors
     ///
@@ -566,8 +563,8 @@ impl Connection {
         Ok(())
     }
 
-    /// One step of [`Connection::flush_all`]: flushes, and waits once if something is left. Returns whether everything was
-    /// given to the system.
+    /// One step of [`Connection::flush_all`]: flushes, and waits once if octets are left. Returns whether all were given to
+    /// the system.
     ///
     /// # Errors
     ///
@@ -601,7 +598,7 @@ impl Connection {
         self.poll(interest, cancel, deadline)
     }
 
-    /// One poll(2), until `until` at most. Returns whether there is something to read.
+    /// Calls poll(2) once, until `until` at most. Returns whether there is something to read.
     fn poll(&self, interest: PollFlags, cancel: Option<&CancelToken>, until: Instant) -> io::Result<bool> {
         let mut descriptors = Vec::with_capacity(3);
         for (fd, flag) in [(self.input_fd(), PollFlags::IN), (self.output_fd(), PollFlags::OUT)] {
@@ -617,18 +614,18 @@ impl Connection {
 
 /// TLS.
 impl Connection {
-    /// Sends what was appended, then begins TLS as the side that accepted the connection.
+    /// Sends the octets that wait, then begins TLS as the side that has accepted the connection.
     ///
     /// # Errors
     ///
-    /// `InvalidData` if octets arrived after STARTTLS (RFC 3207 section 6) or the handshake fails, `TimedOut` after the
-    /// deadline, the system's. After an error the connection is good for `shutdown` only.
+    /// `InvalidData` if octets have arrived after STARTTLS (RFC 3207 section 6) or the handshake fails, `TimedOut` after the
+    /// deadline, the errors of the system. After an error only `close` and `shutdown` may be called.
     pub fn start_tls_server(&mut self, tls: &ServerTls, deadline: Instant) -> io::Result<()> {
         self.start_tls(TlsSession::server(tls), deadline, None, "TLS")
     }
 
-    /// [`Connection::start_tls_server`] as the side that made the connection. `name`: the domain name or IP address
-    /// that the peer's certificate must be for.
+    /// Begins TLS like [`Connection::start_tls_server`], as the side that has made the connection. `name`: the domain name or
+    /// IP address that the peer's certificate must have.
     ///
     /// # Errors
     ///
@@ -639,7 +636,7 @@ impl Connection {
         self.start_tls(TlsSession::client(tls, name), deadline, cancel, &format!("TLS with {name}"))
     }
 
-    /// `what` begins the text of an error of the handshake.
+    /// `what`: the beginning of the text of an error of the handshake.
     fn start_tls(
         &mut self, session: io::Result<Box<TlsSession>>, deadline: Instant, cancel: Option<&CancelToken>, what: &str,
     ) -> io::Result<()> {
@@ -649,9 +646,9 @@ impl Connection {
         }
         // RFC 3207 section 6: octets sent in clear must not count as sent under TLS.
         if !self.received().is_empty() || self.discarding.is_some() {
-            return invalid("octets in clear came after STARTTLS");
+            return invalid("octets in clear arrived after STARTTLS");
         }
-        // Read nothing here: the next octets of the peer are TLS.
+        // Nothing may be read here: the next octets of the peer are TLS.
         while !self.flush()? {
             cancel.map_or(Ok(()), CancelToken::check)?;
             self.poll_or_time_out(PollFlags::OUT, cancel, deadline, "the peer does not read")?;
@@ -663,7 +660,7 @@ impl Connection {
     fn handshake(&mut self, deadline: Instant, cancel: Option<&CancelToken>) -> io::Result<()> {
         loop {
             cancel.map_or(Ok(()), CancelToken::check)?;
-            // A peer that closed may have sent an alert with the reason.
+            // A peer that has closed may have sent an alert with the reason before.
             let flushed = self.flush().map_err(|error| self.read_available().err().unwrap_or(error))?;
             let mut interest = PollFlags::empty();
             interest.set(PollFlags::IN, self.tls.as_ref().is_some_and(|session| session.handshaking()));
@@ -695,12 +692,12 @@ impl Connection {
 ///
 /// # Errors
 ///
-/// `TimedOut` after the deadline, `Interrupted` if `cancel` is cancelled, the system's.
+/// `TimedOut` after the deadline, `Interrupted` if `cancel` is cancelled, the errors of the system.
 pub fn connect(address: SocketAddr, deadline: Instant, cancel: Option<&CancelToken>) -> io::Result<OwnedFd> {
     let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
     let socket = platform::socket(family, SocketType::STREAM)?;
     match rustix::net::connect(&socket, &address) {
-        // After a signal the system goes on connecting.
+        // After a signal the system continues to connect.
         Err(Errno::INPROGRESS | Errno::INTR) => {}
         other => return other.map(|()| socket).map_err(io::Error::from),
     }
@@ -719,7 +716,7 @@ pub fn connect(address: SocketAddr, deadline: Instant, cancel: Option<&CancelTok
     }
 }
 
-/// The same error, for another caller.
+/// Returns a copy of an error.
 fn copy(error: &io::Error) -> io::Error {
     io::Error::new(error.kind(), error.to_string())
 }
@@ -732,14 +729,14 @@ enum LineEnd {
     Lf,
 }
 
-/// Where the first line of `octets` ends: the index after its LF.
+/// Returns the index after the LF of the first line.
 fn line_end(octets: &[u8], ends: LineEnd) -> Option<usize> {
     let is_end = |(at, octet): (usize, &u8)| *octet == b'\n' && (ends == LineEnd::Lf || octets[..at].ends_with(b"\r"));
     octets.iter().enumerate().position(is_end).map(|at| at + 1)
 }
 
-/// The space of one read. All connections share a few: nothing waits while it has one. On the stack of a thread it would
-/// stay resident as long as its connection, and so would what each connection had of its own.
+/// The space of one read. All connections share a few, because none is used while a thread waits. On the stack of each
+/// thread, or in each connection, it would stay in memory as long as the connection.
 struct ReadSpace(Box<[MaybeUninit<u8>]>);
 
 static SPARE_SPACES: Mutex<Vec<Box<[MaybeUninit<u8>]>>> = Mutex::new(Vec::new());
@@ -760,7 +757,7 @@ impl Drop for ReadSpace {
     }
 }
 
-/// Octets that are consumed from the front.
+/// A buffer whose octets are appended at its end and consumed from its beginning.
 #[derive(Default)]
 struct Buffer {
     octets: Vec<u8>,
@@ -783,8 +780,8 @@ impl Buffer {
         }
     }
 
-    /// Where to append. Moves the rest to the front only if it is the smaller part, so that each octet is moved once at
-    /// most on average.
+    /// Returns the vector to append to. Moves the rest to the beginning only if it is the smaller part, so that each octet is
+    /// moved at most once on average.
     fn end(&mut self) -> &mut Vec<u8> {
         if self.start > self.rest().len() {
             self.octets.drain(..self.start);

@@ -1,17 +1,17 @@
-//! Reading and writing, with or without waiting, whoever a descriptor belongs to.
+//! Reading and writing, with or without waiting, on descriptors of this process and of others.
 //!
-//! `O_NONBLOCK` belongs to the open file, which processes share: if it were set on a descriptor of the caller (stdin and
-//! stdout, or what a supervisor passes), the shell and every other program on that terminal or pipe would get EAGAIN, also
-//! after the end of this process. If the caller has set it, EAGAIN means "not yet" here and is not an error. So the flags
-//! of the caller's descriptors stay as they are:
+//! `O_NONBLOCK` belongs to the open file, which processes share. If this process set it on an inherited descriptor (stdin,
+//! stdout, or one of a supervisor), the shell and every other program on that terminal or pipe would get EAGAIN, even after
+//! the end of this process. If another process has set it, EAGAIN means "not yet" here and is not an error. So the flags of
+//! inherited descriptors stay unchanged:
 //!
 //! | descriptor | how a call is prevented from waiting |
 //! |---|---|
 //! | made by this process | `O_NONBLOCK` |
-//! | the caller's socket | `MSG_DONTWAIT` |
-//! | any other of the caller's | poll(2) first; then it reads what there is, or writes `PIPE_BUF` octets at most |
+//! | inherited socket | `MSG_DONTWAIT` |
+//! | any other inherited one | poll(2) first; then it reads once, or writes `PIPE_BUF` octets at most |
 //!
-//! [`Waiting`] is for threads that have nothing else to do.
+//! [`Waiting`] is for threads that may wait.
 
 use std::io::{self, IoSlice, Read, Write};
 use std::mem::MaybeUninit;
@@ -36,42 +36,42 @@ pub struct Descriptor {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum DescriptorKind {
-    /// It is non-blocking.
+    /// Only this process has it, and it is non-blocking.
     Own,
-    /// Another process may have it too.
+    /// A socket that another process may have, too.
     SharedSocket,
-    /// Another process may have it too: a pipe, a terminal, a file.
+    /// A pipe, a terminal or a file that another process may have, too.
     SharedFile,
 }
 
 impl Descriptor {
-    /// A socket that only this process has. It is closed when all that share it are gone.
+    /// A socket that only this process has. It is closed after all its `Arc`s were dropped.
     ///
     /// # Errors
     ///
-    /// It cannot be made non-blocking.
+    /// The socket cannot be made non-blocking.
     pub fn own(fd: Arc<OwnedFd>) -> io::Result<Descriptor> {
         rustix::fs::fcntl_setfl(&fd, rustix::fs::fcntl_getfl(&fd)? | OFlags::NONBLOCK)?;
         Ok(Descriptor { fd, kind: DescriptorKind::Own })
     }
 
-    /// A duplicate of a descriptor of the caller, whose flags stay as they are.
+    /// A descriptor that another process may have, too. Its flags stay unchanged.
     pub fn shared(fd: OwnedFd) -> Descriptor {
         let is_socket = rustix::net::sockopt::socket_type(&fd).is_ok();
         let kind = if is_socket { DescriptorKind::SharedSocket } else { DescriptorKind::SharedFile };
         Descriptor { fd: fd.into(), kind }
     }
 
-    /// The descriptor, for a thread that waits for it beside this: it stays open until both are dropped.
+    /// The descriptor, for another owner: it stays open until both are dropped.
     pub fn share(&self) -> Arc<OwnedFd> {
         self.fd.clone()
     }
 
-    /// Reads into `space` once. Returns what was read; nothing: the input has ended.
+    /// Reads into `space` once. Returns the octets that were read; none: the input has ended.
     ///
     /// # Errors
     ///
-    /// `WouldBlock` if there is nothing to read yet; the system's.
+    /// `WouldBlock` if there is nothing to read yet; the errors of the system.
     pub fn read<'a>(&self, space: &'a mut [MaybeUninit<u8>]) -> io::Result<&'a [u8]> {
         let (read, _) = match self.kind {
             DescriptorKind::Own => rustix::io::read(&self.fd, space)?,
@@ -84,7 +84,7 @@ impl Descriptor {
         Ok(read)
     }
 
-    /// `WouldBlock` unless a call would not wait. A hang-up and an error count as ready: the call reports them.
+    /// Fails with `WouldBlock` if a call would wait. A hang-up and an error count as ready, because the call reports them.
     fn check_ready(&self, flag: PollFlags) -> io::Result<()> {
         let mut polls = [PollFd::new(&self.fd, flag)];
         poll(&mut polls, Some(Instant::now()))?;
@@ -117,8 +117,8 @@ impl Write for &Descriptor {
     }
 }
 
-/// Stdin, stdout or stderr: reads and writes wait, also if the caller has made the descriptor non-blocking. Nothing is
-/// buffered.
+/// Stdin, stdout or stderr: reads and writes wait, even if another process has made the descriptor non-blocking. There is no
+/// buffer.
 #[derive(Debug)]
 pub struct Waiting<T>(pub T);
 
@@ -179,7 +179,7 @@ mod tests {
     }
 
     #[test]
-    fn the_callers_descriptors_do_not_wait_and_keep_their_flags() {
+    fn calls_on_inherited_descriptors_do_not_wait_and_leave_their_flags() {
         for (reader, writer) in [pipe(), sockets()] {
             for nonblocking in [OFlags::empty(), OFlags::NONBLOCK] {
                 for end in [&reader, &writer] {
@@ -211,7 +211,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_ready_yet_is_awaited() {
+    fn waiting_reads_and_writes_wait_on_non_blocking_descriptors() {
         for (reader, writer) in [pipe(), sockets()] {
             for end in [&reader, &writer] {
                 rustix::fs::fcntl_setfl(end, flags(end) | OFlags::NONBLOCK).unwrap();

@@ -1,9 +1,9 @@
 //! Descriptors that a supervisor has opened for this process and passes by their numbers: listening sockets by the
 //! protocol of sd_listen_fds(3), and the pipe of `--ready-fd`.
 //!
-//! A number is no proof that a descriptor is open, so safe code cannot make an owner of it. But a socket can carry the
-//! descriptor of a number (`SCM_RIGHTS`): what arrives is a duplicate with an owner. That works with any kind of descriptor,
-//! on every system.
+//! A number does not prove that a descriptor is open, so safe code cannot make an `OwnedFd` of it. But a socket can carry the
+//! descriptor of a number (`SCM_RIGHTS`), and an owned duplicate arrives. That works with any kind of descriptor, on every
+//! system.
 
 use std::env;
 use std::io::{self, IoSlice, IoSliceMut};
@@ -24,7 +24,7 @@ use crate::platform;
 const FIRST: RawFd = 3;
 
 /// Takes over the descriptors of these numbers: returns a duplicate of each, and closes the numbers. Call it before this
-/// process opens descriptors: they could have such a number, if the supervisor has passed none.
+/// process opens descriptors: if the supervisor has passed none, one of ours could have such a number.
 ///
 /// # Errors
 ///
@@ -33,7 +33,7 @@ fn take_numbers(numbers: &[RawFd]) -> Result<Vec<OwnedFd>, (RawFd, io::Error)> {
     let mut taken: Vec<OwnedFd> = Vec::new();
     let pair = UnixDatagram::pair().map_err(|error| (-1, error))?;
     for &number in numbers {
-        // Descriptors that have been opened here have numbers that the supervisor has left free.
+        // A number of a descriptor that was opened here was not passed.
         let own = [pair.0.as_raw_fd(), pair.1.as_raw_fd()].contains(&number);
         let own = own || taken.iter().any(|descriptor| descriptor.as_raw_fd() == number);
         let duplicate = if own { Err(Errno::EBADF.into()) } else { duplicate(number, &pair) };
@@ -60,21 +60,21 @@ fn duplicate(number: RawFd, (sender, receiver): &(UnixDatagram, UnixDatagram)) -
     Ok(descriptor)
 }
 
-/// Why what a supervisor has passed cannot be used.
+/// Why a descriptor of a supervisor cannot be used.
 #[derive(Debug)]
 pub enum TakeError {
     /// The descriptor of `--ready-fd`.
     ReadyFd(io::Error),
-    /// The variables, or the sockets that they count.
+    /// The variables `LISTEN_…` or the sockets that they count; the text says what is wrong.
     Sockets(String),
 }
 
-/// Takes over the descriptors that a supervisor has passed: the sockets that `LISTEN_FDS` counts, if `LISTEN_PID` says that
-/// they are for this process, and that of `--ready-fd`, if there is one. Call it before this process opens descriptors.
+/// Takes over the descriptors that a supervisor has passed: the sockets that `LISTEN_FDS` counts, if `LISTEN_PID` is this
+/// process, and the one of `--ready-fd`, `ready`. Call it before this process opens descriptors.
 ///
 /// # Errors
 ///
-/// What cannot be used.
+/// A descriptor cannot be used, or the variables are not valid.
 pub fn take(ready: Option<RawFd>) -> Result<(PassedSockets, Option<OwnedFd>), TakeError> {
     let variable = |name: &str| env::var(name).ok();
     let is_ours = variable("LISTEN_PID").and_then(|process| process.parse().ok()) == Some(std::process::id());
@@ -102,13 +102,13 @@ pub fn take(ready: Option<RawFd>) -> Result<(PassedSockets, Option<OwnedFd>), Ta
 #[derive(Debug, Default)]
 pub struct PassedSockets {
     sockets: Vec<OwnedFd>,
-    /// The name of each; `None`: they have none.
+    /// The name of each; `None`: the supervisor has passed no names.
     names: Option<Vec<String>>,
 }
 
 impl PassedSockets {
-    /// Gives each socket to the listener that its name is of. `known`: the listeners of this program. A socket without a
-    /// name is for `only`, if there is one listener alone.
+    /// Assigns each socket to the listener of its name. `known`: the names of the listeners of this program. `only`: the
+    /// listener of a single socket without a name.
     ///
     /// # Errors
     ///
@@ -148,7 +148,7 @@ impl PassedSockets {
     }
 }
 
-/// A socket that TCP connections can be accepted at; made non-blocking, as [`Acceptor`] needs it.
+/// Checks that TCP connections can be accepted at a socket, and makes it non-blocking, as [`Acceptor`] needs it.
 ///
 /// [`Acceptor`]: super::listener::Acceptor
 fn listening(socket: OwnedFd) -> Result<TcpListener, &'static str> {
@@ -168,7 +168,7 @@ fn listening(socket: OwnedFd) -> Result<TcpListener, &'static str> {
     Ok(socket.into())
 }
 
-/// Listening sockets that a supervisor has passed, by the names of the listeners.
+/// The listening sockets that a supervisor has passed, with the names of their listeners.
 #[derive(Debug, Default)]
 pub struct InheritedListeners(Vec<(String, TcpListener)>);
 
@@ -178,7 +178,7 @@ impl InheritedListeners {
         self.0.iter().any(|(other, _)| other == name)
     }
 
-    /// Takes the sockets of one listener out; empty: the supervisor has passed none.
+    /// Removes and returns the sockets of one listener; empty if the supervisor has passed none.
     pub fn take(&mut self, name: &str) -> Vec<TcpListener> {
         self.0.extract_if(.., |(other, _)| other == name).map(|(_, listener)| listener).collect()
     }

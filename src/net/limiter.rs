@@ -1,26 +1,26 @@
-//! The limits of a listener's connections, and which of them makes room for another.
+//! The limits of a listener's connections, and which of them is closed to make room for another (RFC 5321 section 7.8).
 //!
-//! A client whose connections cost it nothing must not keep customers and senders out. So a connection is a *stranger*
-//! unless its client has authenticated, or has an open transaction with an accepted recipient, and when places are short
-//! strangers are closed. All of it happens when a connection comes; there is no timer.
+//! Clients that only open connections must not prevent customers and senders from connecting. A connection is *trusted* while
+//! its client has authenticated, or has an open transaction with an accepted recipient. If few places are free, untrusted
+//! connections are closed. The limiter checks this when it admits a connection; there is no timer.
 //!
 //! ```text
 //! places free       what is closed to make room
 //! more than 1/4     nothing
-//! 1/4 and less      each stranger whose last command is older than the patience, which is `patience` at 1/4 and
-//!                   shrinks to 5 s at none (linear)
-//! none              the stranger whose last command is oldest; if there is no stranger, the new connection gets 421
+//! 1/4 and less      each untrusted connection whose last command is older than the patience: `patience` at 1/4, 5 s at
+//!                   none, linear between
+//! none              the untrusted connection whose last command is oldest; if all are trusted, the new one gets 421
 //! ```
 //!
-//! Only complete commands and TLS handshakes count, not octets, and only the first ones, also after each transaction: a
-//! client that repeats NOOP is otherwise always newer than one that must wait for a thin line.
+//! Only complete commands and TLS handshakes count, not octets, and of them only the first ones (again after each
+//! transaction): otherwise a client that repeats NOOP would always be newer than one on a slow line.
 //!
-//! A listener may keep an eighth of its places for networks that an account has authenticated from: strangers from other
-//! networks have the rest, and close no connection of that eighth.
+//! A listener may reserve an eighth of its places for known networks, from which an account has authenticated before. Untrusted
+//! connections from other networks have the rest, and displace no connection of that eighth.
 //!
-//! A displaced connection has given up its place at once. Its thread wakes, because the socket is shut down for reading,
-//! sends 421 if it can, and ends. If it does not end (its client does not read), or if many end at once, the socket is
-//! shut down for writing too.
+//! A displaced connection counts no longer. Its thread wakes, because the socket is shut down for reading, sends 421 if it
+//! can, and ends. If it does not end because its client does not read, or if many end at once, the socket is shut down for
+//! writing too.
 
 use std::net::{IpAddr, Ipv6Addr};
 use std::os::fd::OwnedFd;
@@ -30,16 +30,16 @@ use std::time::{Duration, Instant};
 
 use rustix::net::{Shutdown, shutdown};
 
-/// The patience with strangers when no place is free. A client of good will has waited for the network by then.
+/// The patience when no place is free: the network of an honest client needs no longer for a command.
 const LEAST_PATIENCE: Duration = Duration::from_secs(5);
 
-/// Commands of a stranger that count as a sign of life. To authenticate, or to get a recipient accepted, takes less.
+/// Commands of an untrusted client that count. It needs fewer to authenticate, or to have a recipient accepted.
 const COUNTED_COMMANDS: usize = 12;
 
 /// A displaced connection whose thread has not ended after this time is shut down for writing.
 const END_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// The number of displaced connections of a listener whose threads may not have ended, at least; else a quarter of `all`.
+/// The displaced connections of a listener whose threads may not have ended: a quarter of `all`, but at least this many.
 const FEWEST_ENDING: usize = 8;
 
 /// The limits of each listener.
@@ -49,12 +49,12 @@ pub struct ConnectionLimits {
     pub all: usize,
     /// The most connections from one client, which is an IPv4 address or an IPv6 /64.
     pub each: usize,
-    /// How long a stranger may take for a command when a quarter of the places is free.
+    /// How long an untrusted client may take for a command when a quarter of the places is free.
     pub patience: Duration,
 }
 
 impl ConnectionLimits {
-    /// The patience with strangers when so many places are free, a quarter at most.
+    /// The patience when `free` places are free.
     fn patience(&self, free: usize) -> Duration {
         let (least, quarter) = (LEAST_PATIENCE.min(self.patience), (self.all / 4).max(1));
         least + (self.patience - least).mul_f64(free.min(quarter) as f64 / quarter as f64)
@@ -70,7 +70,7 @@ impl ConnectionLimits {
 pub enum NotAdmitted {
     /// The listener has no room.
     Full,
-    /// The client has as many connections as one may have.
+    /// The client has reached the limit of connections from one client.
     TooManyOfClient,
 }
 
@@ -85,19 +85,19 @@ struct LimiterState {
 }
 
 impl ConnectionLimiter {
-    /// A limiter that counts no connection yet.
+    /// A limiter without connections.
     pub fn new(limits: ConnectionLimits) -> ConnectionLimiter {
         let (connections, limits) = (Mutex::default(), Mutex::new(limits));
         ConnectionLimiter(Arc::new(LimiterState { connections, released: Condvar::new(), limits }))
     }
 
-    /// Sets other limits; connections that there are stay.
+    /// Changes the limits. They apply from the next connection on; the present ones stay.
     pub fn set_limits(&self, limits: ConnectionLimits) {
         *self.0.limits.lock().unwrap_or_else(PoisonError::into_inner) = limits;
     }
 
     /// Counts one more connection, and makes room for it. `known`: whether an account has authenticated from the network of
-    /// `peer`; `None`: the listener keeps no places for such networks.
+    /// `peer`; `None`: the listener reserves no places for such networks.
     ///
     /// # Errors
     ///
@@ -125,22 +125,22 @@ impl ConnectionLimiter {
             begun: now,
             last: AtomicU64::new(0),
             commands: AtomicUsize::new(0),
-            standing: AtomicU8::new(STRANGER),
+            state: AtomicU8::new(UNTRUSTED),
         });
         connections.push(accepted.clone());
         Ok(ConnectionPermit { limiter: self.clone(), accepted })
     }
 
-    /// Makes room for a connection that the system has no descriptor or no thread for. Displaces the strangers of all listeners
-    /// with the patience of a listener that is full; of networks that are known the oldest, if there are no others. A client
-    /// that has just come stays: the lack may be over in a moment.
+    /// Makes room for a connection for which the system has no descriptor or no thread. Displaces the untrusted connections of
+    /// all listeners that a full listener would have no patience with; if all of these are from known networks, only the
+    /// oldest. Newer connections stay, because the shortage may end soon.
     pub(super) fn relieve(&self, now: Instant) {
         let limits = *self.0.limits.lock().unwrap_or_else(PoisonError::into_inner);
         let connections = self.lock();
         let all: Vec<&AcceptedConnection> = connections.iter().map(|other| &**other).collect();
         cut_ending(&all, &limits, now);
         let is_silent = |other: &&&AcceptedConnection| {
-            other.is_stranger() && now.saturating_duration_since(other.last_command()) > limits.patience(0)
+            other.is_untrusted() && now.saturating_duration_since(other.last_command()) > limits.patience(0)
         };
         let silent = || all.iter().filter(is_silent);
         if silent().filter(|other| !other.is_known && other.displace(now)).count() == 0 {
@@ -160,18 +160,18 @@ impl ConnectionLimiter {
     }
 }
 
-/// Displaces strangers until there is room for a connection. Returns whether there is. `here`: the connections of its
+/// Displaces untrusted connections until there is room for another. Returns whether there is. `here`: the connections of its
 /// listener; `known`: as for [`ConnectionLimiter::admit`].
 fn make_room(here: &[&AcceptedConnection], known: Option<bool>, limits: &ConnectionLimits, now: Instant) -> bool {
     let mut ending = cut_ending(here, limits, now);
-    let (kept, is_known) = (known.map_or(0, |_| limits.all / 8), known == Some(true));
+    let (reserved, is_known) = (known.map_or(0, |_| limits.all / 8), known == Some(true));
     loop {
-        // A connection may stop to be a stranger meanwhile.
-        let (mut places, mut unknown_strangers, mut known_strangers) = (0, 0, 0);
+        // Counted anew each time: a connection may have become trusted meanwhile.
+        let (mut places, mut untrusted_unknown, mut untrusted_known) = (0, 0, 0);
         for other in here {
-            match (other.standing.load(Ordering::SeqCst), other.is_known) {
-                (STRANGER, true) => known_strangers += 1,
-                (STRANGER, false) => unknown_strangers += 1,
+            match (other.state.load(Ordering::SeqCst), other.is_known) {
+                (UNTRUSTED, true) => untrusted_known += 1,
+                (UNTRUSTED, false) => untrusted_unknown += 1,
                 (TRUSTED, _) => {}
                 _ => continue,
             }
@@ -180,11 +180,11 @@ fn make_room(here: &[&AcceptedConnection], known: Option<bool>, limits: &Connect
         let all_free = limits.all.saturating_sub(places);
         let free = match is_known {
             true => all_free,
-            false => all_free.min((limits.all - kept).saturating_sub(unknown_strangers)),
+            false => all_free.min((limits.all - reserved).saturating_sub(untrusted_unknown)),
         };
-        let is_spared = |other: &&AcceptedConnection| other.is_known && known_strangers <= kept;
-        let strangers = here.iter().copied().filter(|other| other.is_stranger() && (is_known || !is_spared(other)));
-        match strangers.min_by_key(|other| (is_spared(other), other.last_command())) {
+        let is_spared = |other: &&AcceptedConnection| other.is_known && untrusted_known <= reserved;
+        let untrusted = here.iter().copied().filter(|other| other.is_untrusted() && (is_known || !is_spared(other)));
+        match untrusted.min_by_key(|other| (is_spared(other), other.last_command())) {
             Some(oldest) if free <= limits.all / 4 && ending < limits.most_ending() => {
                 let silent = now.saturating_duration_since(oldest.last_command());
                 if free > 0 && silent <= limits.patience(free) {
@@ -197,7 +197,7 @@ fn make_room(here: &[&AcceptedConnection], known: Option<bool>, limits: &Connect
     }
 }
 
-/// Shuts displaced connections down for writing too if they are many, or do not end. Returns how many there are.
+/// Shuts displaced connections down for writing too, if there are many, or those that do not end. Returns their number.
 fn cut_ending(here: &[&AcceptedConnection], limits: &ConnectionLimits, now: Instant) -> usize {
     let ending = here.iter().filter(|other| other.is_displaced());
     let count = ending.clone().count();
@@ -209,7 +209,7 @@ fn cut_ending(here: &[&AcceptedConnection], limits: &ConnectionLimits, now: Inst
     count
 }
 
-/// Returns the addresses that count as one client: an IPv6 host has a whole /64 to itself.
+/// Returns the network that counts as one client: an IPv6 host has a whole /64.
 fn client_network(address: IpAddr) -> IpAddr {
     match address {
         IpAddr::V4(_) => address,
@@ -217,33 +217,33 @@ fn client_network(address: IpAddr) -> IpAddr {
     }
 }
 
-/// It may be displaced.
-const STRANGER: u8 = 0;
-/// The client has authenticated, or has an open transaction with a recipient.
+/// The connection may be displaced.
+const UNTRUSTED: u8 = 0;
+/// The client has authenticated, or has an open transaction with an accepted recipient.
 const TRUSTED: u8 = 1;
-/// It has given up its place, and the socket is shut down for reading.
+/// The connection counts no longer, and the socket is shut down for reading.
 const DISPLACED: u8 = 2;
 /// As [`DISPLACED`], and the socket is shut down for writing.
 const CUT: u8 = 3;
 
-/// What the limiter, the listener and the session of an accepted connection share.
+/// An accepted connection, which the limiter, the listener and the session share.
 #[derive(Debug)]
 pub struct AcceptedConnection {
     /// The address of the client.
     pub peer: IpAddr,
     socket: Arc<OwnedFd>,
     listener: &'static str,
-    /// An account has authenticated from that network.
+    /// An account has authenticated from the network of the client before.
     is_known: bool,
     begun: Instant,
     /// When the last command was complete, or when the connection was displaced: microseconds after `begun`.
     last: AtomicU64,
     commands: AtomicUsize,
-    standing: AtomicU8,
+    state: AtomicU8,
 }
 
 impl AcceptedConnection {
-    /// The reason in the log why a displaced connection has ended.
+    /// The `reason` of a displaced connection in the log.
     pub const DISPLACED: &str = "it made room for other connections";
 
     /// The socket of the connection.
@@ -253,38 +253,38 @@ impl AcceptedConnection {
 
     /// Notes a complete command, or a TLS handshake.
     pub fn note_command(&self, now: Instant) {
-        if self.is_stranger() && self.commands.fetch_add(1, Ordering::Relaxed) < COUNTED_COMMANDS {
+        if self.is_untrusted() && self.commands.fetch_add(1, Ordering::Relaxed) < COUNTED_COMMANDS {
             self.set_last(now);
         }
     }
 
-    /// Makes the connection no stranger any more, unless it is displaced.
+    /// Makes the connection trusted, unless it is displaced.
     pub fn trust(&self) {
-        self.change(STRANGER, TRUSTED);
+        self.change(UNTRUSTED, TRUSTED);
     }
 
-    /// Makes the connection a stranger again, whose last command is now, if it was trusted.
+    /// Makes a trusted connection untrusted, with a last command at `now`.
     pub fn distrust(&self, now: Instant) {
-        if self.standing.load(Ordering::SeqCst) == TRUSTED {
+        if self.state.load(Ordering::SeqCst) == TRUSTED {
             self.commands.store(0, Ordering::Relaxed);
             self.set_last(now);
-            // After that: a stranger is judged by them.
-            self.change(TRUSTED, STRANGER);
+            // Last: with an old `last` the connection would be displaced at once.
+            self.change(TRUSTED, UNTRUSTED);
         }
     }
 
-    /// Whether the session must end, with 421 4.3.2, because another connection has the place.
+    /// Whether the session must end, with 421 4.3.2, because another connection has its place.
     pub fn is_displaced(&self) -> bool {
-        self.standing.load(Ordering::SeqCst) >= DISPLACED
+        self.state.load(Ordering::SeqCst) >= DISPLACED
     }
 
-    fn is_stranger(&self) -> bool {
-        self.standing.load(Ordering::SeqCst) == STRANGER
+    fn is_untrusted(&self) -> bool {
+        self.state.load(Ordering::SeqCst) == UNTRUSTED
     }
 
-    /// Returns whether the standing was `from`.
+    /// Returns whether the state was `from`.
     fn change(&self, from: u8, to: u8) -> bool {
-        self.standing.compare_exchange(from, to, Ordering::SeqCst, Ordering::SeqCst).is_ok()
+        self.state.compare_exchange(from, to, Ordering::SeqCst, Ordering::SeqCst).is_ok()
     }
 
     fn last_command(&self) -> Instant {
@@ -296,18 +296,18 @@ impl AcceptedConnection {
         self.last.store(u64::try_from(since).unwrap_or_default(), Ordering::Relaxed);
     }
 
-    /// Takes the place of a stranger. Returns whether it was one.
+    /// Displaces an untrusted connection. Returns whether it was one.
     fn displace(&self, now: Instant) -> bool {
-        let was_stranger = self.change(STRANGER, DISPLACED);
-        if was_stranger {
+        let was_untrusted = self.change(UNTRUSTED, DISPLACED);
+        if was_untrusted {
             self.set_last(now);
-            // Its thread, which waits for a command, finds the end of the input.
+            // Its thread, which waits for a command, reads the end of the input.
             let _ = shutdown(&self.socket, Shutdown::Read);
         }
-        was_stranger
+        was_untrusted
     }
 
-    /// Its thread, which waits for the client to read, finds an error.
+    /// Shuts a displaced connection down for writing: its thread, which waits for the client to read, gets an error.
     fn cut(&self) {
         if self.change(DISPLACED, CUT) {
             let _ = shutdown(&self.socket, Shutdown::Both);
@@ -315,7 +315,7 @@ impl AcceptedConnection {
     }
 }
 
-/// One connection, counted until this is dropped.
+/// A place for one connection, until it is dropped.
 pub(super) struct ConnectionPermit {
     limiter: ConnectionLimiter,
     accepted: Arc<AcceptedConnection>,

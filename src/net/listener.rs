@@ -1,8 +1,7 @@
 //! Listeners: one thread for each connection, within limits.
 //!
 //! The connections of a listener are limited, and so are those from one client, so that no client can use up all
-//! threads: see [`ConnectionLimiter`]. Excess connections get 421 (RFC 5321 section 3.1). A panic ends its connection and
-//! nothing else.
+//! threads: see [`ConnectionLimiter`]. Excess connections get 421 (RFC 5321 section 3.1). A panic ends only its connection.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
@@ -21,7 +20,7 @@ use crate::net::trace::quoted;
 use crate::platform;
 use crate::smtp::reply::Reply;
 
-/// The pause after accept(2) failed, usually because the system has no descriptors left.
+/// The pause after accept(2) has failed, usually because the system has no descriptors left.
 const ACCEPT_RETRY_PAUSE: Duration = Duration::from_millis(100);
 
 /// Serves one connection in a thread of its own.
@@ -30,18 +29,18 @@ pub type Service = Arc<dyn Fn(&Arc<AcceptedConnection>) + Send + Sync>;
 /// Whether an account has authenticated from the network of this address before.
 pub type KnownNetworks = Box<dyn Fn(IpAddr) -> bool + Send + Sync>;
 
-/// Connections that may wait for accept(2): as many as the system permits, which takes its own limit (somaxconn) instead
-/// of a greater number. With less, a burst of clients waits for its SYN to be sent again, 1, 3, 7 and 15 s later.
+/// Connections that may wait for accept(2). The system reduces it to its own limit (somaxconn). With fewer, the clients of a
+/// burst would have to send their SYN again, 1, 3, 7 and 15 s later.
 const BACKLOG: i32 = i32::MAX;
 
-/// Opens the listening sockets for these addresses, for [`Acceptor::accept`]. `name`: the listener's in the log.
+/// Opens the listening sockets for these addresses, for [`Acceptor::accept`]. `name`: the listener's name in the log.
 ///
-/// `[::]` means IPv6 and IPv4, on every system; IPv6 alone if `addresses` has IPv4 addresses of the same port too. If the
-/// kernel has no IPv6, it means IPv4, other IPv6 addresses are left out, and both are logged.
+/// `[::]` means IPv6 and IPv4, on every system; IPv6 only if `addresses` has IPv4 addresses of the same port too. If the
+/// kernel has no IPv6, `[::]` means IPv4, other IPv6 addresses are left out, and both are logged.
 ///
 /// # Errors
 ///
-/// The text has the address, the cause and what to do.
+/// An address cannot be bound: the text has the address, the cause and what to do.
 pub fn bind(name: &str, addresses: &[SocketAddr]) -> io::Result<Vec<TcpListener>> {
     let (mut listeners, mut without_ipv6) = (Vec::new(), None);
     let addresses: Vec<_> = addresses.iter().map(|address| unmapped(*address)).collect();
@@ -72,8 +71,8 @@ pub fn bind(name: &str, addresses: &[SocketAddr]) -> io::Result<Vec<TcpListener>
     }
 }
 
-/// Logs that connections are accepted at an address; `inherited`: a supervisor has opened the socket. `plain`: the name in
-/// the line that programs read.
+/// Logs that the listener `name` accepts connections at an address. `inherited`: a supervisor has opened the socket. `plain`:
+/// the listener's name in the line that programs read.
 pub fn log_listening(name: &str, plain: &str, address: SocketAddr, inherited: bool) {
     log::info!("listening {plain} {address}");
     match inherited {
@@ -97,7 +96,7 @@ fn bind_error(address: SocketAddr, error: &io::Error) -> io::Error {
     io::Error::new(error.kind(), format!("cannot listen on {address}: {error}{advice}"))
 }
 
-/// An IPv4 address that is written as IPv6 (RFC 4291 section 2.5.5.2) is one: a socket for IPv6 alone cannot have it.
+/// An IPv4-mapped IPv6 address (RFC 4291 section 2.5.5.2) as an IPv4 address: a socket for IPv6 only cannot be bound to it.
 fn unmapped(address: SocketAddr) -> SocketAddr {
     match address.ip().to_canonical() {
         ip @ IpAddr::V4(_) => (ip, address.port()).into(),
@@ -110,7 +109,8 @@ fn any_ipv4(port: u16) -> SocketAddr {
     (Ipv4Addr::UNSPECIFIED, port).into()
 }
 
-/// Whether this error of [`open`] means that the kernel has no IPv6. A single address may just not exist here.
+/// Whether this error of [`open`] means that the kernel has no IPv6. EADDRNOTAVAIL means so for `[::]` (`is_any`) only: this
+/// machine may not have another address.
 fn is_without_ipv6(error: &io::Error, is_any: bool) -> bool {
     match Errno::from_io_error(error) {
         Some(Errno::AFNOSUPPORT | Errno::PROTONOSUPPORT) => true,
@@ -119,16 +119,16 @@ fn is_without_ipv6(error: &io::Error, is_any: bool) -> bool {
     }
 }
 
-/// Opens the socket for an address. With `both` it accepts IPv4 connections too, or there is a second socket for them.
+/// Opens the socket for an address. With `both` it accepts IPv4 connections too, or a second socket does.
 fn open(address: SocketAddr, both: bool) -> io::Result<Vec<TcpListener>> {
     let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
     // Non-blocking: if a connection is reset between poll(2) and accept(2), accept(2) must not wait for the next one.
     let socket = platform::socket(family, SocketType::STREAM)?;
-    // Otherwise a restart fails for as long as connections of the old process are in TIME-WAIT.
+    // Otherwise a restart fails while connections of the old process are in TIME-WAIT.
     sockopt::set_socket_reuseaddr(&socket, true)?;
     let mut second = false;
     if address.is_ipv6() {
-        // The default is the system's: Linux has a sysctl, FreeBSD and NetBSD say IPv6 only. OpenBSD permits nothing else.
+        // Systems differ in the default: Linux has a sysctl, on FreeBSD and NetBSD it is IPv6 only. OpenBSD permits no other.
         second = both && sockopt::set_ipv6_v6only(&socket, false).is_err();
         if !both {
             sockopt::set_ipv6_v6only(&socket, true)?;
@@ -146,15 +146,15 @@ fn open(address: SocketAddr, both: bool) -> io::Result<Vec<TcpListener>> {
 
 /// Accepts the connections of one listener.
 pub struct Acceptor {
-    /// The listener's name in the log; each name has limits of its own.
+    /// The listener's name in the log. Connections are limited for each name separately.
     pub name: &'static str,
-    /// Whether the protocol begins with a greeting in clear, so that excess connections can get a reply.
+    /// Whether the server sends a greeting in clear, so that excess connections can get 421 in its place.
     pub greets: bool,
-    /// Ends `accept`.
+    /// Ends [`Acceptor::accept`].
     pub cancel: CancelToken,
-    /// Counts the connections.
+    /// Limits the connections.
     pub limiter: ConnectionLimiter,
-    /// The networks for which a part of the connections is kept; `None`: nothing is kept.
+    /// The networks for which a part of the connections is reserved; `None`: none is.
     pub known: Option<KnownNetworks>,
 }
 
@@ -171,12 +171,12 @@ impl Acceptor {
         }
     }
 
-    /// Returns whether another connection may wait.
+    /// Accepts one connection. Returns whether another one may wait.
     fn accept_one(&self, listener: &TcpListener, service: &Service) -> bool {
         match listener.accept() {
             Ok((stream, peer)) => self.admit(stream, peer.ip().to_canonical(), service),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return false,
-            // The client has gone before it was accepted.
+            // The client has closed the connection before it was accepted.
             Err(error) if matches!(error.kind(), io::ErrorKind::Interrupted | io::ErrorKind::ConnectionAborted) => {}
             Err(error) => {
                 if let Some(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM) = Errno::from_io_error(&error) {
@@ -260,9 +260,9 @@ mod tests {
         }
     }
 
-    /// On Linux two sockets for the same IPv4 address and port would be one too many.
+    /// Linux permits only one socket for an IPv4 address and port.
     #[test]
-    fn beside_ipv4_addresses_any_address_is_for_ipv6() {
+    fn next_to_ipv4_addresses_any_address_means_ipv6_only() {
         let any_port = || TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         for ipv4 in ["0.0.0.0", "127.0.0.1"] {
             for order in [[0, 1], [1, 0]] {
@@ -280,7 +280,7 @@ mod tests {
     }
 
     #[test]
-    fn without_ipv6_there_is_ipv4() {
+    fn the_errors_of_a_kernel_without_ipv6_are_known() {
         let error = |errno: Errno| io::Error::from(errno);
         for is_any in [true, false] {
             assert!(is_without_ipv6(&error(Errno::AFNOSUPPORT), is_any));

@@ -1,5 +1,6 @@
-//! The network: the cancellation token, the trace, TLS, descriptors, connections, the poller, listeners within
-//! limits, what a supervisor passes and is told, the socket that wakes a daemon, name servers, and the addresses that no host in the world has.
+//! The network: the cancellation token, the trace of dialogues, TLS, descriptors, connections, the poller, listeners within
+//! limits, the sockets that a supervisor passes, the reports to it, the socket that wakes a daemon, the resolver, and the
+//! addresses that no public host has.
 
 pub mod cancel;
 pub mod trace;

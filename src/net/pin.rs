@@ -1,4 +1,4 @@
-//! Pins: a certificate or a key that is trusted by its digest, wherever the configuration names one.
+//! Pins: the digest of a certificate or of a key that is trusted.
 
 use std::fmt;
 
@@ -6,18 +6,18 @@ use data_encoding::{BASE64, HEXLOWER, HEXLOWER_PERMISSIVE};
 
 use crate::sasl::CertificateDigests;
 
-/// The SHA-256 of what the peer must show.
+/// The SHA-256 digest of the certificate that the peer must present, or of its key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Pin {
     /// `sha256:`, of the DER form of the certificate.
     Certificate([u8; 32]),
-    /// `spki-sha256:`, of the DER form of its SubjectPublicKeyInfo, which stays the same if the certificate is renewed.
+    /// `spki-sha256:`, of the DER form of its SubjectPublicKeyInfo, which is the same after a renewal with the same key.
     Key([u8; 32]),
 }
 
 impl Pin {
-    /// Reads a pin: its kind, a colon, and the digest in hexadecimal, with or without colons, or in base64; `None`: it is
-    /// not one.
+    /// Parses a pin: its kind, a colon, and the digest in hexadecimal, with or without colons, or in base64; `None`: the text
+    /// is not a pin.
     pub fn parse(text: &str) -> Option<Pin> {
         let (kind, digits) = text.split_once(':')?;
         let octets = HEXLOWER_PERMISSIVE.decode(digits.replace(':', "").as_bytes());
@@ -29,7 +29,7 @@ impl Pin {
         }
     }
 
-    /// Whether it is the pin of this certificate.
+    /// Whether this is a pin of the certificate or of its key.
     pub fn is_of(&self, certificate: &CertificateDigests) -> bool {
         match self {
             Pin::Certificate(pin) => *pin == certificate.certificate,

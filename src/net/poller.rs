@@ -1,7 +1,7 @@
-//! Waiting for thousands of descriptors at once, by epoll(7) or kqueue(2): an idle one costs nothing.
+//! Waiting for thousands of descriptors at once, by epoll(7) or kqueue(2): an idle one costs no time.
 //!
-//! A descriptor is reported once when it becomes ready, and not again until it was found not to be: whoever gets the
-//! report reads until `WouldBlock` or until fewer octets came than there was room for, and writes until `WouldBlock`.
+//! A descriptor is reported once when it becomes ready, and not again before a call on it was not ready. So after a report
+//! the thread must read until `WouldBlock` or until it gets fewer octets than it has room for, and write until `WouldBlock`.
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -12,7 +12,7 @@ use std::time::Duration;
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token, Waker};
 
-/// Reports of one wait at most; the others come with the next one.
+/// The most reports of one wait; the next wait returns the others.
 const EVENTS_LIMIT: usize = 1024;
 
 const WAKER: Token = Token(usize::MAX);
@@ -28,20 +28,23 @@ pub struct Poller {
 #[derive(Clone)]
 pub struct PollerWaker {
     waker: Arc<Waker>,
-    /// It was woken since the last wait has ended, and need not be woken again.
+    /// The poller was woken since its last wait ended, and need not be woken again.
     woken: Arc<AtomicBool>,
 }
 
 /// A descriptor that has become ready.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ReadyDescriptor {
-    /// As it was given to [`Poller::watch`].
+    /// The number that was given to [`Poller::watch`].
     pub number: usize,
-    /// The peer has closed its side, or the connection has an error: read on after fewer octets than there was room for.
+    /// The peer has closed its side, or the connection has an error: read until the end, even after fewer octets than there
+    /// was room for.
     pub closed: bool,
 }
 
 impl Poller {
+    /// A poller that watches no descriptor.
+    ///
     /// # Errors
     /// The system has no descriptors left.
     pub fn new() -> io::Result<Poller> {
@@ -51,34 +54,34 @@ impl Poller {
         Ok(Poller { poll, events: Events::with_capacity(EVENTS_LIMIT), waker })
     }
 
-    /// What ends a wait of this poller.
+    /// A waker, by which another thread ends a wait of this poller.
     pub fn waker(&self) -> PollerWaker {
         self.waker.clone()
     }
 
-    /// Watches a descriptor for octets to read or room to write; `number`: any but the highest, also for several
-    /// descriptors.
+    /// Watches a descriptor for octets to read or room to write. `number`: any but `usize::MAX`; several descriptors may have
+    /// the same.
     ///
     /// # Errors
-    /// `PermissionDenied` for a file on a disk, which is always ready; the system's.
+    /// `PermissionDenied` for a file on a disk, which is always ready; the errors of the system.
     pub fn watch(&self, descriptor: BorrowedFd<'_>, number: usize) -> io::Result<()> {
         let interest = Interest::READABLE | Interest::WRITABLE;
         self.poll.registry().register(&mut SourceFd(&descriptor.as_raw_fd()), Token(number), interest)
     }
 
-    /// Watches a descriptor no longer. Do this before it is closed: another process may keep it open.
+    /// Stops watching a descriptor. Call it before the descriptor is closed: if another process has it open, reports go on.
     pub fn forget(&self, descriptor: BorrowedFd<'_>) {
         let _ = self.poll.registry().deregister(&mut SourceFd(&descriptor.as_raw_fd()));
     }
 
-    /// Waits until a descriptor becomes ready, the waker was used, a signal has come, or this time has passed; without a
-    /// time there is no limit. Returns what has become ready.
+    /// Waits until a descriptor becomes ready, the waker is used, a signal arrives, or the timeout has passed; without a
+    /// timeout there is no limit. Returns the descriptors that have become ready.
     ///
     /// # Errors
-    /// The system's.
+    /// The errors of the system.
     pub fn wait(&mut self, timeout: Option<Duration>) -> io::Result<impl Iterator<Item = ReadyDescriptor>> {
         let waited = self.poll.poll(&mut self.events, timeout);
-        // Before the caller looks for what it was woken for.
+        // Reset before the caller looks for its new work: work that is added after this wakes it again.
         self.waker.woken.store(false, Ordering::SeqCst);
         if let Err(error) = waited {
             self.events.clear();
@@ -98,7 +101,7 @@ impl PollerWaker {
     /// Ends the wait under way, or the next one.
     pub fn wake(&self) {
         if !self.woken.swap(true, Ordering::SeqCst) {
-            // It fails only if the poller is gone.
+            // It fails only if the poller was dropped.
             let _ = self.waker.wake();
         }
     }
@@ -158,7 +161,7 @@ mod tests {
     fn a_file_on_a_disk_cannot_be_watched() {
         let poller = Poller::new().unwrap();
         let watched = poller.watch(tempfile::tempfile().unwrap().as_fd(), 1);
-        // kqueue(2) watches it.
+        // kqueue(2) permits it.
         if let Err(error) = watched {
             assert_eq!(error.kind(), io::ErrorKind::PermissionDenied);
         }

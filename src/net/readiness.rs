@@ -1,7 +1,7 @@
-//! What a daemon reports to its supervisor: that it is ready, reloads, or stops.
+//! The reports of a daemon to its supervisor: that it is ready, reloads, or stops.
 //!
-//! systemd and others read that on a socket (`NOTIFY_SOCKET`, sd_notify(3)); s6 waits for a newline on a descriptor
-//! (`--ready-fd`). This program starts no other, so that nothing else finds the variable in its environment.
+//! systemd and others read them on a socket (`NOTIFY_SOCKET`, sd_notify(3)); s6 waits for a newline on a descriptor
+//! (`--ready-fd`). This program executes no other program, so none inherits the variable.
 
 use std::env;
 use std::fs::File;
@@ -14,26 +14,26 @@ use std::time::Duration;
 use crate::clock::monotonic_microseconds;
 use crate::net::trace::quoted;
 
-/// How long a supervisor may take to read a report.
+/// How long a report waits for the supervisor to read earlier ones.
 const SEND_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Reports to the supervisor, if it asks for that. A report that fails is logged.
+/// Reports to the supervisor, if it asks for reports. A report that fails is logged.
 #[derive(Debug, Default)]
 pub struct Readiness {
-    /// The address of the socket: a path, or after `@` a name without a file.
+    /// The address of the socket: a path, or `@` and an abstract name (unix(7)).
     socket: Option<String>,
-    /// Closed after the newline.
+    /// The descriptor of `--ready-fd`; closed after the newline.
     pipe: Mutex<Option<File>>,
 }
 
 impl Readiness {
-    /// `pipe`: where the newline goes.
+    /// Reads `NOTIFY_SOCKET`. `pipe`: the descriptor that gets a newline.
     pub fn new(pipe: Option<OwnedFd>) -> Readiness {
         let socket = env::var("NOTIFY_SOCKET").ok().filter(|address| !address.is_empty());
         Readiness { socket, pipe: Mutex::new(pipe.map(File::from)) }
     }
 
-    /// The listeners accept connections, at first or after a reload.
+    /// Reports that the listeners accept connections, after the start or a reload.
     pub fn ready(&self) {
         let pipe = self.pipe.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(mut pipe) = pipe
@@ -44,12 +44,12 @@ impl Readiness {
         self.send("READY=1");
     }
 
-    /// The configuration is read again.
+    /// Reports that the configuration is being read again.
     pub fn reloading(&self) {
         self.send(&format!("RELOADING=1\nMONOTONIC_USEC={}", monotonic_microseconds()));
     }
 
-    /// The program ends.
+    /// Reports that the program ends.
     pub fn stopping(&self) {
         self.send("STOPPING=1");
     }

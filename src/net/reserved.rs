@@ -1,8 +1,9 @@
-//! Addresses that no host in the world has: a name server that somebody else runs can lead to them, but not to a mail host.
+//! Addresses that no public host has. A record in the DNS may have one: without this check any domain could make this
+//! machine connect to its own ports or to those of its network.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 
-/// Networks for which the standard library has no stable question: address, length of the prefix, what they are (RFC 6890).
+/// Networks for which the standard library has no stable method: address, length of the prefix, kind (RFC 6890).
 #[rustfmt::skip]
 const NETWORKS_V4: [(Ipv4Addr, u32, &str); 7] = [
     (Ipv4Addr::new(0, 0, 0, 0), 8, "of \"this network\""),
@@ -26,8 +27,8 @@ const NETWORKS_V6: [(Ipv6Addr, u32, &str); 8] = [
     (Ipv6Addr::new(0x3fff, 0, 0, 0, 0, 0, 0, 0), 20, "an address for documentation"),
 ];
 
-/// Why an address cannot belong to one host at all (RFC 1122 section 3.2.1.3, RFC 4291 section 2); `None`: it can. A
-/// connection to 0.0.0.0 or `::` would lead to this machine.
+/// Why an address cannot be that of one host (RFC 1122 section 3.2.1.3, RFC 4291 section 2); `None`: it can. A connection to
+/// 0.0.0.0 or `::` would lead to this machine.
 pub fn no_host(address: IpAddr) -> Option<&'static str> {
     // ::ffff:0.0.0.0 is 0.0.0.0 too.
     match address.to_canonical() {
@@ -38,10 +39,10 @@ pub fn no_host(address: IpAddr) -> Option<&'static str> {
     }
 }
 
-/// Why an address is not one of a host in the world: it is loopback, link-local, private, for documentation, reserved, or no
-/// address of a host at all. `None`: it may be. The IPv6 forms of an IPv4 address (mapped, compatible, NAT64, 6to4) are what
-/// that one is.
-pub fn not_in_the_world(address: IpAddr) -> Option<&'static str> {
+/// Why an address is not that of a public host: it is loopback, link-local, private, for documentation, reserved, or cannot
+/// be that of one host. `None`: it may be. The IPv6 forms of an IPv4 address (mapped, compatible, NAT64, 6to4) are of the
+/// kind of that address.
+pub fn not_public(address: IpAddr) -> Option<&'static str> {
     no_host(address).or_else(|| match address.to_canonical() {
         IpAddr::V4(address) => reserved_v4(address),
         IpAddr::V6(address) => reserved_v6(address),
@@ -68,7 +69,7 @@ fn reserved_v6(address: Ipv6Addr) -> Option<&'static str> {
         // IPv4-compatible (RFC 4291 section 2.5.5.1) and NAT64 (RFC 6052 section 2.1).
         [0, 0, 0, 0, 0, 0, high, low] | [0x64, 0xff9b, 0, 0, 0, 0, high, low] |
         // 6to4 (RFC 3056 section 2).
-        [0x2002, high, low, ..] => not_in_the_world(Ipv4Addr::from_bits(u32::from(high) << 16 | u32::from(low)).into()),
+        [0x2002, high, low, ..] => not_public(Ipv4Addr::from_bits(u32::from(high) << 16 | u32::from(low)).into()),
         _ => {
             let within = |network: Ipv6Addr, length: u32| (address.to_bits() ^ network.to_bits()) >> (128 - length) == 0;
             NETWORKS_V6.iter().find(|(network, length, _)| within(*network, *length)).map(|(.., what)| *what)
@@ -76,8 +77,8 @@ fn reserved_v6(address: Ipv6Addr) -> Option<&'static str> {
     }
 }
 
-/// Whether an interface of this machine has the address. Nothing is sent: the system chooses the address that a datagram to
-/// it would come from, which is the same one for an address of this machine only.
+/// Whether an interface of this machine has the address. Nothing is sent: the system chooses the source address of a
+/// datagram to it, which is the same address only if it is one of this machine.
 pub fn is_own(address: IpAddr) -> bool {
     let address = address.to_canonical();
     let any: IpAddr = if address.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
@@ -93,7 +94,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn addresses_that_no_host_in_the_world_has_are_known() {
+    fn addresses_that_no_public_host_has_are_known() {
         #[rustfmt::skip]
         let reserved = [
             "127.0.0.1", "127.255.0.9", "::1", "::ffff:127.0.0.1", "::127.0.0.1", "64:ff9b::7f00:1", "2002:7f00:1::1",
@@ -105,16 +106,16 @@ mod tests {
             "192.0.0.8", "64:ff9b:1::808:808", "64:ff9b:1:a00:0:100::", "::ffff:0:10.0.0.1", "5f00::1",
         ];
         for address in reserved {
-            assert!(not_in_the_world(address.parse().unwrap()).is_some(), "{address}");
+            assert!(not_public(address.parse().unwrap()).is_some(), "{address}");
         }
         #[rustfmt::skip]
-        let world = [
+        let public = [
             "8.8.8.8", "1.0.0.1", "100.63.255.255", "100.128.0.1", "172.15.0.1", "172.32.0.1", "192.167.1.1", "169.253.1.1",
             "198.17.0.1", "198.20.0.1", "223.255.255.1", "::ffff:8.8.8.8", "2001:4860::8888", "2a00::1", "64:ff9b::808:808",
             "2002:808:808::1", "2001:db9::1",
         ];
-        for address in world {
-            assert_eq!(not_in_the_world(address.parse().unwrap()), None, "{address}");
+        for address in public {
+            assert_eq!(not_public(address.parse().unwrap()), None, "{address}");
         }
     }
 

@@ -1,19 +1,19 @@
 //! Where the mail of a domain goes: its MX records, and the addresses of a host (RFC 5321 section 5.1).
 //!
-//! The result is either definite (also if the domain does not exist) or a [`ResolveError`]: try again later. Every
-//! query ends at an absolute deadline, whatever octets arrive meanwhile; [`Resolver::within`] is one for all queries together,
-//! which a token ends, too. Nothing is cached: the name server does that.
+//! The result is either definite (also if the domain does not exist) or a [`ResolveError`]: try again later. Each query ends
+//! at an absolute deadline, even if octets keep arriving. [`Resolver::within`] sets one deadline for all queries, and a token
+//! that cancels them. There is no cache: the name server has one.
 //!
 //! ```text
 //! route("example.org")                          each query, to each server in turn, then again:
 //!   MX? ── records ──▶ Hosts, or Null             UDP with EDNS0, new id and new port
-//!    │ └── no such name ──▶ NoDomain               ├─ not the reply to this query: wait on
+//!    │ └── no such name ──▶ NoDomain               ├─ not the reply to this query: wait for it
 //!    └ none: AAAA? A? ── some ──▶ Implicit         ├─ truncated: TCP    not understood: without EDNS0
 //!                    └── none ──▶ NoHost           └─ SERVFAIL, REFUSED, malformed, no reply: next server
 //! ```
 //!
-//! This is a stub resolver (RFC 1034 section 5.3.1): it needs a name server that recurses, and trusts it. Names are
-//! absolute; neither `search` nor /etc/hosts is used.
+//! This is a stub resolver (RFC 1034 section 5.3.1): it needs a recursive name server, and trusts it. Names are absolute;
+//! neither `search` nor /etc/hosts is used.
 
 use std::collections::{HashMap, HashSet};
 use std::fmt;
@@ -55,24 +55,24 @@ const UDP_SIZE: u16 = 1232;
 /// The largest DNS message (RFC 1035 section 4.2.2).
 const MESSAGE_LIMIT: usize = u16::MAX as usize;
 
-/// How often a CNAME leads to another query (RFC 1034 section 3.6.2). Those within a reply cost nothing, and all are followed.
+/// How often a CNAME may lead to another query (RFC 1034 section 3.6.2). All CNAMEs within one reply are followed.
 const ALIAS_LIMIT: usize = 8;
-/// The most hosts of a domain, or addresses of a host, that are returned: the best, or the first.
+/// The most hosts of a domain, or addresses of a host, that are returned: the first in their order.
 const RESULT_LIMIT: usize = 100;
 
-/// Lookups by the system's resolver at the same time. Each has a thread that nothing can interrupt.
+/// The most lookups by the system's resolver at the same time. Each has a thread that cannot be interrupted.
 const SYSTEM_LOOKUP_LIMIT: usize = 32;
-/// How soon a lookup looks again whether another one has ended.
+/// How often a lookup over this limit checks whether another one has ended.
 const SYSTEM_LOOKUP_POLL: Duration = Duration::from_millis(50);
 
-/// Queries name servers. A clone queries the same ones.
+/// Queries name servers. A clone queries the same servers.
 #[derive(Clone)]
 pub struct Resolver {
     servers: Arc<[SocketAddr]>,
     timeout: Duration,
     attempts: u32,
     ids: Ids,
-    /// No query waits longer.
+    /// All queries end then.
     deadline: Option<Instant>,
     /// Ends every wait.
     cancel: Option<CancelToken>,
@@ -81,9 +81,9 @@ pub struct Resolver {
 /// Where the mail of a domain goes.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum MxRoute {
-    /// The hosts of its MX records, best first, those of equal preference in random order, none twice, 100 at most.
-    /// Any name that DNS has may be a host, also one with `_`. Empty if there are MX records, but none with a name:
-    /// undeliverable, not "implicit" (RFC 5321 section 5.1).
+    /// The hosts of its MX records, the lowest preference first, those of equal preference in random order, none twice, 100
+    /// at most. A host may have any name that DNS permits, also one with `_`. Empty if there are MX records, but none with a
+    /// name: the mail is undeliverable, and there is no implicit MX (RFC 5321 section 5.1).
     Hosts(Vec<MxHost>),
     /// The domain accepts no mail: it has a null MX (RFC 7505).
     Null,
@@ -93,7 +93,7 @@ pub enum MxRoute {
     NoDomain,
     /// The domain exists, and has neither MX records nor addresses.
     NoHost,
-    /// DNS cannot have this name: a label is empty or longer than 63 octets, or the name is longer than 253 (RFC 1035
+    /// DNS does not permit this name: a label is empty or longer than 63 octets, or the name is longer than 253 (RFC 1035
     /// section 2.3.4).
     NotDnsName,
 }
@@ -101,18 +101,17 @@ pub enum MxRoute {
 /// One MX record.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct MxHost {
-    /// The client tries the host with the lowest first.
+    /// The client tries the host with the lowest preference first.
     pub preference: u16,
-    /// Its name.
     pub host: Domain,
 }
 
 /// No server gave a usable reply: try again later.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct ResolveError {
-    /// What each server did.
+    /// The name that was queried, and the error of each server.
     pub text: String,
-    /// Whether no server has replied at all: the next query would wait as long.
+    /// No server has replied at all: the next query would wait as long.
     pub no_reply: bool,
 }
 
@@ -125,8 +124,8 @@ impl fmt::Display for ResolveError {
 impl std::error::Error for ResolveError {}
 
 impl Resolver {
-    /// Returns a resolver for the first three servers in /etc/resolv.conf as it is now; for one on this machine if the
-    /// file names none.
+    /// Returns a resolver for the first three servers in /etc/resolv.conf, which it reads now; if the file names none, for a
+    /// server on this machine.
     ///
     /// # Errors
     ///
@@ -144,13 +143,13 @@ impl Resolver {
         Resolver::new(vec![server], TIMEOUT, ATTEMPTS, ids)
     }
 
-    /// The same servers; but all queries end at this deadline, or if the token is cancelled.
+    /// The same resolver, but all queries end at this deadline, or when the token is cancelled.
     pub fn within(self, deadline: Instant, cancel: &CancelToken) -> Resolver {
         Resolver { deadline: Some(deadline), cancel: Some(cancel.clone()), ..self }
     }
 
-    /// The same servers, for a person who waits: all queries end at this deadline, and none takes longer than `timeout` or is
-    /// repeated more than once.
+    /// The same resolver, for a command whose user waits: all queries end at this deadline, and each takes `timeout` at most
+    /// and is sent twice at most.
     pub fn hurried(self, timeout: Duration, deadline: Instant) -> Resolver {
         let (timeout, attempts) = (self.timeout.min(timeout), self.attempts.min(2));
         Resolver { timeout, attempts, deadline: Some(deadline), ..self }
@@ -177,19 +176,16 @@ impl Resolver {
         match self.look_up(domain, Rtype::MX)? {
             Answer::Records(records) => Ok(self.mx_route(records)),
             Answer::NoName => Ok(MxRoute::NoDomain),
-            // Nobody holds a domain such as 192.0.2.1: without this check any sender could choose the host to connect to.
+            // `192.0.2.1` is not a domain: without this check any sender could choose the address to connect to.
             Answer::NoRecords if address_for_name(domain).is_some() => Ok(MxRoute::NoHost),
             Answer::NoRecords if self.addresses(domain)?.is_empty() => Ok(MxRoute::NoHost),
             Answer::NoRecords => Ok(MxRoute::Implicit),
         }
     }
 
-    /// Finds the addresses of `host`, 100 at most: IPv6 and IPv4 in turn, each in the order of the reply (RFC 5321 section
-    /// 5.1). Empty: the host has no address.
-    ///
-    /// A host that is an address in place of a name has this one (see [`address_for_name`]).
-    ///
-    /// No address is left out: the caller decides which ones to connect to.
+    /// Finds the addresses of `host`, 100 at most: IPv6 and IPv4 alternately, each in the order of the reply (RFC 5321 section
+    /// 5.1). Empty: the host has no address. If `host` is itself an address, the result is that (see [`address_for_name`]).
+    /// The caller decides which addresses it connects to.
     ///
     /// # Errors
     ///
@@ -208,7 +204,7 @@ impl Resolver {
                         _ => None,
                     }));
                 }
-                // Some servers reply "no such name" for a name without AAAA (RFC 4074 section 4.2): always ask for both.
+                // Some servers reply "no such name" if a name has no AAAA (RFC 4074 section 4.2), so both are always queried.
                 Ok(Answer::NoRecords | Answer::NoName) => {}
                 Err(error) => failure = Some(error),
             }
@@ -219,13 +215,13 @@ impl Resolver {
         addresses.truncate(RESULT_LIMIT);
         match failure {
             Some(error) if addresses.is_empty() => Err(error),
-            // The addresses of one kind are better than none.
+            // The addresses of one family are better than none.
             _ => Ok(addresses),
         }
     }
 
     fn configured(text: &[u8], ids: &Ids) -> Resolver {
-        // Lines that cannot be read are ignored, as in other resolvers.
+        // Lines that are not valid are ignored, as by other resolvers.
         let (configuration, _) = resolv_conf::Config::parse_with_errors(text);
         let servers = configuration.get_nameservers_or_local();
         let servers = servers.iter().filter_map(|server| {
@@ -247,7 +243,7 @@ impl Resolver {
         }
     }
 
-    /// The end of one query that begins now.
+    /// The deadline of one query that begins now.
     fn query_deadline(&self) -> Instant {
         let end = Instant::now() + self.timeout;
         self.deadline.map_or(end, |deadline| deadline.min(end))
@@ -259,8 +255,8 @@ impl Resolver {
             || self.cancel.as_ref().is_some_and(CancelToken::is_cancelled)
     }
 
-    /// Repeats an operation on a socket that does not block until it has a result, the deadline passes, or the token is
-    /// cancelled. `flag`: what the operation waits for.
+    /// Repeats an operation on a non-blocking socket until it has a result, the deadline has passed, or the token is
+    /// cancelled. `flag`: the flag to poll for.
     fn wait_for<T>(
         &self, socket: BorrowedFd<'_>, flag: PollFlags, deadline: Instant, mut operation: impl FnMut() -> io::Result<T>,
     ) -> io::Result<T> {
@@ -285,7 +281,7 @@ impl Resolver {
         let (mut hosts, mut null) = (Vec::new(), true);
         for record in records {
             let Record::Exchange(preference, name) = record else { continue };
-            // RFC 7505 section 3: "." beside other records is not a null MX but a mistake, and not a host either.
+            // RFC 7505 section 3: "." with other records is a mistake, neither a null MX nor a host.
             null &= name.is_root();
             hosts.extend(Domain::of_dns(&name.to_string()).map(|host| MxHost { preference, host }));
         }
@@ -321,7 +317,7 @@ impl Resolver {
         }
     }
 
-    /// Queries all servers in turn, and again those that did not reply. The error has what each server did.
+    /// Queries all servers in turn, and again those that did not reply. The error has the error of each server.
     fn query(&self, question: &Question) -> Result<Resolution, ResolveError> {
         let mut failures: Vec<Option<QueryError>> = self.servers.iter().map(|_| None).collect();
         for attempt in 0..self.attempts {
@@ -329,7 +325,7 @@ impl Resolver {
                 if !matches!(failure, None | Some(QueryError::NoReply(_))) || self.is_over() {
                     continue;
                 }
-                // Some firewalls drop messages with EDNS0: the last query goes without it.
+                // Some firewalls drop messages with EDNS0, so the last query does not have it.
                 let edns = attempt == 0 || attempt + 1 < self.attempts;
                 match self.query_server(*server, question, edns) {
                     Ok(resolution) => return Ok(resolution),
@@ -343,7 +339,7 @@ impl Resolver {
             failures.filter_map(|(server, failure)| Some(format!("{server}: {}", failure?))).collect();
         let text = match failures.is_empty() {
             true if self.servers.is_empty() => "no name server is known".to_owned(),
-            true => "there is no time left for it".to_owned(),
+            true => "there is no time left for the query".to_owned(),
             false => failures.join("; "),
         };
         Err(ResolveError { text, no_reply })
@@ -370,7 +366,7 @@ impl Resolver {
         let deadline = self.query_deadline();
         let socket = self.socket(server)?;
         socket.set_nonblocking(true)?;
-        // From now on the system drops messages from other addresses, and reports a port without a server.
+        // A connected socket receives no messages from other addresses, and reports ICMP "port unreachable".
         socket.connect(server)?;
         socket.send(query)?;
         let mut buffer = vec![0; MESSAGE_LIMIT];
@@ -385,7 +381,7 @@ impl Resolver {
     fn over_tcp(&self, server: SocketAddr, query: &[u8], parse: impl Fn(&[u8]) -> Option<QueryResult>) -> QueryResult {
         let deadline = self.query_deadline();
         let mut stream = TcpStream::from(connection::connect(server, deadline, self.cancel.as_ref())?);
-        // Length and message in one segment (RFC 7766 section 8). They fit into the empty buffer of the socket.
+        // Length and message in one write (RFC 7766 section 8). They fit into the empty buffer of the socket.
         let length = u16::try_from(query.len()).map_err(io::Error::other)?;
         stream.write_all(&[&length.to_be_bytes(), query].concat())?;
         loop {
@@ -428,8 +424,8 @@ impl Resolver {
     }
 }
 
-/// Orders addresses so that the families take turns, that of the first address first; each family keeps its order. If one
-/// family does not work here, the other has its turn before any limit cuts the list.
+/// Orders addresses so that the families alternate, the family of the first address first; within a family the order stays.
+/// Otherwise, if one family does not work on this machine, a limit could cut off all addresses of the other.
 fn alternate_families<T>(addresses: Vec<T>, is_ipv6: impl Fn(&T) -> bool) -> Vec<T> {
     let first_family = addresses.first().is_some_and(&is_ipv6);
     let (first, second): (Vec<T>, Vec<T>) = addresses.into_iter().partition(|address| is_ipv6(address) == first_family);
@@ -439,7 +435,7 @@ fn alternate_families<T>(addresses: Vec<T>, is_ipv6: impl Fn(&T) -> bool) -> Vec
     ordered
 }
 
-/// The addresses of a configured host (`host:port`) by the system's resolver; its families take turns. Never empty.
+/// Looks up the addresses of a configured host (`host:port`) by the system's resolver; the families alternate. Never empty.
 ///
 /// # Errors
 /// The host has no address, or cannot be looked up; `TimedOut` after the deadline, `Interrupted` if `cancel` is cancelled.
@@ -455,7 +451,7 @@ pub fn system_addresses(address: &str, deadline: Instant, cancel: &CancelToken) 
     }
 }
 
-/// getaddrinfo(3) in a thread of its own, which goes on after the deadline: nothing can interrupt it.
+/// Calls getaddrinfo(3) in a thread of its own, which may run on after the deadline, because it cannot be interrupted.
 fn look_up_by_system(address: &str, deadline: Instant, cancel: &CancelToken) -> io::Result<Vec<SocketAddr>> {
     let late = || io::Error::new(io::ErrorKind::TimedOut, "the system's resolver does not answer");
     let slot = loop {
@@ -469,7 +465,7 @@ fn look_up_by_system(address: &str, deadline: Instant, cancel: &CancelToken) -> 
         cancel.wait_until(Some(deadline.min(Instant::now() + SYSTEM_LOOKUP_POLL)));
     };
     let (sender, found) = crossbeam_channel::bounded(1);
-    // poll(2) waits for it beside `cancel`.
+    // A token, so that poll(2) can wait for it and for `cancel`.
     let done = CancelToken::new()?;
     let (name, ended) = (address.to_owned(), done.clone());
     Builder::new().name("lookup".to_owned()).spawn(move || {
@@ -488,7 +484,7 @@ fn look_up_by_system(address: &str, deadline: Instant, cancel: &CancelToken) -> 
     found.try_recv().unwrap_or_else(|_| Err(io::Error::other("the lookup has ended without a result")))
 }
 
-/// One of [`SYSTEM_LOOKUP_LIMIT`], until it is dropped.
+/// Permission for one of [`SYSTEM_LOOKUP_LIMIT`] lookups, until it is dropped.
 struct LookupSlot;
 
 static SYSTEM_LOOKUPS: AtomicUsize = AtomicUsize::new(0);
@@ -535,7 +531,7 @@ impl Question {
 /// The definite answer to a question.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Answer {
-    /// At least one, of the type asked for.
+    /// At least one record of the queried type.
     Records(Vec<Record>),
     /// The name exists, but has no records of this type.
     NoRecords,
@@ -543,11 +539,11 @@ pub enum Answer {
     NoName,
 }
 
-/// How far one reply leads.
+/// The meaning of one reply.
 #[derive(PartialEq, Debug)]
 enum Resolution {
     Answer(Answer),
-    /// The server has not looked up the target of an alias: query it.
+    /// The server has not looked up the target of an alias: this name must be queried.
     Alias(Name<Vec<u8>>),
 }
 
@@ -566,18 +562,18 @@ pub enum Record {
     Tlsa([u8; 3], Vec<u8>),
 }
 
-/// What a query, or one reply to it, leads to.
+/// The result of a query, or of one reply to it.
 type QueryResult = Result<Resolution, QueryError>;
 
 /// Why a server gave no resolution.
 #[derive(PartialEq, Debug)]
 enum QueryError {
-    /// No reply came: query the server again.
+    /// No reply has arrived: query the server again.
     NoReply(String),
     Truncated,
     /// The server does not know EDNS0.
     NotUnderstood(OptRcode),
-    /// The reply is of no use, and the next would be the same.
+    /// The reply is useless, and the next one would be too.
     Useless(String),
 }
 
@@ -609,7 +605,7 @@ impl From<ParseError> for QueryError {
     }
 }
 
-/// Parses a message. `None`: it is not the reply to this query (RFC 5452 section 9.1); wait for the real one.
+/// Parses a message. `None`: it is not the reply to this query (RFC 5452 section 9.1), which may still arrive.
 fn parse_reply(message: &[u8], id: u16, question: &Question) -> Option<QueryResult> {
     let message = Message::from_octets(message).ok()?;
     let header = message.header();
@@ -630,7 +626,7 @@ fn parse_reply(message: &[u8], id: u16, question: &Question) -> Option<QueryResu
         _ if not_understood => Err(QueryError::NotUnderstood(code)),
         _ if header.tc() => Err(QueryError::Truncated),
         OptRcode::NOERROR => resolve(&message, question),
-        // If there are aliases this is about the last name (RFC 6604 section 3).
+        // If there are aliases, NXDOMAIN is about the last name (RFC 6604 section 3).
         OptRcode::NXDOMAIN => Ok(Resolution::Answer(Answer::NoName)),
         other => Err(QueryError::Useless(other.to_string())),
     })
@@ -656,7 +652,7 @@ fn resolve(message: &Message<&[u8]>, question: &Question) -> QueryResult {
         }
     }
     let mut name = question.name.to_name::<Vec<u8>>();
-    // After as many steps as there are aliases, one of them has come twice.
+    // After as many steps as there are aliases, one of them was followed twice.
     for passed in 0..=aliases.len() {
         let found = records.iter().filter(|(owner, _)| owner.name_eq(&name));
         let found: Vec<Record> = found.map(|(_, record)| record.clone()).collect();
@@ -671,7 +667,7 @@ fn resolve(message: &Message<&[u8]>, question: &Question) -> QueryResult {
     Err(QueryError::Useless("a loop of aliases".to_owned()))
 }
 
-/// What a reply without a record for `name` means, after `passed` aliases (RFC 2308 section 2.2).
+/// The meaning of a reply without a record for `name`, after `passed` aliases (RFC 2308 section 2.2).
 fn resolve_without_records(message: &Message<&[u8]>, name: Name<Vec<u8>>, passed: usize) -> QueryResult {
     let mut referral = false;
     for record in message.authority()? {
@@ -691,7 +687,7 @@ fn resolve_without_records(message: &Message<&[u8]>, name: Name<Vec<u8>>, passed
     }
 }
 
-/// The content of a record. `None`: its type is not used here.
+/// The content of a record. `None`: this program does not use its type.
 fn record_data(record: &ParsedRecord<&[u8]>) -> Result<Option<Record>, ParseError> {
     let record = match record.rtype() {
         Rtype::MX => record.to_record::<Mx<ParsedName<&[u8]>>>()?.map(|record| {
@@ -723,7 +719,7 @@ fn record_data(record: &ParsedRecord<&[u8]>) -> Result<Option<Record>, ParseErro
     Ok(record)
 }
 
-/// The strings of a TXT record, each after its length, as one text; `None`: one is longer than the record.
+/// Joins the strings of a TXT record, each of which follows its length; `None`: a length is too large.
 fn joined_strings(mut strings: &[u8]) -> Option<Vec<u8>> {
     let mut text = Vec::new();
     while let [length, rest @ ..] = strings {
@@ -734,13 +730,13 @@ fn joined_strings(mut strings: &[u8]) -> Option<Vec<u8>> {
     Some(text)
 }
 
-/// The name of a domain as DNS has it; `None`: it cannot have such a name (RFC 1035 section 2.3.4).
+/// The DNS name of a domain; `None`: DNS does not permit it (RFC 1035 section 2.3.4).
 fn dns_name(domain: &Domain) -> Option<Name<Vec<u8>>> {
     Name::vec_from_str(domain.as_str()).ok()
 }
 
-/// The address that somebody has written into an MX record in place of a host name: `192.0.2.1`, with or without brackets.
-/// RFC 5321 section 5.1 does not permit that, and other mail servers send to it.
+/// The address in an MX record that has one in place of a host name: `192.0.2.1`, with or without brackets. RFC 5321 section
+/// 5.1 does not permit it, but other mail servers send to it.
 pub fn address_for_name(host: &Domain) -> Option<IpAddr> {
     let text = host.as_str();
     let inside = text.strip_prefix('[').and_then(|text| text.strip_suffix(']')).unwrap_or(text);

@@ -1,12 +1,12 @@
-//! Certificates, keys, trust and pins, made into TLS configurations and sessions.
+//! TLS configurations, made of certificates, keys, trust and pins, and TLS sessions.
 //!
-//! Every rustls type of the program is in this file. TLS 1.2 and 1.3 only (RFC 8996). No session resumption: the peer
-//! proves its identity in each connection. A `TlsSession` has no socket: [`net::connection::Connection`](crate::net::connection::Connection) feeds it the octets that have arrived
-//! and sends those that it has sealed. Every error text names the cause and what to do about it.
+//! No other file of the program has types of rustls. TLS 1.2 and 1.3 only (RFC 8996). No session resumption: the peer
+//! proves its identity in each connection. A `TlsSession` has no socket: a [`Connection`](crate::net::connection::Connection)
+//! feeds it the octets that have arrived and sends those that it has sealed. Each error text has the cause and the remedy.
 //!
-//! A server asks for a certificate of the client only if it is told to ([`ServerTls::asking`], RFC 8314 section 4.2). TLS
-//! accepts any certificate, whoever signed it and whatever its dates, and also none; the client proves that it has the key.
-//! Whose certificate it is, the authentication decides by a pin ([`TlsChannel`]).
+//! A server asks for a certificate of the client only if it is configured ([`ServerTls::asking`], RFC 8314 section 4.2). TLS
+//! accepts any certificate, with any issuer and dates, and also none; the client proves that it has the key. Authentication
+//! finds the account of the certificate by its pin ([`TlsChannel`]).
 //!
 //! Which certificates the connecting side trusts:
 //!
@@ -18,8 +18,8 @@
 //! ```
 //!
 //! In all four the peer proves, by its handshake signature, that it has the certificate's key. webpki reads certificates
-//! of X.509 version 3 only. One that it does not read is trusted if it is pinned, is in the file octet for octet, or need
-//! not be trusted: all that is needed is its key, which `x509` reads. Such a certificate has no names.
+//! of X.509 version 3 only. Another certificate is trusted if it is pinned, is in the file octet for octet, or need not be
+//! trusted: then only its key is needed, which `x509` reads. Such a certificate has no names.
 
 use std::fmt;
 use std::io::{self, BufRead, Read, Write};
@@ -54,23 +54,23 @@ use crate::net::x509;
 use crate::sasl::{CertificateDigests, TlsChannel};
 use crate::text_file;
 
-/// What the side that accepts connections needs: a certificate chain and its key. Cheap to clone.
+/// The configuration of the side that accepts connections: a certificate chain and its key. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct ServerTls {
     config: Arc<ServerConfig>,
-    /// The same, and asks for a certificate of the client.
+    /// The same configuration, which asks the client for a certificate.
     asking: Arc<ServerConfig>,
     /// See [`ServerTls::until`].
     until: Option<Timestamp>,
 }
 
-/// What the side that makes connections needs: which certificates it trusts, and its own. Cheap to clone.
+/// The configuration of the side that makes connections: the certificates that it trusts, and its own. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct ClientTls {
     config: Arc<ClientConfig>,
-    /// What it shows to a server that asks for a certificate.
+    /// The certificate for a server that asks for one.
     identity: Option<Arc<CertifiedKey>>,
-    /// Whether the peer's certificate must be for the name of the peer.
+    /// The peer's certificate must be for the name of the peer.
     checks_name: bool,
 }
 
@@ -87,7 +87,7 @@ pub enum Trust {
     Anyone,
 }
 
-/// What a TLS connection has negotiated.
+/// The result of a TLS negotiation.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TlsInfo {
     /// "TLSv1.3" or "TLSv1.2".
@@ -122,12 +122,12 @@ impl ServerTls {
         ServerTls::new(&PemText::read(certificate)?, &PemText::read(key)?)
     }
 
-    /// The end of the certificate's validity; `None`: it has no valid time there.
+    /// The end of the certificate's validity; `None`: the certificate has no valid time there.
     pub fn until(&self) -> Option<Timestamp> {
         self.until
     }
 
-    /// The same, which asks the client for a certificate (RFC 8314 section 4.2: only if it is configured).
+    /// The same configuration, which asks the client for a certificate (RFC 8314 section 4.2: only if it is configured).
     pub fn asking(&self) -> ServerTls {
         ServerTls { config: self.asking.clone(), ..self.clone() }
     }
@@ -135,7 +135,7 @@ impl ServerTls {
     fn new(certificate: &PemText, key: &PemText) -> Result<ServerTls, String> {
         let chain = certificate.certificates()?;
         certificate.check_version(&chain[0], key)?;
-        // Clients could not read it.
+        // A certificate that webpki cannot read would be rejected by clients.
         ParsedCertificate::try_from(&chain[0])
             .map_err(|error| format!("{} and {} cannot be used: {error}", certificate.name, key.name))?;
         let until = x509::Certificate::read(&chain[0]).and_then(|certificate| certificate.until());
@@ -149,7 +149,7 @@ impl ServerTls {
                 false => builder.with_no_client_auth(),
             };
             let mut config = builder.with_cert_resolver(identity.clone());
-            // Calls are minutes apart, and each proves the peer's identity again: tickets would cost memory and octets.
+            // Each connection proves the peer's identity again, so session tickets would only cost memory and octets.
             config.session_storage = Arc::new(NoServerSessionStorage {});
             config.send_tls13_tickets = 0;
             Ok::<_, String>(Arc::new(config))
@@ -161,7 +161,7 @@ impl ServerTls {
 /// A certificate of our own with its key.
 fn certified_key(certificate: &PemText, key: &PemText) -> Result<Arc<CertifiedKey>, String> {
     let chain = certificate.certificates()?;
-    // If the key cannot be read, rustls tells only this.
+    // The error of rustls does not say why it cannot read the key.
     let signing = PROVIDER.key_provider.load_private_key(key.private_key()?).map_err(|_| key.unusable_key())?;
     // rustls would compare them only if the certificate is of version 3.
     let public = signing.public_key();
@@ -177,16 +177,16 @@ fn certified_key(certificate: &PemText, key: &PemText) -> Result<Arc<CertifiedKe
     Ok(Arc::new(CertifiedKey::new(chain, signing)))
 }
 
-/// What a person needs to know of a certificate.
+/// The properties of a certificate, for people.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CertificateInfo {
     /// The names and addresses that it is for.
     pub names: Vec<String>,
-    /// The end of its validity; `None`: it has no valid time there.
+    /// The end of its validity; `None`: the certificate has no valid time there.
     pub until: Option<Timestamp>,
-    /// Both forms of `pin`: of the certificate, and of its key.
+    /// Its two pins: of the certificate, and of its key.
     pub pins: [String; 2],
-    /// Whether it names itself as its issuer, as a self-signed one does.
+    /// Its issuer is its subject, as in a self-signed certificate (RFC 5280 section 3.2).
     pub is_self_issued: bool,
     der: CertificateDer<'static>,
 }
@@ -210,8 +210,8 @@ impl CertificateInfo {
         PemText::read(path)?.certificates().map(|chain| chain.iter().map(CertificateInfo::new).collect())
     }
 
-    /// What a TLSA record has of it (RFC 6698 section 2.1). `selector`: 0 for the certificate, 1 for its key; `matching`: 0
-    /// for all octets, 1 for their SHA-256. `None`: this program does not compute it.
+    /// The data of a TLSA record for it (RFC 6698 section 2.1). `selector`: 0 for the certificate, 1 for its key; `matching`: 0
+    /// for all octets, 1 for their SHA-256. `None`: this program does not know these numbers, or cannot read the key.
     pub fn association(&self, selector: u8, matching: u8) -> Option<Vec<u8>> {
         let octets = match selector {
             0 => self.der.as_ref(),
@@ -234,7 +234,7 @@ impl CertificateInfo {
         let until = until.and_then(|until| Timestamp::parse_rfc3339(&until));
         let der = certificate.clone().into_owned();
         let mut info = CertificateInfo { names: Vec::new(), until, pins, is_self_issued, der };
-        // Only the error about a name that it is not for has its names.
+        // rustls returns the names of a certificate only in the error about a name that it does not have.
         if let Err(Error::InvalidCertificate(CertificateError::NotValidForNameContext { presented, .. })) =
             info.verify_name("no-such-name.invalid")
         {
@@ -243,7 +243,7 @@ impl CertificateInfo {
         info
     }
 
-    /// Whether a client accepts it for this name.
+    /// Whether a client accepts the certificate for this name.
     pub fn is_for(&self, name: &str) -> bool {
         self.verify_name(name).is_ok()
     }
@@ -255,7 +255,7 @@ impl CertificateInfo {
 }
 
 impl ClientTls {
-    /// Returns what a client needs that trusts these certificates. Reads the files now.
+    /// Returns the configuration of a client that trusts these certificates. Reads the files now.
     ///
     /// # Errors
     ///
@@ -264,8 +264,8 @@ impl ClientTls {
         ClientTls::with(Verification::new(trust)?, rustls::DEFAULT_VERSIONS)
     }
 
-    /// The same, which shows a certificate of its own to a server that asks for one: the first of a PEM file, whose key is in
-    /// another. Its name and its dates do not matter here.
+    /// The same configuration with a certificate of its own, for a server that asks for one: the first of a PEM file, with its
+    /// key in another file. Its names and its dates do not matter here.
     ///
     /// # Errors
     ///
@@ -294,7 +294,7 @@ impl ClientTls {
 ///
 /// # Errors
 ///
-/// A name that a certificate cannot be for.
+/// A certificate cannot be for one of the names.
 pub fn self_signed(names: &[&str]) -> Result<(String, String), String> {
     let key = new_key()?;
     Ok((certificate_with_key(names, &key)?, key))
@@ -310,15 +310,15 @@ pub fn new_key() -> Result<String, String> {
     Ok(made.serialize_pem())
 }
 
-/// How long a certificate that is made here is good for: ten years.
+/// The validity of certificates that are made here: ten years.
 const OWN_VALIDITY: Duration = Duration::from_secs(3653 * 24 * 60 * 60);
 
-/// Makes a self-signed certificate for `names` with this key, as PEM. It is good for ten years, and begins a day ago, for
-/// clients whose clock is late.
+/// Makes a self-signed certificate for `names` with this key, as PEM. It is valid for ten years, from a day ago on, for
+/// clients whose clock is slow.
 ///
 /// # Errors
 ///
-/// A name that a certificate cannot be for, or a key that cannot be read.
+/// A certificate cannot be for one of the names, or the key cannot be read.
 pub fn certificate_with_key(names: &[&str], key: &str) -> Result<String, String> {
     let unusable = || "cannot make a certificate: the file has no private key".to_owned();
     let key = rustls_pemfile::private_key(&mut key.as_bytes()).ok().flatten().ok_or_else(unusable)?;
@@ -328,7 +328,7 @@ pub fn certificate_with_key(names: &[&str], key: &str) -> Result<String, String>
         let now = u64::try_from(Clock::System.now().seconds()).unwrap_or_default();
         let now = rcgen::date_time_ymd(1970, 1, 1) + Duration::from_secs(now);
         (params.not_before, params.not_after) = (now - Duration::from_secs(24 * 60 * 60), now + OWN_VALIDITY);
-        // Clients go by the names above; RFC 5280 section 4.1.2.4 wants an issuer that is not empty, and of 64 octets at most.
+        // Clients check the names above only. RFC 5280 section 4.1.2.4: the issuer must not be empty; 64 octets at most.
         let name = names.first().filter(|name| name.len() <= 64).unwrap_or(&"odmr");
         params.distinguished_name.push(DnType::CommonName, *name);
         Ok(params.self_signed(&key)?.pem())
@@ -336,8 +336,8 @@ pub fn certificate_with_key(names: &[&str], key: &str) -> Result<String, String>
     make().map_err(|error: rcgen::Error| format!("cannot make a certificate: {error}"))
 }
 
-/// Returns whether the octets begin with the header of a TLS record (RFC 8446 section 5.1): no command and no message begins
-/// so. Exim sends records inside TLS if its transport gives a TLS connection to another process.
+/// Returns whether the octets begin with the header of a TLS record (RFC 8446 section 5.1), as no command and no message does.
+/// Exim sends records inside TLS if its transport passes a TLS connection to another process.
 pub fn begins_as_record(octets: &[u8]) -> bool {
     matches!(octets, [0x14..=0x17, 0x03, 0x00..=0x04, ..])
 }
@@ -345,20 +345,20 @@ pub fn begins_as_record(octets: &[u8]) -> bool {
 /// One TLS connection without its socket.
 pub(crate) struct TlsSession {
     connection: Connection,
-    /// As TLS client: our own certificate, and whether the server has asked for it.
+    /// On the client's side: its own certificate, and whether the server has asked for it.
     shown: Option<Arc<ShownIdentity>>,
     /// Sealed octets that `write_to` has not yet written.
     unsent: usize,
 }
 
-/// RFC 9266 section 2.
+/// The label of the channel binding `tls-exporter` (RFC 9266 section 2).
 const EXPORTER_LABEL: &[u8] = b"EXPORTER-Channel-Binding";
 
-/// rustls seals no more while it holds this many octets: four full records.
+/// Sealed octets that rustls may hold: four full records.
 const SEALED_LIMIT: usize = 64 * 1024;
 
 impl TlsSession {
-    // Inlined, it would keep room on the stack for each step of its making, below all of the handshake.
+    // Inlined, its large temporary values would stay on the stack of each thread during the handshake.
     #[inline(never)]
     pub(crate) fn server(tls: &ServerTls) -> io::Result<Box<TlsSession>> {
         Ok(TlsSession::new(ServerConnection::new(tls.config.clone()).map_err(failed)?.into(), None))
@@ -369,7 +369,7 @@ impl TlsSession {
     pub(crate) fn client(tls: &ClientTls, name: &str) -> io::Result<Box<TlsSession>> {
         let wanted = match ServerName::try_from(name.to_owned()) {
             Ok(name) => name,
-            // The name of a mail host may be anything. If it is not verified, TLS works without it.
+            // The DNS permits names of mail hosts that TLS does not. If the name is not verified, TLS needs none.
             Err(_) if !tls.checks_name => ServerName::from(Ipv4Addr::UNSPECIFIED),
             Err(_) => {
                 let text = format!("`{name}` is not a name that a certificate can be for");
@@ -395,15 +395,15 @@ impl TlsSession {
         session
     }
 
-    /// Decrypts octets from the socket and appends the result to `plain`: all of it, because poll(2) does not report
-    /// octets that are already decrypted. Octets after a close_notify are dropped.
+    /// Decrypts octets from the socket and appends all of the result to `plain`, because poll(2) does not report octets
+    /// that are already decrypted. Octets after a close_notify are dropped.
     pub(crate) fn feed(&mut self, octets: &[u8], plain: &mut Vec<u8>) -> io::Result<()> {
         let mut source = SliceReader(octets);
         loop {
             match self.connection.read_tls(&mut source) {
                 Ok(0) => return Ok(()),
                 Ok(_) => {}
-                // The source is empty, which is not an error. This last call lets rustls shrink its buffer.
+                // The slice is empty, which is not an error. In this last call rustls has shrunk its buffer.
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
                 Err(error) => return Err(error),
             }
@@ -415,7 +415,7 @@ impl TlsSession {
             }
             self.count();
             processed.map_err(|error| match error {
-                // Exim sends a last QUIT so. In the handshake it means that `tls` is wrong.
+                // Exim sends a last QUIT in clear. In the handshake the error means that `tls` is wrong.
                 Error::InvalidMessage(InvalidMessage::InvalidContentType) if !handshaking => {
                     io::Error::new(io::ErrorKind::InvalidData, "the peer spoke outside TLS")
                 }
@@ -424,7 +424,7 @@ impl TlsSession {
         }
     }
 
-    /// Reports that the socket is at its end.
+    /// Reports to rustls that the socket is at its end.
     pub(crate) fn end_of_input(&mut self) -> io::Result<()> {
         self.connection.read_tls(&mut io::empty())?;
         self.connection.process_new_packets().map_err(failed).map(drop)
@@ -447,7 +447,7 @@ impl TlsSession {
         }
     }
 
-    /// Encrypts as much of `plain` as the limit allows. Returns how many octets that was.
+    /// Encrypts as much of `plain` as [`SEALED_LIMIT`] permits. Returns the number of octets.
     pub(crate) fn seal(&mut self, plain: &[u8]) -> io::Result<usize> {
         let sealed = self.connection.writer().write(plain)?;
         self.count();
@@ -486,7 +486,7 @@ impl TlsSession {
         self.count();
     }
 
-    /// Returns what was negotiated; `None` in the handshake.
+    /// Returns the version and the cipher; `None` in the handshake.
     pub(crate) fn info(&self) -> Option<TlsInfo> {
         let version = match self.connection.protocol_version()? {
             ProtocolVersion::TLSv1_2 => "TLSv1.2",
@@ -499,9 +499,9 @@ impl TlsSession {
         Some(TlsInfo { version, cipher })
     }
 
-    /// Returns what an authentication may use, after the handshake.
+    /// Returns the properties that an authentication may use, after the handshake.
     pub(crate) fn channel(&self) -> TlsChannel {
-        // RFC 9266 section 4.2: TLS 1.2 would need the extended master secret besides.
+        // RFC 9266 section 4.2: under TLS 1.2 the channel binding would require the extended master secret.
         let exporter = match self.connection.protocol_version() {
             Some(ProtocolVersion::TLSv1_3) => {
                 self.connection.export_keying_material([0; 32], EXPORTER_LABEL, Some(b"")).ok()
@@ -515,12 +515,12 @@ impl TlsSession {
         TlsChannel { exporter, client_certificate }
     }
 
-    /// Returns the certificate of the peer; `None` before it has shown one.
+    /// Returns the certificate of the peer; `None` before it has sent one.
     pub(crate) fn peer_certificate(&self) -> Option<CertificateInfo> {
         self.connection.peer_certificates()?.first().map(CertificateInfo::new)
     }
 
-    /// Asks rustls how many octets it has sealed; only this call returns that.
+    /// Updates the number of sealed octets: rustls returns it from this call only.
     fn count(&mut self) {
         if let Ok(state) = self.connection.process_new_packets() {
             self.unsent = state.tls_bytes_to_write();
@@ -528,7 +528,7 @@ impl TlsSession {
     }
 }
 
-/// Our own certificate in one connection: the server asks for it, or not.
+/// Our own certificate in one connection, and whether the server has asked for it.
 #[derive(Debug)]
 struct ShownIdentity {
     key: Arc<CertifiedKey>,
@@ -536,14 +536,14 @@ struct ShownIdentity {
 }
 
 impl ShownIdentity {
-    /// Of the certificate, if the server has asked for it.
+    /// The digests of the certificate, if the server has asked for it.
     fn digests(&self) -> Option<CertificateDigests> {
         self.asked.load(Ordering::Relaxed).then(|| digests(self.key.cert.first()?)).flatten()
     }
 }
 
 impl ResolvesClientCert for ShownIdentity {
-    /// Whatever authorities the server names: whether the certificate is good for it, the server decides.
+    /// The authorities that the server names do not matter: it decides whether it accepts the certificate.
     fn resolve(&self, _authorities: &[&[u8]], schemes: &[SignatureScheme]) -> Option<Arc<CertifiedKey>> {
         self.key.key.choose_scheme(schemes)?;
         self.asked.store(true, Ordering::Relaxed);
@@ -632,12 +632,13 @@ impl Verification {
         Verification::chain(roots, exact)
     }
 
-    /// The key to verify a signature with if the rest of the certificate does not count; `None`: webpki reads it. A pinned
-    /// key is that which was compared with the pin, and not what another reader finds in the certificate.
+    /// The key that verifies the handshake signature if only the key of the certificate is trusted; `None`: webpki reads the
+    /// key. A signature must be verified with the very key that was compared with the pin: two parsers might find different
+    /// ones.
     fn lone_key<'a>(&self, certificate: &'a CertificateDer<'_>) -> Result<Option<&'a [u8]>, Error> {
         match (ParsedCertificate::try_from(certificate), self) {
             (Ok(_), Verification::Chain { .. } | Verification::Anyone) => Ok(None),
-            // A pin of the whole certificate is of its key too, as webpki reads it.
+            // A pin of the whole certificate covers its key.
             (Ok(_), Verification::Pins(pins))
                 if pins.iter().any(|pin| matches!(pin, Pin::Certificate(_)) && fits(pin, certificate)) =>
             {
@@ -708,7 +709,8 @@ impl ServerCertVerifier for Verification {
     }
 }
 
-/// Any certificate of a client, or none. Its key is what counts: it is read by the reader that makes its digest.
+/// Accepts any certificate of a client, or none. Signatures are verified with the key that `x509` reads, as its digest is of
+/// that key.
 #[derive(Debug)]
 struct AnyClient;
 
@@ -717,12 +719,13 @@ impl ClientCertVerifier for AnyClient {
         false
     }
 
-    /// No names of authorities: certificates are self-signed mostly, and a client might show none that is not of these.
+    /// No names of authorities: most of these certificates are self-signed, and a client might send only certificates of the
+    /// authorities named.
     fn root_hint_subjects(&self) -> &[DistinguishedName] {
         &[]
     }
 
-    /// The dates do not count either: what is trusted is a key, and the pin decides for how long.
+    /// The dates do not matter either: a pin is trusted until the configuration has it no longer.
     fn verify_client_cert(
         &self, certificate: &CertificateDer<'_>, _intermediates: &[CertificateDer<'_>], _now: UnixTime,
     ) -> Result<ClientCertVerified, Error> {
@@ -761,14 +764,14 @@ fn verify_tls13_with_key(
     verify_tls13_signature_with_raw_key(message, &SubjectPublicKeyInfoDer::from(key), signature, algorithms)
 }
 
-/// Verifies a signature of TLS 1.2 with a key alone, as rustls does it with a certificate: rustls has this for TLS 1.3 only.
+/// Verifies a signature of TLS 1.2 with a key alone: rustls has a function for that in TLS 1.3 only.
 fn verify_tls12_with_key(
     message: &[u8], key: &[u8], signature: &DigitallySignedStruct,
 ) -> Result<HandshakeSignatureValid, Error> {
     let mapping = PROVIDER.signature_verification_algorithms.mapping;
     let scheme = mapping.iter().find(|(scheme, _)| *scheme == signature.scheme);
     let key = x509::PublicKey::read(key).ok_or(CertificateError::BadEncoding)?;
-    // A scheme of TLS 1.2 names no curve: the key does.
+    // In TLS 1.2 a scheme does not imply the curve: the key has it.
     let algorithms = scheme.map_or(&[][..], |(_, algorithms)| algorithms).iter();
     let mut fitting = algorithms.filter(|algorithm| algorithm.public_key_alg_id().as_ref() == key.algorithm);
     match fitting.any(|algorithm| algorithm.verify_signature(key.key, message, signature.signature()).is_ok()) {
@@ -777,9 +780,9 @@ fn verify_tls12_with_key(
     }
 }
 
-/// Accepts a peer's own certificate that is in the `ca` file. webpki rejects such a certificate if it has CA:TRUE, as
-/// `openssl req -x509` makes them. Its dates must be valid (webpki checks them first, so `error` is about them if they
-/// are not), and so must its name. One of version 1 has no names that count (RFC 9525 section 2): its key is enough.
+/// Accepts a peer's own certificate that is in the `ca` file. webpki rejects it if it has CA:TRUE, as certificates of
+/// `openssl req -x509` have. Its dates must be valid (webpki checks them first, so `error` is about them if they are not),
+/// and so must its name. A certificate of version 1 has no names that count (RFC 9525 section 2): its key is enough.
 fn accept_exact(
     certificate: &CertificateDer<'_>, name: &ServerName<'_>, error: Error,
 ) -> Result<ServerCertVerified, Error> {
@@ -795,12 +798,12 @@ fn accept_exact(
     Ok(ServerCertVerified::assertion())
 }
 
-/// Puts both pins into the error for an unknown certificate: only the verifier knows them.
+/// Adds both pins to the error about an unknown certificate: only the verifier has the certificate.
 fn with_fingerprint(error: Error, certificate: &CertificateDer<'_>) -> Error {
     use CertificateError::*;
     match error {
-        // `BadSignature` and `Unsupported…`: an authority of the issuer's name has another key; so has a self-signed
-        // certificate that was made anew. `Other` is, among rarer errors, a certificate with CA:TRUE, or of version 1.
+        // `BadSignature` and `Unsupported…`: an authority with the issuer's name has another key, as a self-signed
+        // certificate has that was made anew. `Other`: a certificate with CA:TRUE, or of version 1, or rarer errors.
         Error::InvalidCertificate(
             UnknownIssuer
             | BadSignature
@@ -835,7 +838,7 @@ fn wrong_pin(pins: &[Pin], certificate: &CertificateDer<'_>) -> String {
     }
 }
 
-/// Replaces the error about a signature if no signature of this key can be verified.
+/// Replaces the error about a signature if keys of this kind are not supported.
 fn with_key_kind(error: Error, certificate: &CertificateDer<'_>) -> Error {
     match key_of(certificate).and_then(x509::PublicKey::read) {
         Some(key) if !is_usable(&key) => untrusted(format!(
@@ -847,7 +850,7 @@ fn with_key_kind(error: Error, certificate: &CertificateDer<'_>) -> Error {
 }
 
 fn is_usable(key: &x509::PublicKey<'_>) -> bool {
-    // The DER form of an RSA key: shorter than its modulus if that has fewer than 2048 bits.
+    // The DER form of an RSA key is longer than its modulus, which must have 2048 bits.
     let short = key.algorithm == alg_id::RSA_ENCRYPTION.as_ref() && key.key.len() < 2048 / 8;
     let mut algorithms = PROVIDER.signature_verification_algorithms.all.iter();
     !short && algorithms.any(|algorithm| algorithm.public_key_alg_id().as_ref() == key.algorithm)
@@ -861,7 +864,7 @@ fn failed(error: Error) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, explain(&error))
 }
 
-/// What is wrong, and what to do.
+/// The cause of an error and its remedy.
 fn explain(error: &Error) -> String {
     match error {
         Error::InvalidCertificate(reason) => explain_certificate(reason),
@@ -942,7 +945,7 @@ struct PemText {
 impl PemText {
     fn read(path: &Path) -> Result<PemText, String> {
         let name = path.display().to_string();
-        // An error that is not the system's says itself what to do.
+        // An error of `text_file` has its own remedy.
         let (_, octets) = text_file::read(path).map_err(|error| match (error.kind(), error.raw_os_error()) {
             (io::ErrorKind::PermissionDenied, Some(_)) => format!(
                 "{name} may not be read by this user: chown it to the user that `odmr` runs as, or chgrp it and chmod 640"
@@ -967,7 +970,7 @@ impl PemText {
         let holds = |text: &[u8]| self.octets.windows(text.len()).any(|part| part == text);
         found.ok_or_else(|| match () {
             () if holds(b"ENCRYPTED") => format!("{} is encrypted: decrypt it with `openssl pkey`", self.name),
-            // Of DSA or OpenSSH.
+            // A DSA or OpenSSH key.
             () if holds(b" PRIVATE KEY-----") => self.unusable_key(),
             () => format!("{} holds no private key (a PEM block BEGIN PRIVATE KEY)", self.name),
         })
@@ -977,7 +980,7 @@ impl PemText {
         format!("{} holds a key that cannot be used here: make one of another kind ({KEY_KINDS})", self.name)
     }
 
-    /// Rejects a certificate of our own that is not of version 3: clients would not accept it.
+    /// Rejects a certificate of our own that is not of version 3: most clients would not accept it.
     fn check_version(&self, certificate: &CertificateDer<'_>, key: &PemText) -> Result<(), String> {
         match x509::Certificate::read(certificate) {
             Some(x509::Certificate { version: version @ ..3, .. }) => Err(format!(
@@ -997,7 +1000,7 @@ impl PemText {
     }
 }
 
-/// The keys that both TLS roles can use.
+/// The kinds of keys that both TLS roles support, for errors.
 #[cfg(not(feature = "aws-lc-rs"))]
 const KEY_KINDS: &str = "RSA of 2048 to 4096 bits, EC on P-256 or P-384, or Ed25519";
 #[cfg(feature = "aws-lc-rs")]

@@ -1,18 +1,18 @@
-//! What the peer has sent, in the log: the dialogue line by line at debug level, and single values of events.
+//! How text from a peer is written into the log: the dialogue, line by line at debug level, and the values of events.
 //!
 //! Control characters are escaped, so that no peer can forge a log line or send commands to an operator's terminal.
 
 use std::fmt::Display;
 
-/// Writes the lines of one connection into the log, as `[id] C: line`. The caller blanks secrets before.
+/// Writes the lines of one connection into the log, as `[id] C: line`. The caller must replace secrets in them.
 #[derive(Clone, Debug)]
 pub struct Trace {
     /// The id of the session.
     pub id: String,
-    /// The letter of this side: `C` the side that opened the connection (the customer, or a client), `P` the provider
-    /// on port 366, `S` any other server. Connections that turn keep their letters.
+    /// The initial of this side: `C` for the side that opened the connection (the customer, or a client), `P` for the
+    /// provider on port 366, `S` for any other server. The turn does not change the initials.
     pub us: char,
-    /// The letter of the peer.
+    /// The initial of the peer.
     pub them: char,
 }
 
@@ -59,7 +59,7 @@ pub fn printable(line: &[u8]) -> String {
 fn push_printable(shown: &mut String, character: char) {
     match character {
         _ if character.is_control() => shown.push_str(&format!("\\x{:02x}", u32::from(character))),
-        // They reorder or break a line on a terminal, or are not seen.
+        // They reorder or break a line on a terminal, or are invisible.
         '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}' => {
             shown.push_str(&character.escape_unicode().to_string());
         }
@@ -67,7 +67,7 @@ fn push_printable(shown: &mut String, character: char) {
     }
 }
 
-/// Octets of a value that the log shows.
+/// The most octets of a value that the log shows.
 const VALUE_LIMIT: usize = 256;
 
 /// Returns a value from the wire as the log shows it: in quotes, control characters as `\xNN`, `"` and `\` after a `\`,

@@ -1,8 +1,8 @@
 //! The socket `ROOT/.wake`, by which other processes wake the daemon that works in a directory of mail.
 //!
-//! Whoever stores mail there that the daemon sends, makes some due, or changes the configuration, sends a datagram of one
-//! word. It is a hint and no more: if the daemon has no socket, the mail waits until the daemon looks by itself. So nobody
-//! waits to send one, its sender need not be believed, and a flood of them costs one look each [`WAKE_PAUSE`].
+//! A process that has stored mail for the daemon to send, has made mail due, or has changed the configuration, sends a
+//! datagram of one word. It is a hint only: without it, the daemon finds the mail at its next scan. So a process does not wait
+//! until it can send one, any process may send one, and a flood of them causes one scan each [`WAKE_PAUSE`].
 
 use std::fs::{self, File, Permissions};
 use std::io;
@@ -20,22 +20,22 @@ use crate::net::trace::quoted;
 
 const NAME: &str = ".wake";
 
-/// The pause after datagrams have come: those that come meanwhile are one.
+/// The pause after datagrams have arrived: equal ones that arrive meanwhile count as one.
 const WAKE_PAUSE: Duration = Duration::from_millis(100);
 
-/// Datagrams that are read at once. Linux has room for eleven, unless its administrator says otherwise.
+/// Datagrams that are read at once. Linux has room for eleven by default.
 const DATAGRAMS_AT_ONCE: usize = 1000;
 
-/// How often, and with which pause, a command sends a datagram for which there is no room.
+/// How often, and with which pause, a command tries again to send a datagram for which there is no room.
 const ATTEMPTS: u32 = 20;
 const ATTEMPT_PAUSE: Duration = Duration::from_millis(50);
 
-/// What another process has done.
+/// Why another process wakes the daemon.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum WakeReason {
     /// It has stored mail that is to be sent.
     Outgoing,
-    /// An administrator wants mail to be tried now.
+    /// An administrator has made mail due now.
     Retry,
     /// It has changed the configuration of the provider.
     Reload,
@@ -52,16 +52,16 @@ impl WakeReason {
         }
     }
 
-    /// Wakes the daemon of this directory, if there is one. It never waits.
+    /// Wakes the daemon of the directory `root`, if there is one. It never waits.
     pub fn send(self, root: &Path) {
         let _ = self.try_send(root);
     }
 
-    /// The same for a command, which waits up to a second while the daemon has more datagrams than it can read.
+    /// Wakes the daemon of the directory `root`; waits up to a second if the socket has no room for the datagram.
     ///
     /// # Errors
     ///
-    /// `NotFound` and `ConnectionRefused`: no daemon has the socket. The system's.
+    /// `NotFound` and `ConnectionRefused`: no daemon has the socket; the errors of the system.
     pub fn send_surely(self, root: &Path) -> io::Result<()> {
         let is_full =
             |result: &io::Result<()>| matches!(result, Err(error) if error.kind() == io::ErrorKind::WouldBlock);
@@ -81,8 +81,8 @@ impl WakeReason {
     }
 }
 
-/// Calls the system with the path of the socket. It takes 100 octets or so; a longer path begins with a descriptor of the
-/// directory, which Linux alone permits.
+/// Calls `call` with the path of the socket. The system permits about 100 octets; a longer path begins with a descriptor of
+/// the directory, which works on Linux only.
 fn with_path_of(root: &Path, call: &mut dyn FnMut(&Path) -> io::Result<()>) -> io::Result<()> {
     match call(&root.join(NAME)) {
         Err(error) if error.kind() == io::ErrorKind::InvalidInput => {
@@ -99,9 +99,9 @@ struct WakeSocket {
     path: PathBuf,
 }
 
-/// Makes the socket, in place of the one that a killed daemon has left, and a thread that tells `woken` what comes, until it is
-/// cancelled. Call it with the lock of the directory, and keep the lock until the thread has ended. `mode`: the permissions of
-/// the socket. A failure is logged, and then nobody is woken.
+/// Makes the socket, in place of the one that a killed daemon has left, and starts a thread that calls `woken` with each
+/// reason until `cancel` is cancelled. The caller must hold the lock of the directory until the thread has ended. `mode`: the
+/// permissions of the socket. Returns `None` after a failure, which is logged.
 pub fn receive_wakes(
     root: &Path, mode: u32, cancel: &CancelToken, woken: Box<dyn Fn(WakeReason) + Send>,
 ) -> Option<JoinHandle<()>> {
@@ -140,25 +140,25 @@ impl WakeSocket {
             let descriptors = [self.socket.as_fd(), cancel.fd()];
             let _ = poll(&mut descriptors.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)), None);
             self.words().into_iter().for_each(woken);
-            // Before it is looked at again, so that a flood keeps no processor busy.
+            // Pause before the next look, so that a flood does not keep the processor busy.
             cancel.wait_until(Some(Instant::now() + WAKE_PAUSE));
         }
     }
 
-    /// Reads what has come, each reason once. What is no word of ours counts as `Outgoing`: if it has filled the queue of the
-    /// socket, the word of another process had no room.
+    /// Reads the datagrams that have arrived, each reason once. An unknown word counts as `Outgoing`: such datagrams may have
+    /// left no room for a valid one.
     fn words(&self) -> Vec<WakeReason> {
-        let (mut come, mut datagram) = (Vec::new(), [0; 16]);
+        let (mut arrived, mut datagram) = (Vec::new(), [0; 16]);
         for _ in 0..DATAGRAMS_AT_ONCE {
             let Ok(octets) = self.socket.recv(&mut datagram) else { break };
             let mut known = WakeReason::ALL.into_iter();
             let reason = known.find(|reason| datagram[..octets] == *reason.word().as_bytes());
             let reason = reason.unwrap_or(WakeReason::Outgoing);
-            if !come.contains(&reason) {
-                come.push(reason);
+            if !arrived.contains(&reason) {
+                arrived.push(reason);
             }
         }
-        come
+        arrived
     }
 }
 
@@ -186,7 +186,7 @@ mod tests {
     fn a_datagram_wakes_the_daemon_of_its_directory() {
         let (_directory, roots) = directories();
         for root in roots {
-            // Nobody is there, or was killed.
+            // No daemon has run, or it was killed.
             assert!(WakeReason::Retry.send_surely(&root).is_err());
             let killed = WakeSocket::bind(&root, 0o600).unwrap();
             let left = root.join("left");
@@ -204,7 +204,7 @@ mod tests {
                 reason.send_surely(&root).unwrap();
                 assert_eq!(receiver.recv_timeout(patience), Ok(reason));
             }
-            // What strangers send.
+            // Datagrams of other programs.
             let stranger = UnixDatagram::unbound().unwrap();
             for text in [&b""[..], b"outgoing ", b"OUTGOING", &[0xff; 5000]] {
                 let send = || with_path_of(&root, &mut |path| stranger.send_to(text, path).map(drop));
@@ -220,9 +220,9 @@ mod tests {
         }
     }
 
-    /// Others have filled the queue of the socket before a word had room: their datagrams stand for it.
+    /// Other programs have filled the queue of the socket: one of their datagrams counts as the word that had no room.
     #[test]
-    fn a_word_for_which_there_was_no_room_is_not_missed() {
+    fn the_daemon_wakes_even_if_there_was_no_room_for_the_word() {
         let root = tempfile::tempdir().unwrap();
         let wake = WakeSocket::bind(root.path(), 0o600).unwrap();
         assert_eq!(wake.words(), []);

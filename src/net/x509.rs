@@ -1,9 +1,9 @@
 //! The version and the public key of a certificate (RFC 5280 section 4.1), read from its DER (ITU-T X.690).
 //!
-//! webpki reads certificates of version 3 only. If a certificate is trusted by itself, and not because of what is
-//! written in it, its key is all that the handshake needs, so its version does not matter.
+//! webpki reads certificates of version 3 only. If a pin or a file trusts a certificate itself, and not its issuer, the
+//! handshake needs its key only, so its version does not matter.
 
-/// What is read of a certificate.
+/// The parts of a certificate that this program reads.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Certificate<'a> {
     /// 1 to 3.
@@ -12,7 +12,7 @@ pub(super) struct Certificate<'a> {
     pub(super) self_issued: bool,
     /// The end of its validity: `YYMMDDHHMMSSZ`, or from 2050 on `YYYYMMDDHHMMSSZ` (RFC 5280 section 4.1.2.5).
     pub(super) not_after: &'a [u8],
-    /// The SubjectPublicKeyInfo, whole: the octets whose SHA-256 a pin of the key has.
+    /// The SubjectPublicKeyInfo with its tag: a pin of the key has the SHA-256 of these octets.
     pub(super) public_key: &'a [u8],
 }
 
@@ -34,12 +34,12 @@ const GENERALIZED_TIME: u8 = 0x18;
 const VERSION: u8 = 0xa0;
 
 impl Certificate<'_> {
-    /// Reads a certificate up to its key; `None`: it is not one.
+    /// Reads a certificate up to its key; `None`: the octets are not a certificate.
     pub(super) fn read(der: &[u8]) -> Option<Certificate<'_>> {
         let certificate = Elements(der).next(SEQUENCE)?.content;
         let mut fields = Elements(Elements(certificate).next(SEQUENCE)?.content);
         let version = match fields.next(VERSION) {
-            // Version 1 is the default, which DER leaves out.
+            // Version 1 is the default, which DER omits.
             None => 1,
             Some(version) => match Elements(version.content).next(INTEGER)?.content {
                 [number @ 0..=2] => number + 1,
@@ -57,7 +57,7 @@ impl Certificate<'_> {
         Some(Certificate { version, self_issued, not_after, public_key: fields.next(SEQUENCE)?.whole })
     }
 
-    /// The end of its validity as RFC 3339 writes it; `None`: it is not a valid time.
+    /// The end of its validity in the form of RFC 3339; `None`: it is not a valid time.
     pub(super) fn until(&self) -> Option<String> {
         let text = std::str::from_utf8(self.not_after).ok()?;
         let text = match text.len() {
@@ -73,12 +73,12 @@ impl Certificate<'_> {
 }
 
 impl PublicKey<'_> {
-    /// Reads a SubjectPublicKeyInfo; `None`: it is not one.
+    /// Reads a SubjectPublicKeyInfo; `None`: the octets are not one.
     pub(super) fn read(der: &[u8]) -> Option<PublicKey<'_>> {
         let mut parts = Elements(Elements(der).next(SEQUENCE)?.content);
         let algorithm = parts.next(SEQUENCE)?.content;
         match parts.next(BIT_STRING)?.content {
-            // All bits of the last octet are used.
+            // 0: all bits of the last octet are used.
             [0, key @ ..] => Some(PublicKey { algorithm, key }),
             _ => None,
         }
@@ -95,12 +95,12 @@ struct Element<'a> {
 }
 
 impl<'a> Elements<'a> {
-    /// Takes the next element if it has this tag.
+    /// Removes and returns the next element if it has this tag.
     fn next(&mut self, tag: u8) -> Option<Element<'a>> {
         let [first, length, rest @ ..] = self.0 else { return None };
         let (header, length) = match *length {
             length @ ..=0x7f => (2, usize::from(length)),
-            // More than 64 KiB do not come: rustls rejects them.
+            // Two octets of length are enough: rustls rejects certificates of 64 KiB and more.
             count @ 0x81..=0x82 => {
                 let count = usize::from(count & 0x7f);
                 let octets = rest.get(..count)?;

@@ -40,7 +40,7 @@ use crate::session::server::{ServerSession, SessionEnd};
 use crate::smtp::command::{Envelope, MailFrom, Notify};
 use crate::smtp::reply::Reply;
 use crate::smtp::server::{Incoming, MessageSink, SessionHandler, check_qualified};
-use crate::smtp::status::{means_no_mail, is_too_soon, too_soon_reply};
+use crate::smtp::status::{is_too_soon, means_no_mail, too_soon_reply};
 use crate::turn::Turn;
 
 /// Serves one session until it ends or its connection has turned. Returns how it ended, for the log.

@@ -6,7 +6,7 @@ use data_encoding::HEXLOWER;
 
 use super::finding::{DnsFinding, DnsVerdict, address_kind, address_line, listed, reverse_name, zone_line};
 use crate::mail::address::Domain;
-use crate::net::reserved::not_in_the_world;
+use crate::net::reserved::not_public;
 use crate::net::resolver::{Answer, Record, ResolveError};
 use crate::net::tls::CertificateInfo;
 
@@ -36,7 +36,7 @@ impl AddressFact {
 /// Judges one A or AAAA record of `host`. `allow_private`: whether mail hosts may have private addresses.
 pub(super) fn judge_address(host: &Domain, fact: &AddressFact, allow_private: bool) -> DnsFinding {
     let (address, line) = (fact.address, address_line(host, fact.address));
-    let warning = match not_in_the_world(address).filter(|_| !allow_private) {
+    let warning = match not_public(address).filter(|_| !allow_private) {
         Some(what) => format!("this is {what}, which no host in the world can reach"),
         None if !fact.is_own => {
             "this machine does not have the address: it is right only if a router forwards port 25 to here (NAT)"
@@ -191,7 +191,7 @@ pub(super) fn world_addresses() -> Vec<IpAddr> {
         socket.connect(target).ok()?;
         Some(socket.local_addr().ok()?.ip())
     };
-    probes.into_iter().filter_map(source).filter(|address| not_in_the_world(*address).is_none()).collect()
+    probes.into_iter().filter_map(source).filter(|address| not_public(*address).is_none()).collect()
 }
 
 #[cfg(test)]

@@ -52,7 +52,7 @@ fn secured(server: impl Into<OwnedFd>, client: impl Into<OwnedFd>) -> (Connectio
     (server, client)
 }
 
-/// Pairs of connections in clear, and under TLS over TCP and over a Unix socket.
+/// Pairs of connections: in clear, and under TLS, over TCP and over Unix sockets.
 fn each_kind() -> Vec<(Connection, Connection)> {
     let ((a, b), (c, d), (e, f)) = (unix(), tcp(), unix());
     vec![(connection(a), connection(b)), secured(c, d), secured(e, f)]
@@ -215,7 +215,7 @@ fn flush_does_not_wait_for_a_peer_that_does_not_read() {
 
 #[test]
 fn two_peers_that_both_send_do_not_wait_for_each_other() {
-    // More than the sockets' own buffers hold, and less than makes a reader pause.
+    // More octets than the buffers of the sockets hold, and fewer than `READ_BUFFER_LIMIT`.
     for (mut one, mut other) in each_kind() {
         let sent = text(READ_BUFFER_LIMIT);
         let exchange = |connection: &mut Connection| {
@@ -249,7 +249,7 @@ fn fill_reads_nothing_while_the_read_buffer_is_full() {
 }
 
 #[test]
-fn an_idle_connection_keeps_little_memory() {
+fn an_idle_connection_uses_little_memory() {
     for (mut one, mut other) in each_kind() {
         let sent = text(300_000);
         one.send(&sent);
@@ -530,7 +530,7 @@ fn tls_works_octet_by_octet() {
     });
 }
 
-/// Sends garbage, goes on sending, and reads what comes; the other side closes meanwhile. Returns what has come.
+/// Sends garbage again and again, until the other side closes. Returns the octets that it has received.
 fn babble(mut peer: TcpStream) -> io::Result<Vec<u8>> {
     let mut received = vec![0; 10_000];
     for _ in 0..40 {
@@ -597,7 +597,7 @@ fn the_alert_about_a_broken_record_arrives_although_the_peer_still_sends() {
 }
 
 #[test]
-fn a_peer_that_does_not_close_after_an_alert_is_not_waited_for_long() {
+fn the_wait_for_a_peer_that_does_not_close_after_an_alert_is_short() {
     let (accepting, _) = sides();
     let (peer, ours) = tcp();
     (&peer).write_all(b"EHLO example.org\r\n").unwrap();
@@ -611,9 +611,9 @@ fn a_peer_that_does_not_close_after_an_alert_is_not_waited_for_long() {
     assert!(begun.elapsed() < ALERT_TIMEOUT * 3, "{:?}", begun.elapsed());
 }
 
-/// Exim sends QUIT so, in one piece with its last record.
+/// Exim sends QUIT in clear, in one piece with its last record.
 #[test]
-fn what_was_decrypted_before_clear_text_is_reported_first() {
+fn octets_decrypted_before_clear_text_are_reported_first() {
     let (theirs, ours) = unix();
     let mut clear = theirs.try_clone().unwrap();
     let (mut server, mut client) = secured(theirs, ours);

@@ -7,7 +7,7 @@ use super::*;
 
 struct Crowd {
     limiter: ConnectionLimiter,
-    /// Of all connections: there may be fewer descriptors than connections.
+    /// The other end of all connections: there may be fewer descriptors than connections.
     socket: Arc<OwnedFd>,
     client: UnixStream,
     begun: Instant,
@@ -48,13 +48,13 @@ impl Crowd {
         Ok(Member { permit })
     }
 
-    /// From an address of its own.
+    /// Admits a connection from a new address.
     fn admit(&mut self, known: Option<bool>, ms: u64) -> Result<Member, NotAdmitted> {
         self.next += 1;
         self.admit_from(&IpAddr::from(self.next.to_be_bytes()).to_string(), known, ms)
     }
 
-    /// What the thread of a connection that was displaced reads.
+    /// Reads as the thread of a displaced connection does.
     fn read(&self) -> io::Result<usize> {
         UnixStream::from(self.socket.try_clone().unwrap()).read(&mut [0])
     }
@@ -65,7 +65,7 @@ impl Crowd {
 }
 
 #[test]
-fn one_client_has_a_limit_of_its_own_and_makes_no_room_for_itself() {
+fn one_client_has_a_limit_and_displaces_none_of_its_connections() {
     let crowd = Crowd::new(100, 2);
     for (client, same, other) in
         [("192.0.2.1", "192.0.2.1", "192.0.2.2"), ("2001:db8::1", "2001:db8::ffff:0:1", "2001:db8:0:1::1")]
@@ -80,7 +80,7 @@ fn one_client_has_a_limit_of_its_own_and_makes_no_room_for_itself() {
 }
 
 #[test]
-fn a_full_listener_displaces_the_stranger_whose_command_is_oldest() {
+fn a_full_listener_displaces_the_untrusted_connection_whose_command_is_oldest() {
     let mut crowd = Crowd::new(4, 4);
     let members = crowd.fill(4, None, 0);
     assert_eq!(crowd.read().unwrap_err().kind(), io::ErrorKind::WouldBlock);
@@ -97,21 +97,21 @@ fn a_full_listener_displaces_the_stranger_whose_command_is_oldest() {
         let found: Vec<_> = (0..4).filter(|at| members[*at].is_displaced()).collect();
         assert_eq!(found, displaced);
     }
-    // It is too late to become trusted, and the thread finds the end of the input.
+    // A displaced connection cannot become trusted, and its thread reads the end of the input.
     members[3].permit.accepted.trust();
     assert!(members[3].is_displaced());
     assert!(!kept.iter().any(Member::is_displaced));
     assert_eq!(crowd.read().unwrap(), 0);
-    // What is trusted is never displaced.
+    // A trusted connection is never displaced.
     kept.iter().for_each(|member| member.permit.accepted.trust());
     assert_eq!(crowd.admit(None, 10_000_000).err(), Some(NotAdmitted::Full));
-    // The threads of the displaced ones may end when they like.
+    // A displaced connection has no place, also before its thread has ended.
     drop(members);
     assert!(crowd.admit(None, 10_000_000).is_ok());
 }
 
 #[test]
-fn trust_ends_and_the_commands_count_anew() {
+fn after_trust_has_ended_the_commands_are_counted_anew() {
     let mut crowd = Crowd::new(2, 2);
     let members = crowd.fill(2, None, 0);
     let [first, second] = [0, 1].map(|at| &members[at].permit.accepted);
@@ -119,7 +119,7 @@ fn trust_ends_and_the_commands_count_anew() {
     first.trust();
     second.note_command(crowd.at(40));
     first.distrust(crowd.at(30));
-    // It was a stranger before.
+    // It was not trusted before.
     second.distrust(crowd.at(0));
     first.note_command(crowd.at(50));
     let _newcomer = crowd.admit(None, 60).unwrap();
@@ -129,14 +129,14 @@ fn trust_ends_and_the_commands_count_anew() {
 }
 
 #[test]
-fn patience_shrinks_from_three_quarters_on() {
+fn patience_shrinks_if_fewer_than_a_quarter_of_the_places_are_free() {
     // 250 free places are a quarter: 300 s of patience; at none 5 s.
     for (present, ms, displaced) in [
         (700, 100_000_000, 0),
         (749, 301_000, 0),
         (750, 299_000, 0),
         (750, 301_000, 1),
-        // As many as make the patience long enough again.
+        // Until enough places are free that the patience is long enough.
         (900, 151_000, 24),
         (900, 301_000, 151),
         (999, 5_000, 0),
@@ -164,24 +164,24 @@ fn a_client_that_repeats_commands_becomes_old() {
 }
 
 #[test]
-fn an_eighth_is_kept_for_known_networks() {
+fn an_eighth_of_the_places_is_reserved_for_known_networks() {
     let (mut crowd, stranger, customer) = (Crowd::new(80, 1), Some(false), Some(true));
     let mut strangers = crowd.fill(70, stranger, 0);
-    // The strangers have their share, and displace each other.
+    // Unknown networks have seven eighths, and displace each other's connections.
     strangers.push(crowd.admit(stranger, 10).unwrap());
     assert_eq!(Member::count_displaced(&strangers), 1);
     let mut customers = crowd.fill(10, customer, 20);
     assert_eq!(Member::count_displaced(&strangers), 1);
     strangers.push(crowd.admit(stranger, 30).unwrap());
     assert_eq!((Member::count_displaced(&strangers), Member::count_displaced(&customers)), (2, 0));
-    // More customers displace strangers from other networks, however new they are.
+    // More connections from known networks displace those of unknown ones, however new these are.
     customers.push(crowd.admit(customer, 40).unwrap());
     assert_eq!((Member::count_displaced(&strangers), Member::count_displaced(&customers)), (3, 0));
-    // What known networks have beyond the eighth is displaced like any stranger.
+    // Beyond the eighth, the untrusted connections of known networks are displaced like all others.
     strangers.iter().filter(|member| !member.is_displaced()).for_each(|member| member.permit.accepted.trust());
     strangers.push(crowd.admit(stranger, 50).unwrap());
     assert_eq!(Member::count_displaced(&customers), 1);
-    // The eighth itself is closed to strangers, but for each other, and open to customers.
+    // In the eighth, connections of known networks are displaced only by those of known networks.
     strangers.push(crowd.admit(stranger, 51).unwrap());
     assert!(strangers[strangers.len() - 2].is_displaced() && Member::count_displaced(&customers) == 1);
     strangers.last().unwrap().permit.accepted.trust();
@@ -191,19 +191,19 @@ fn an_eighth_is_kept_for_known_networks() {
 }
 
 #[test]
-fn what_does_not_end_is_cut_and_bounded() {
+fn displaced_connections_that_do_not_end_are_cut_and_their_number_has_a_limit() {
     let mut crowd = Crowd::new(16, 1);
     let mut members = crowd.fill(16, None, 0);
-    let is_cut = |member: &Member| member.permit.accepted.standing.load(Ordering::SeqCst) == CUT;
+    let is_cut = |member: &Member| member.permit.accepted.state.load(Ordering::SeqCst) == CUT;
     members.push(crowd.admit(None, 1).unwrap());
     members.push(crowd.admit(None, 2).unwrap());
     assert!(!is_cut(&members[0]));
     assert_eq!(crowd.client.read(&mut [0]).unwrap_err().kind(), io::ErrorKind::WouldBlock);
-    // The first two have not ended after their time.
+    // The first two have not ended in time.
     members.push(crowd.admit(None, 10_500).unwrap());
     assert!(is_cut(&members[0]) && is_cut(&members[1]));
     assert_eq!(crowd.client.read(&mut [0]).unwrap(), 0);
-    // Many at once need not wait.
+    // If there are many, they are cut at once.
     let mut before = members.len();
     while let Ok(member) = crowd.admit(None, 10_600) {
         members.push(member);
@@ -217,7 +217,7 @@ fn what_does_not_end_is_cut_and_bounded() {
 }
 
 #[test]
-fn without_descriptors_silent_strangers_make_room() {
+fn without_descriptors_silent_untrusted_connections_are_displaced() {
     let mut crowd = Crowd::new(100, 1);
     let mut members = crowd.fill(2, Some(true), 0);
     members.extend(crowd.fill(5, Some(false), 0));
@@ -231,7 +231,7 @@ fn without_descriptors_silent_strangers_make_room() {
     assert_eq!(displaced(&crowd, &members, 6_000), "....xxx");
     assert_eq!(displaced(&crowd, &members, 6_001), "x...xxx");
     assert_eq!(displaced(&crowd, &members, 11_000), "x..xxxx");
-    // What has authenticated before comes last, and what is trusted stays.
+    // Connections from known networks come last, and trusted ones stay.
     assert_eq!(displaced(&crowd, &members, 60_001), "xx.xxxx");
     assert_eq!(displaced(&crowd, &members, 60_002), "xx.xxxx");
 }
@@ -246,7 +246,7 @@ fn lower_limits_take_effect_with_the_next_connection() {
 }
 
 #[test]
-fn each_listener_counts_for_itself() {
+fn the_connections_of_each_listener_are_counted_separately() {
     let crowd = Crowd::new(1, 1);
     let (socket, peer) = (UnixStream::pair().unwrap().0, "192.0.2.1".parse().unwrap());
     let socket = Arc::new(socket.into());

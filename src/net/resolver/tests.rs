@@ -1,4 +1,4 @@
-//! Tests of the resolver, against name servers of their own on loopback.
+//! Tests of the resolver, against fake name servers on loopback.
 
 use super::*;
 use domain::base::iana::Rcode;
@@ -11,7 +11,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 
-/// The replies to the question `example.org MX`, and what they lead to.
+/// The replies to the question `example.org MX`, and their results.
 #[test]
 fn replies_are_resolved_as_the_rfcs_require() {
     let mx = |names: &[(u16, &str)]| {
@@ -43,7 +43,7 @@ fn replies_are_resolved_as_the_rfcs_require() {
     check_reply("ok", &["example.org CNAME a"], &["a SOA"], nothing());
     check_reply("ok", &["example.org CNAME example.org"], &[], endless());
     check_reply("ok", &["example.org CNAME a", "a CNAME b", "b CNAME a"], &[], endless());
-    // However many they are.
+    // Any number of them.
     let chain: Vec<String> = (0..40).map(|link| format!("n{link} CNAME n{}", link + 1)).collect();
     let mut chain: Vec<&str> = chain.iter().map(String::as_str).collect();
     chain[0] = "example.org CNAME n1";
@@ -113,7 +113,7 @@ fn malformed_replies_are_errors() {
     check(b"\0\x08\0\x14", b"\0\x01\0\x14"); // a record too short for its data
     check(b"\0\x08\0\x14", b"\0\x09\0\x14"); // … too long
     check(b"\0\x08\0\x14", b"\xff\xff\0\x14"); // … longer than the message
-    // Eight octets are an address of neither kind.
+    // Eight octets are neither an IPv4 nor an IPv6 address.
     for kind in [Rtype::A, Rtype::AAAA] {
         let [_, kind_octet] = kind.to_int().to_be_bytes();
         let mut message = RECORDED.to_vec();
@@ -239,10 +239,10 @@ fn mail_is_routed_by_the_mx_records() {
     check("far.example", hosts(&[(10, "a.example"), (20, "b.example")]));
     check("v4.example", MxRoute::Implicit);
     check("v6.example", MxRoute::Implicit);
-    // Whether the address is of use, the caller decides.
+    // The caller decides whether it connects to the address.
     check("any.example", MxRoute::Implicit);
     check("text.example", MxRoute::NoHost);
-    // Only an MX record may have an address in place of a name: whoever writes one has chosen the host, a sender has not.
+    // Only an MX record may have an address in place of a name: the owner of the domain has chosen it, not the sender.
     check("192.0.2.1", MxRoute::NoHost);
     check("absent.example", MxRoute::NoDomain);
     let longest = [["a"; 63].concat(), ["b"; 63].concat(), ["c"; 63].concat(), ["d"; 63].concat()].join(".");
@@ -253,7 +253,7 @@ fn mail_is_routed_by_the_mx_records() {
     assert!(error.contains("circle.example") && error.contains("aliases"), "{error}");
 }
 
-/// The records that only a person asks for, with the octets of those that are too short for their type.
+/// The records that only `check --dns` queries, and records that are too short for their type.
 #[test]
 fn records_of_each_type_are_found() {
     let server = FakeServer::zone(&[
@@ -289,9 +289,9 @@ fn records_of_each_type_are_found() {
     }
 }
 
-/// A person does not wait for a server that does not answer, and is told that.
+/// The user of a command does not wait long for a server that does not reply, and sees that it does not.
 #[test]
-fn a_hurried_query_says_that_nothing_answers() {
+fn a_hurried_query_reports_that_no_server_replies() {
     let silent = UdpSocket::bind("127.0.0.1:0").unwrap();
     let resolver = Resolver::at(silent.local_addr().unwrap(), &Ids::fixed());
     let begin = Instant::now();
@@ -352,7 +352,7 @@ fn addresses_of_both_kinds_are_found() {
 
 /// Rules: SMTP-71.
 #[test]
-fn families_take_turns_and_the_limit_cuts_off_neither() {
+fn families_alternate_and_the_limit_cuts_off_neither() {
     let ipv6 = (1..=120).map(|n| &*format!("many.example AAAA 2001:db8::{n:x}").leak());
     let records: Vec<&str> = ipv6.chain(["many.example A 192.0.2.1", "many.example A 192.0.2.2"]).collect();
     let server = FakeServer::zone(records.leak());
@@ -360,7 +360,7 @@ fn families_take_turns_and_the_limit_cuts_off_neither() {
     let found: Vec<_> = found.iter().map(IpAddr::to_string).collect();
     assert_eq!(found[..5], ["2001:db8::1", "192.0.2.1", "2001:db8::2", "192.0.2.2", "2001:db8::3"]);
     assert_eq!(found.len(), RESULT_LIMIT);
-    // A list of the system keeps the family that the system prefers in front.
+    // In a list of the system, the family that the system prefers stays first.
     let order = |list: &[&str]| alternate_families(list.to_vec(), |address| address.contains(':')).concat();
     assert_eq!(order(&["1", "2", ":3", ":4", ":5"]), "1:32:4:5");
     assert_eq!(order(&["1", "2"]), "12");
@@ -485,7 +485,7 @@ fn the_next_server_is_queried_and_again_those_that_did_not_reply() {
     assert_eq!(error, "MX records of n.example: no name server is known");
 }
 
-/// Names that no server answers for must not keep a worker of the relay, nor the end of the program.
+/// Names for which no server replies must not hold up a worker of the relay, nor the end of the program.
 #[test]
 fn all_queries_end_at_one_deadline_or_when_they_are_cancelled() {
     let silent = FakeServer::start(|_| vec![]);
@@ -494,9 +494,9 @@ fn all_queries_end_at_one_deadline_or_when_they_are_cancelled() {
     let begun = Instant::now();
     let limited = resolver().within(begun + Duration::from_millis(300), &cancel);
     let error = limited.addresses(&host("n.example")).unwrap_err().text;
-    assert_eq!(error, "A records of n.example: there is no time left for it");
+    assert_eq!(error, "A records of n.example: there is no time left for the query");
     assert!(begun.elapsed() < Duration::from_secs(2), "{:?}", begun.elapsed());
-    // Neither a second time, nor for the other family.
+    // There is no second query, and none for the other family.
     assert_eq!(silent.transports().len(), 1);
     let limited = resolver().within(begun + Duration::from_secs(600), &cancel);
     let stopping = std::thread::spawn({
@@ -515,7 +515,7 @@ fn all_queries_end_at_one_deadline_or_when_they_are_cancelled() {
 }
 
 #[test]
-fn the_system_is_not_asked_for_an_address() {
+fn an_address_is_not_looked_up() {
     let cancel = CancelToken::new().unwrap();
     let soon = Instant::now() + Duration::from_secs(10);
     for address in ["192.0.2.1:25", "[2001:db8::1]:25"] {
@@ -598,8 +598,8 @@ fn replace(octets: &[u8], from: &[u8], to: &[u8]) -> Vec<u8> {
     [&octets[..at], to, &octets[at + from.len()..]].concat()
 }
 
-/// The reply to a query. `how`: its code; or "aa" for an authoritative server, "lame" for one that is not and
-/// does not recurse. Records: "owner TYPE data", names without a final dot.
+/// The reply to a query. `how`: its code; or "aa" for an authoritative server, "lame" for a server that is neither
+/// authoritative nor recursive. Records: "owner TYPE data", names without a final dot.
 fn reply(query: &[u8], how: &str, answer: &[&str], authority: &[&str]) -> Vec<u8> {
     let query = Message::from_octets(query).unwrap();
     let code = match how {
@@ -789,7 +789,7 @@ impl FakeServer {
         Resolver::at(self.address, &Ids::fixed())
     }
 
-    /// For each query so far, whether it came over TCP.
+    /// For each query so far, whether it arrived over TCP.
     fn transports(&self) -> Vec<bool> {
         self.seen.lock().unwrap().iter().map(|asked| asked.tcp).collect()
     }

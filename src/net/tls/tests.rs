@@ -41,7 +41,7 @@ fn server() -> (ServerTls, String) {
     (ServerTls::from_pem(&certificate, &key), certificate)
 }
 
-/// As `openssl req -x509` makes them: self-signed and CA:TRUE.
+/// A server whose certificate is self-signed and has CA:TRUE, as those of `openssl req -x509`.
 fn self_signed_authority(not_after: i32) -> (ServerTls, String) {
     let mut params = rcgen::CertificateParams::new(vec![NAME.to_string()]).unwrap();
     params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
@@ -140,7 +140,7 @@ fn certificates_signed_by_an_authority_in_the_ca_file_are_trusted() {
 }
 
 #[test]
-fn a_pin_trusts_one_certificate_whatever_its_name_and_dates() {
+fn a_pin_trusts_one_certificate_with_any_name_and_dates() {
     let (tls, certificate) = server();
     let pin = fingerprint(&certificate);
     handshake(&tls, &pinning(pin), "192.0.2.1").unwrap();
@@ -157,7 +157,7 @@ fn fixture(name: &str) -> String {
     std::fs::read_to_string(directory.join(format!("{name}.pem"))).unwrap()
 }
 
-/// A server that shows `certificate` and signs with `key`, whatever they are.
+/// A server that presents `certificate` and signs with `key`, even if they do not belong together.
 fn server_with(certificate: &str, key: &str) -> ServerTls {
     let chain = PemText::new(certificate, "").certificates().unwrap();
     let key = PemText::new(key, "").private_key().unwrap();
@@ -183,7 +183,7 @@ fn both_versions(verification: impl Fn() -> Verification) -> [ClientTls; 2] {
         .map(|version| ClientTls::with(verification(), &[version]).unwrap())
 }
 
-/// What trusts a certificate, given its PEM text.
+/// Makes the verification that trusts a certificate, given its PEM text.
 const TRUSTING: [fn(&str) -> Verification; 4] = [
     |certificate| Verification::Pins(vec![Pin::Certificate(fingerprint(certificate))]),
     |certificate| Verification::Pins(vec![key_pin(certificate)]),
@@ -193,7 +193,7 @@ const TRUSTING: [fn(&str) -> Verification; 4] = [
 
 /// `openssl x509 -req -signkey` makes certificates of version 1, which webpki does not read.
 #[test]
-fn certificates_of_each_kind_of_key_and_of_version_1_are_trusted_where_their_key_is_enough() {
+fn certificates_with_each_kind_of_key_and_of_version_1_are_trusted_if_their_key_is_enough() {
     for name in ["rsa", "p384", "ed25519", "rsa-v1", "p256-v1", "p384-v1", "ed25519-v1"] {
         let pem = fixture(name);
         let tls = server_with(&pem, &pem);
@@ -227,10 +227,10 @@ fn the_kinds_of_keys_are_those_of_our_own_certificates_too() {
 }
 
 #[test]
-fn a_certificate_that_webpki_does_not_read_needs_trust_of_its_own() {
+fn a_certificate_that_webpki_does_not_read_must_itself_be_trusted() {
     let pem = fixture("p256-v1");
     let tls = server_with(&pem, &pem);
-    // As of an authority of the system, or of `ca`: nobody signs certificates of version 1.
+    // Trust in authorities is not enough.
     let (client, _) = handshake(&tls, &trusting(&server().1), NAME).err().unwrap();
     assert!(client.contains("set `ca` to a file with it") && client.contains("spki-sha256:"), "{client}");
 }
@@ -254,7 +254,7 @@ fn a_pin_of_the_key_survives_a_renewal() {
     );
 }
 
-/// A provider changes its key: customers have the pins of both meanwhile.
+/// While a provider changes its key, customers have the pins of both.
 #[test]
 fn one_of_several_pins_is_enough() {
     let names = ["p256-v1", "rsa", "rsa-v1", "ed25519"].map(fixture);
@@ -268,7 +268,7 @@ fn one_of_several_pins_is_enough() {
     ] {
         for client in both_versions(|| Verification::Pins(pins.clone())) {
             handshake(&server_with(pem, pem), &client, "192.0.2.1").unwrap();
-            // The certificate that matches a pin, without its key.
+            // The certificate matches a pin, but the server does not have its key.
             let key = if pem == two { one } else { two };
             assert!(handshake(&server_with(pem, key), &client, NAME).is_err());
         }
@@ -304,14 +304,14 @@ fn a_peer_without_the_key_of_its_certificate_is_rejected() {
     }
 }
 
-/// A client that shows this certificate, and signs with this key, whatever they are.
+/// A client that presents this certificate and signs with this key, even if they do not belong together.
 fn client_with(client: ClientTls, certificate: &str, key: &str) -> ClientTls {
     let chain = PemText::new(certificate, "").certificates().unwrap();
     let key = PROVIDER.key_provider.load_private_key(PemText::new(key, "").private_key().unwrap()).unwrap();
     ClientTls { identity: Some(Arc::new(CertifiedKey::new(chain, key))), ..client }
 }
 
-/// Whoever signed it, whatever its version and its dates. The provider compares it with its pins.
+/// With any issuer, version and dates: the provider compares it with its pins.
 #[test]
 fn each_certificate_of_a_client_is_accepted_and_its_digests_are_known() {
     let (tls, _) = server();
@@ -344,7 +344,7 @@ fn expired() -> (String, String) {
 
 /// RFC 8314 section 4.2.
 #[test]
-fn a_client_shows_its_certificate_only_if_it_is_asked_and_has_one() {
+fn a_client_sends_a_certificate_only_if_it_is_asked_and_has_one() {
     let (tls, _) = server();
     let (certificate, key) = self_signed(&["me"]).unwrap();
     for without in both_versions(|| Verification::Anyone) {
@@ -406,7 +406,7 @@ fn a_client_needs_the_key_of_its_own_certificate() {
 }
 
 #[test]
-fn keys_that_cannot_be_used_are_told_with_the_kinds_that_can() {
+fn the_error_about_an_unusable_key_has_the_kinds_that_are_usable() {
     for name in ["rsa", "p384", "rsa-v1", "ed25519-v1"] {
         assert!(is_usable(&x509::PublicKey::read(key_of(&certificate_of(name)).unwrap()).unwrap()), "{name}");
     }
@@ -437,7 +437,7 @@ fn our_own_certificate_must_be_of_version_3() {
     // The certificate and its key may be in one file: the command must not overwrite it.
     let pem = PemText::new(&fixture("rsa-v1"), "relay.pem");
     assert!(!ServerTls::new(&pem, &pem).unwrap_err().contains("-out relay.pem"));
-    // Only that of the server itself: an issuer may be of version 1.
+    // Only the certificate of the server itself matters: an issuer may have version 1.
     let own = fixture("p384");
     let chain = format!("{own}{}", fixture("rsa-v1"));
     ServerTls::new(&PemText::new(&chain, ""), &PemText::new(&own, "")).unwrap();
@@ -462,8 +462,8 @@ fn no_octets_are_read_as_a_certificate_by_mistake() {
     }
 }
 
-/// Clients put what they were told to connect to into the server name indication. RFC 6066 section 3 allows only domain
-/// names there; no certificate is chosen by it here.
+/// Clients write the configured host into the server name indication. RFC 6066 section 3 permits only domain names there, but
+/// this server does not choose its certificate by it.
 #[test]
 fn a_server_name_that_is_an_address_does_not_end_the_session() {
     let (tls, _) = server();
@@ -613,7 +613,7 @@ fn errors_in_pem_files_name_the_file() {
     assert!(fault.contains("holds no certificate"), "{fault}");
 }
 
-/// A chain is made by joining files, each of which may begin with a byte order mark.
+/// People join files to make a chain, and each may begin with a byte order mark.
 #[test]
 fn no_certificate_of_joined_files_is_lost() {
     let pems = [fixture("p384"), fixture("rsa-v1")];

@@ -458,8 +458,7 @@ impl WorkerContext {
         if self.config.allow_private {
             return reserved::no_host(address);
         }
-        reserved::not_in_the_world(address)
-            .or_else(|| reserved::is_own(address).then_some("an address of this machine"))
+        reserved::not_public(address).or_else(|| reserved::is_own(address).then_some("an address of this machine"))
     }
 
     /// Sends all messages that the lock offers to the first address that accepts a session, except those that the last
