@@ -1,6 +1,6 @@
-//! Domains, mailboxes and paths as SMTP writes them (RFC 5321 section 4.1.2, RFC 6531 section 3.3).
+//! Domains, mailboxes and paths of SMTP (RFC 5321 section 4.1.2, RFC 6531 section 3.3).
 //!
-//! A value of one of these types is valid, because only the parsers here make it.
+//! Each value of these types is valid, because only the parsers here make one.
 //!
 //! ```text
 //! MAIL FROM:<@one.example,@two.example:"Joe Doe"@example.org> SIZE=1000
@@ -9,13 +9,14 @@
 //!           `------------------- path ----------------------'
 //! ```
 //!
-//! There are two readings. The strict one (`parse`) is the grammar of the RFC, for what is configured: domains that are held
-//! here, whose names become names of directories. The other one (`parse_any`, and that of paths) is for addresses elsewhere,
-//! which are carried as they came: with `_` in a domain, or dots wherever they are in a local part. They have no control
-//! character, and no space and no bracket outside of quotes, so that they cannot end a path, a line or a field early.
+//! There are two kinds of parsers. The strict ones (`parse`) accept the grammar of the RFC: they are for the configuration, and
+//! for domains of this host, whose names become names of directories. The others (`parse_any`, and those of paths) are for
+//! addresses of other hosts, which are relayed unchanged: with `_` in a domain, or dots at any place in a local part. They
+//! permit no control character, and no space or bracket outside of quotes, so that an address cannot end a path, a line or a
+//! field early.
 //!
-//! Two ways to write one address compare as equal: domains and address literals compare in their canonical form, local
-//! parts without quotes. `Display` writes the address as it came.
+//! Two spellings of one address are equal: domains and address literals are compared in their canonical form, local parts
+//! without quotes. `Display` writes the address as it was received.
 
 use core::net::IpAddr;
 use std::borrow::Cow;
@@ -29,11 +30,11 @@ use idna::uts46::{AsciiDenyList, DnsLength, Hyphens, Uts46};
 const LABEL_LIMIT: usize = 63;
 /// Octets of a domain (RFC 5321 section 4.5.3.1.2).
 pub const DOMAIN_LIMIT: usize = 255;
-/// Octets of a local part. RFC 5321 section 4.5.3.1.1 requires 64, and asks to accept more.
+/// Octets of a local part without quotes. RFC 5321 section 4.5.3.1.1 requires 64; longer ones exist.
 const LOCAL_LIMIT: usize = 255;
 /// Octets of a path with its angle brackets. RFC 5321 section 4.5.3.1.3 requires 256; source routes and UTF-8 need more.
 const PATH_LIMIT: usize = 1000;
-/// Octets of the name of a file (NAME_MAX).
+/// Octets of the name of a file or directory (NAME_MAX).
 const FILE_NAME_LIMIT: usize = 255;
 
 /// A domain name in its canonical form, in which names are compared: in lower case, with A-labels for U-labels, without the
@@ -42,13 +43,14 @@ const FILE_NAME_LIMIT: usize = 255;
 pub struct Domain(String);
 
 impl Domain {
-    /// Parses the `Domain` of RFC 5321 section 4.1.2, with the U-labels of RFC 6531; `None`: it is not valid.
+    /// Parses the `Domain` of RFC 5321 section 4.1.2, with the U-labels of RFC 6531; `None`: the text is not valid.
     ///
-    /// It has letters, digits and hyphens in labels of 1 to 63 octets, at most 255 octets in all, and no dot at either end.
+    /// A domain has letters, digits and hyphens in labels of 1 to 63 octets, at most 255 octets in all, and no dot at either
+    /// end.
     ///
-    /// If the text is ASCII, the parser only changes it to lower case: an A-label stays as it is, even if it does not
-    /// decode. If the text has other characters, UTS #46 maps it, so that every way to write a name gives the same domain,
-    /// and a name that UTS #46 does not allow is not valid.
+    /// If the text is ASCII, the parser only changes it to lower case: an A-label stays as it is, even if it cannot be
+    /// decoded. If the text has other characters, UTS #46 maps it, so that all spellings of a name give the same domain; a
+    /// name that UTS #46 does not permit is not valid.
     pub fn parse(text: &str) -> Option<Domain> {
         let ascii = || text.to_ascii_lowercase();
         let name = if text.is_ascii() { ascii() } else { a_labels(text, AsciiDenyList::STD3)? };
@@ -57,47 +59,48 @@ impl Domain {
         (domain.0.len() <= DOMAIN_LIMIT && domain.is_strict()).then_some(domain)
     }
 
-    /// Parses a domain elsewhere. DNS has names that RFC 5321 does not know (RFC 2181 section 11), so it may have any
-    /// printable ASCII but spaces and the characters with a meaning in addresses (RFC 5322 section 3.2.3, `specials`).
+    /// Parses a domain of another host. DNS has names that RFC 5321 does not permit (RFC 2181 section 11), so the domain may
+    /// have any printable ASCII but spaces and the characters with a meaning in addresses (RFC 5322 section 3.2.3,
+    /// `specials`).
     ///
     /// # Errors
-    /// Why it is no domain.
+    /// Why the text is not a domain.
     pub fn parse_any(text: &str) -> Result<Domain, PathError> {
         let name = match text.is_ascii() {
             true => text.to_ascii_lowercase(),
             false => a_labels(text, AsciiDenyList::EMPTY).ok_or(PathError::NotIdna)?,
         };
-        // RFC 5890 section 2.3.1: an A-label is an LDH label, whatever the labels beside it are; and no other character of
-        // ASCII than theirs comes from a mapping, such as the "/" of U+2100.
+        // RFC 5890 section 2.3.1: an A-label is an LDH label, even if the other labels are not. A mapping must not produce
+        // other ASCII characters, such as the "/" of U+2100.
         let is_ldh = |octet: u8| octet.is_ascii_alphanumeric() || b"-.".contains(&octet);
         let mapped = |octet: u8| !is_ldh(octet) && !text.as_bytes().contains(&octet);
         let bad_label = |label: &str| label.starts_with("xn--") && !is_label(label);
         if !text.is_ascii() && (name.bytes().any(mapped) || name.split('.').any(bad_label)) {
             return Err(PathError::NotIdna);
         }
-        // A dot at the end is that of the root: in DNS it is the same name (RFC 1034 section 3.1).
+        // A dot at the end is the root: DNS has the same name without it (RFC 1034 section 3.1).
         let name = name.strip_suffix('.').filter(|rest| !rest.ends_with('.')).unwrap_or(&name);
         let allowed = |octet: u8| octet.is_ascii_graphic() && !b"()<>[]:;@\\,\"".contains(&octet);
         if name.trim_matches('.').is_empty() || !name.bytes().all(allowed) {
             return Err(PathError::BadDomain);
         }
         let domain = Domain(name.to_owned());
-        // RFC 5321 section 4.5.3.1.2; and mail for it must find a directory.
+        // RFC 5321 section 4.5.3.1.2. A queue has a directory for the domain, whose name must not be too long either.
         let fits = domain.0.len() <= DOMAIN_LIMIT && domain.file_name().len() <= FILE_NAME_LIMIT;
         if fits { Ok(domain) } else { Err(PathError::TooLong) }
     }
 
-    /// Parses the stricter `domain` of RFC 2645 section 5.2.1: ASCII, with at least one dot.
+    /// Parses the stricter `domain` of RFC 2645 section 5.2.1, in ASCII and with at least one dot; `None`: it is not valid.
     pub fn parse_odmr(input: &[u8]) -> Option<Domain> {
         let text = str::from_utf8(input).ok()?;
         let strict = text.is_ascii() && text.contains('.');
         strict.then_some(text).and_then(Domain::parse)
     }
 
-    /// The host of an MX record, in the presentation format of RFC 1035 section 5.1: it may be any name, or an address that
-    /// somebody has written in its place. `None`: it is the root.
+    /// The host of an MX record, in the presentation format of RFC 1035 section 5.1: any name, or an address in place of a
+    /// name. `None`: the root, or not valid.
     pub fn of_dns(text: &str) -> Option<Domain> {
-        // A space is written "\\ ", but no name in a log may have one: "\\032" is the same.
+        // A space is written "\\ ", but a name in the log must not have one: "\\032" is the same.
         let name = text.replace(' ', "032").to_ascii_lowercase();
         (!matches!(&*name, "" | ".") && name.bytes().all(|octet| octet.is_ascii_graphic())).then_some(Domain(name))
     }
@@ -107,15 +110,15 @@ impl Domain {
         &self.0
     }
 
-    /// Whether [`Domain::parse`] accepts it. No other domain can be held here.
+    /// Whether [`Domain::parse`] accepts the name. No other domain can be one of this host.
     pub fn is_strict(&self) -> bool {
         self.0.split('.').all(is_label)
     }
 
     /// The name of the directory for this domain: one component of a path, never hidden, different for different domains.
     ///
-    /// A domain that [`Domain::parse`] accepts has its own name. In others each octet but letters, digits, `.`, `_` and `-`,
-    /// and a dot in front, is `%HH`.
+    /// For a domain that [`Domain::parse`] accepts, it is the domain. In others each octet but letters, digits, `.`, `_` and
+    /// `-`, and a dot at the beginning, is `%HH`.
     pub fn file_name(&self) -> Cow<'_, str> {
         if self.is_strict() {
             return Cow::Borrowed(&self.0);
@@ -158,12 +161,12 @@ pub enum Host {
     Name(Domain),
     /// An address literal, written `[192.0.2.1]` or `[IPv6:2001:db8::1]`.
     Literal(IpAddr),
-    /// Another text in square brackets, in lower case: nothing can be sent to it.
+    /// Another text in square brackets, in lower case: no mail can be sent to it.
     OtherLiteral(String),
 }
 
 impl Host {
-    /// Parses a domain or an address literal (RFC 5321 section 4.1.3).
+    /// Parses a domain or an address literal (RFC 5321 section 4.1.3); `None`: the text is not valid.
     pub fn parse(text: &str) -> Option<Host> {
         match text.strip_prefix('[') {
             Some(rest) => rest.strip_suffix(']').and_then(parse_literal).map(Host::Literal),
@@ -171,14 +174,14 @@ impl Host {
         }
     }
 
-    /// Parses a host elsewhere: see [`Domain::parse_any`].
+    /// Parses the host of an address elsewhere: see [`Domain::parse_any`].
     ///
     /// # Errors
-    /// Why it is no host.
+    /// Why the text is not a host.
     pub fn parse_any(text: &str) -> Result<Host, PathError> {
         let Some(rest) = text.strip_prefix('[') else { return Domain::parse_any(text).map(Host::Name) };
         let inside = rest.strip_suffix(']').ok_or(PathError::BadDomain)?;
-        // RFC 5321 section 4.1.3: `dcontent`, without what ends a path or an address.
+        // RFC 5321 section 4.1.3: `dcontent`, without the characters that end a path or an address.
         let allowed = |octet: u8| octet.is_ascii_graphic() && !b"[]\\\"<>(),;@".contains(&octet);
         match parse_literal(inside) {
             Some(address) => Ok(Host::Literal(address)),
@@ -200,10 +203,11 @@ impl fmt::Display for Host {
     }
 }
 
-/// `local@host`. `"joe"@a.example` and `joe@A.example` are the same (RFC 5321 section 4.1.2), and each is written as it came.
+/// `local@host`. `"joe"@a.example` and `joe@A.example` are equal (RFC 5321 section 4.1.2), and each is written as it was
+/// received.
 #[derive(Clone, Debug)]
 pub struct Mailbox {
-    /// As it came.
+    /// The address as it was received.
     text: String,
     /// Where the `@` before the host is in the text.
     at: usize,
@@ -212,7 +216,7 @@ pub struct Mailbox {
 }
 
 impl Mailbox {
-    /// Parses a mailbox without angle brackets, by the grammar of RFC 5321 section 4.1.2.
+    /// Parses a mailbox without angle brackets, by the grammar of RFC 5321 section 4.1.2; `None`: the text is not valid.
     pub fn parse(text: &str) -> Option<Mailbox> {
         let mailbox = Mailbox::parse_any(text).ok()?;
         let local = mailbox.spelled_local();
@@ -220,10 +224,10 @@ impl Mailbox {
         (strict && Host::parse(&text[mailbox.at + 1..]).is_some()).then_some(mailbox)
     }
 
-    /// Parses a mailbox elsewhere, without angle brackets.
+    /// Parses a mailbox of another host, without angle brackets.
     ///
     /// # Errors
-    /// Why it is no mailbox.
+    /// Why the text is not a mailbox.
     pub fn parse_any(text: &str) -> Result<Mailbox, PathError> {
         if text.contains(char::is_control) {
             return Err(PathError::Syntax);
@@ -239,7 +243,7 @@ impl Mailbox {
 
     /// The local part without its quotes, in its own case: at most 255 octets, no control characters.
     ///
-    /// It may be empty or `..`, or contain spaces, `/` and `@`: it is not safe as the name of a file.
+    /// It may be empty or `..`, or contain spaces, `/` and `@`: do not use it as the name of a file.
     pub fn local(&self) -> &str {
         &self.local
     }
@@ -258,12 +262,12 @@ impl Mailbox {
     }
 
     /// Whether the mailbox can be sent to a server without SMTPUTF8 (RFC 6531 section 3.2). Only the local part matters,
-    /// because [`Mailbox::with_a_labels`] writes the domain. A parser must look at the octets that the peer has sent instead.
+    /// because [`Mailbox::with_a_labels`] writes the domain in ASCII. (A parser checks the octets of the peer instead.)
     pub fn is_ascii(&self) -> bool {
         self.local.is_ascii()
     }
 
-    /// The address as it came, but with A-labels for U-labels: for a server without SMTPUTF8 (RFC 6531 section 3.2).
+    /// The address as it was received, but with A-labels for U-labels, for a server without SMTPUTF8 (RFC 6531 section 3.2).
     pub fn with_a_labels(&self) -> Cow<'_, str> {
         match self.text[self.at..].is_ascii() {
             true => Cow::Borrowed(&self.text),
@@ -277,8 +281,8 @@ impl Mailbox {
         Mailbox { text: format!("{}@{domain}", self.spelled_local()), host, ..self.clone() }
     }
 
-    /// The mailbox as a domain that is held here has it: the domain in its canonical form, and quotes only where they are
-    /// needed (RFC 5321 section 4.1.2). Dots without quotes stay as they are.
+    /// The canonical form of a mailbox of this host: the domain in its canonical form, and quotes only where they are needed
+    /// (RFC 5321 section 4.1.2). Dots without quotes stay.
     pub fn canonical(&self) -> Mailbox {
         let local = match self.spelled_local() {
             spelled if !spelled.contains('"') => Cow::Borrowed(spelled),
@@ -287,7 +291,7 @@ impl Mailbox {
         Mailbox { text: format!("{local}@{}", self.host), at: local.len(), ..self.clone() }
     }
 
-    /// The address as a header field has it (RFC 5322 section 3.4.1): quoted if it must be, with A-labels for U-labels.
+    /// The address for a header field (RFC 5322 section 3.4.1): with quotes if they are needed, and A-labels for U-labels.
     pub fn header_form(&self) -> Cow<'_, str> {
         let spelled = self.spelled_local();
         match is_dot_string(spelled) || is_quoted_string(spelled) {
@@ -303,7 +307,7 @@ impl Mailbox {
         &self.text[..self.at]
     }
 
-    /// What is compared.
+    /// The parts that are compared.
     fn key(&self) -> (&str, &Host) {
         #[cfg(test)]
         COMPARED.with(|compared| compared.set(compared.get() + 1));
@@ -311,7 +315,7 @@ impl Mailbox {
     }
 }
 
-/// Writes the address as it came.
+/// Writes the address as it was received.
 impl fmt::Display for Mailbox {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         f.write_str(&self.text)
@@ -344,7 +348,7 @@ impl Ord for Mailbox {
     }
 }
 
-/// The address that DSNs about a message go to. `Display` omits the angle brackets, so the null path is empty.
+/// The address to which DSNs about a message are sent. `Display` omits the angle brackets, so the null path is empty.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
 pub enum ReversePath {
     Null,
@@ -352,7 +356,7 @@ pub enum ReversePath {
 }
 
 impl ReversePath {
-    /// As [`Mailbox::is_ascii`].
+    /// Whether the path can be sent to a server without SMTPUTF8: see [`Mailbox::is_ascii`].
     pub fn is_ascii(&self) -> bool {
         !matches!(self, ReversePath::Mailbox(mailbox) if !mailbox.is_ascii())
     }
@@ -393,12 +397,12 @@ pub enum PathError {
     TooLong,
     /// The host, or a host of the source route, is neither a domain nor an address literal.
     BadDomain,
-    /// IDNA does not allow the domain (RFC 5891, UTS #46).
+    /// IDNA does not permit the domain (RFC 5891, UTS #46).
     NotIdna,
     NotUtf8,
 }
 
-/// Parses a reverse path at the beginning of `input`. Returns the path and its octets with both angle brackets.
+/// Parses a reverse path at the beginning of `input`. Returns the path, and the number of its octets with both brackets.
 ///
 /// # Errors
 /// Why there is no valid path.
@@ -407,7 +411,7 @@ pub fn reverse_path(input: &[u8]) -> Result<(ReversePath, usize), PathError> {
     Ok((if path.is_empty() { ReversePath::Null } else { ReversePath::Mailbox(path_mailbox(path)?) }, used))
 }
 
-/// Parses a forward path at the beginning of `input`. Returns the path and its octets with both angle brackets.
+/// Parses a forward path at the beginning of `input`. Returns the path, and the number of its octets with both brackets.
 ///
 /// # Errors
 /// Why there is no valid path.
@@ -417,7 +421,7 @@ pub fn forward_path(input: &[u8]) -> Result<(ForwardPath, usize), PathError> {
     Ok((if postmaster { ForwardPath::Postmaster } else { ForwardPath::Mailbox(path_mailbox(path)?) }, used))
 }
 
-/// The text between `<` and `>`, and its octets with both brackets.
+/// Returns the text between `<` and `>`, and the number of its octets with both brackets.
 fn enclosed(input: &[u8]) -> Result<(&str, usize), PathError> {
     let inside = input.strip_prefix(b"<").ok_or(PathError::Syntax)?;
     let (mut quoted, mut escaped) = (false, false);
@@ -439,7 +443,7 @@ fn enclosed(input: &[u8]) -> Result<(&str, usize), PathError> {
     Ok((path, end + 2))
 }
 
-/// The mailbox of a path. A source route before it must be valid and is ignored (RFC 5321 section 4.1.1.3, appendix C).
+/// The mailbox of a path. A source route before it must be valid, and is dropped (RFC 5321 section 4.1.1.3, appendix C).
 fn path_mailbox(path: &str) -> Result<Mailbox, PathError> {
     if !path.starts_with('@') {
         return Mailbox::parse_any(path);
@@ -467,9 +471,9 @@ fn local_end(text: &str) -> Option<usize> {
     end
 }
 
-/// A local part without its quotes; `None`: it has what cannot be carried.
+/// A local part without its quotes; `None`: the local part is not valid, or cannot be relayed safely.
 fn unquoted(spelled: &str) -> Option<String> {
-    // With an `@` in front the path would be a source route.
+    // With an `@` at its beginning, the path would be a source route.
     if spelled.is_empty() || spelled.starts_with('@') {
         return None;
     }
@@ -480,8 +484,8 @@ fn unquoted(spelled: &str) -> Option<String> {
             '"' => quoted = !quoted,
             // RFC 6531 section 3.3: `quoted-pairSMTP` is ASCII.
             '\\' if quoted => content.push(characters.next().filter(char::is_ascii)?),
-            // A server that takes a backslash outside of quotes for an escape would find other quotes than we do, and the
-            // end of the path elsewhere.
+            // A server for which a backslash escapes outside of quotes, too, would find other quotes, and another end of
+            // the path.
             '\\' if spelled.contains('"') => return None,
             ' ' | '<' | '>' | '(' | ')' | '[' | ']' if !quoted => return None,
             _ => content.push(character),
@@ -519,7 +523,7 @@ fn is_dot_string(local: &str) -> bool {
     local.split('.').all(|atom| !atom.is_empty() && atom.chars().all(is_atext))
 }
 
-/// An address as SMTP writes it (RFC 5321 section 4.1.3): `[192.0.2.1]`, `[IPv6:2001:db8::1]`.
+/// An address as an address literal (RFC 5321 section 4.1.3): `[192.0.2.1]`, `[IPv6:2001:db8::1]`.
 pub fn literal(address: IpAddr) -> String {
     Host::Literal(address.to_canonical()).to_string()
 }
@@ -542,11 +546,11 @@ fn is_label(text: &str) -> bool {
 
 /// The domain in lower case with A-labels for U-labels (UTS #46, non-transitional processing).
 ///
-/// RFC 5891 section 5.2 permits the mapping and requires NFC. Without it, a "ü" that a client writes as "u" and U+0308
-/// would be another domain than the customer's, and the server would reject the mail. The mapping needs the whole domain:
-/// U+3002 separates labels too, and if one label is written from right to left, RFC 5893 section 2 has rules for all.
+/// RFC 5891 section 5.2 permits the mapping and requires NFC. Without it, a domain with a "ü" that a client writes as "u" and
+/// U+0308 would not be the customer's, and the server would reject the mail. The mapping needs the whole domain: U+3002
+/// separates labels, too, and if one label is written from right to left, RFC 5893 section 2 has rules for all.
 fn a_labels(text: &str, deny: AsciiDenyList) -> Option<String> {
-    // Punycode takes quadratic time, so a long label would delay the session. No path has a longer domain.
+    // Punycode needs quadratic time, so a long label would delay the session. No path can have a longer domain.
     if text.len() > PATH_LIMIT {
         return None;
     }
@@ -559,7 +563,8 @@ fn a_labels(text: &str, deny: AsciiDenyList) -> Option<String> {
 
 #[cfg(test)]
 thread_local! {
-    /// How often a mailbox of this thread was compared or hashed: what grows with the square of an envelope shows in it.
+    /// How often a mailbox was compared or hashed in this thread: a test sees whether it grows with the square of the
+    /// recipients.
     pub static COMPARED: std::cell::Cell<usize> = const { std::cell::Cell::new(0) };
 }
 

@@ -1,8 +1,8 @@
-//! Lists of addresses, as header fields have them and a command line may (RFC 5322 sections 3.4 and 4.4).
+//! Lists of addresses in header fields and on the command line (RFC 5322 sections 3.4 and 4.4).
 //!
-//! Mail programs and people write more than the grammar permits, so the reader is lenient: it accepts additional commas,
-//! `;` for `,`, a group without its end, an address as its own display name, and any character in a display name. What
-//! it cannot read is an error that shows the place, because a guess could send the message to another person.
+//! Programs and people write more than the grammar permits, so the parser is lenient: it accepts additional commas, `;` for
+//! `,`, a group without its end, an address as its own display name, and any character in a display name. It does not guess:
+//! a wrong guess could send the message to another person. An error shows the place.
 //!
 //! ```text
 //! Joe Doe <joe@example.net>, (a comment) friends: eva, "Bob B."@example.org;
@@ -14,16 +14,16 @@ use std::ops::Range;
 
 use super::address::{Domain, Mailbox, PathError};
 
-/// Characters of a bad address that an error repeats.
+/// Characters of an unreadable address that an error shows.
 const ERROR_EXCERPT: usize = 100;
 
-/// Returns the mailboxes of a list in their order, also those that the list has twice.
+/// Returns the mailboxes of a list in their order; a mailbox that occurs twice is twice in the result.
 ///
-/// Display names, quoted strings, nested comments, groups, source routes and folded lines are understood. A local part
-/// without a host gets the host `home`. The result is empty if the list is, or has empty groups only.
+/// The parser knows display names, quoted strings, nested comments, groups, source routes and folded lines. A local part
+/// without a host gets the host `home`. The result is empty if the list is empty or has only empty groups.
 ///
 /// # Errors
-/// A sentence that shows the first address that cannot be read, with the reason.
+/// An address cannot be read: a sentence that shows the first one, with the reason.
 pub fn parse_addresses(text: &str, home: &Domain) -> Result<Vec<Mailbox>, String> {
     divide(text, Some(home)).into_iter().map(|address| address.mailbox).collect()
 }
@@ -33,32 +33,32 @@ pub fn parse_addresses(text: &str, home: &Domain) -> Result<Vec<Mailbox>, String
 pub struct ListedAddress<'a> {
     /// Its part of the list, without the commas.
     pub text: &'a str,
-    /// Where that part begins in the list, in octets.
+    /// The octet of the list at which that part begins.
     pub at: usize,
-    /// The mailbox, or a sentence that shows the part, with the reason why it cannot be read.
+    /// The mailbox; or, if the part cannot be read, a sentence that shows it, with the reason.
     pub mailbox: Result<Mailbox, String>,
-    /// Where the address itself is in the list, without its display name and angle brackets. Empty: it cannot be read.
+    /// The octets of the address itself in the list, without display name and angle brackets. Empty: it cannot be read.
     pub address: Range<usize>,
     /// The address has an `@` and a host.
     pub qualified: bool,
 }
 
-/// What a list consists of.
+/// The parts of a list.
 #[derive(Debug, Default)]
 pub struct AddressList<'a> {
     pub addresses: Vec<ListedAddress<'a>>,
-    /// The words of each display name and of each name of a group: atoms, quoted strings, encoded words and special
-    /// characters, as places in the list.
+    /// The octets of each word of each display name and of each name of a group: atoms, quoted strings, encoded words and
+    /// special characters.
     pub phrases: Vec<Vec<Range<usize>>>,
-    /// The comments with their parentheses, as places in the list. A comment inside another is part of it.
+    /// The octets of the comments with their parentheses. A comment inside another is part of it.
     pub comments: Vec<Range<usize>>,
-    /// Where the commas are that divide the list.
+    /// The places of the commas that divide the list.
     pub commas: Vec<usize>,
 }
 
-/// Divides a list into its addresses, as [`parse_addresses`] does, but goes on after one that cannot be read. A quote, a
-/// comment or an angle bracket without its end extends to the end of the list. Without `home`, a local part without a
-/// host cannot be read.
+/// Divides a list into its addresses, as [`parse_addresses`] does, but continues after an address that cannot be read. A
+/// quoted string, a comment or an angle bracket without its end extends to the end of the list. If `home` is `None`, a local
+/// part without a host cannot be read.
 pub fn divide<'a>(text: &'a str, home: Option<&Domain>) -> Vec<ListedAddress<'a>> {
     AddressList::parse(text, home).addresses
 }
@@ -76,7 +76,7 @@ impl<'a> AddressList<'a> {
                 list.add(&element, text, home);
                 element = Element::default();
                 list.commas.extend(token.is(',').then_some(range.start));
-                // Outside of a group a semicolon is what some programs write for a comma.
+                // Outside of a group, some programs write a semicolon for a comma.
                 grouped &= token.is(',');
                 continue;
             }
@@ -115,7 +115,7 @@ impl<'a> AddressList<'a> {
 
     fn add(&mut self, element: &Element<'a>, text: &'a str, home: Option<&Domain>) {
         let Some(address) = element.address(text, home) else { return };
-        // What has no angle brackets and is not an address may still be the name of somebody.
+        // Words without angle brackets that are not an address may be a display name.
         if element.stage != ElementStage::Before || address.mailbox.is_err() && element.is_phrase() {
             self.phrases.push(element.before_ranges.clone());
         }
@@ -133,13 +133,13 @@ struct Element<'a> {
     /// The tokens between the angle brackets, where commas and a colon belong to a source route.
     inside: Vec<Token<'a>>,
     inside_ranges: Vec<Range<usize>>,
-    /// Its octets in the text.
+    /// Its octets in the list.
     range: Range<usize>,
-    /// The octets that show why it cannot be read, and the reason.
+    /// The octets that cannot be read, and the reason.
     error: Option<(Range<usize>, &'static str)>,
 }
 
-/// The angle brackets of an element: not yet opened, open, closed.
+/// Whether the tokens are before, inside or after the angle brackets of an element.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 enum ElementStage {
     #[default]
@@ -154,7 +154,7 @@ impl Element<'_> {
         self.range = start..token.end;
     }
 
-    /// The element cannot be read, for this reason, unless there is an earlier one.
+    /// Records why the element cannot be read, unless it has an earlier error.
     fn fail(&mut self, reason: &'static str) {
         self.error.get_or_insert((self.range.clone(), reason));
     }
@@ -163,7 +163,7 @@ impl Element<'_> {
         !self.before.is_empty() && self.before.iter().all(|token| !token.is('@') && !token.is('>'))
     }
 
-    /// The address of the element; `None`: there is nothing between the commas (RFC 5322 section 4.4).
+    /// The address of the element; `None`: the element is empty (RFC 5322 section 4.4).
     fn address<'t>(&self, text: &'t str, home: Option<&Domain>) -> Option<ListedAddress<'t>> {
         let mailbox = match (&self.error, self.stage) {
             (Some((range, reason)), _) => Err(unreadable(&text[range.clone()], reason)),
@@ -177,7 +177,7 @@ impl Element<'_> {
         Some(ListedAddress { text: &text[self.range.clone()], at: self.range.start, mailbox, address, qualified })
     }
 
-    /// Where the address is that can be read, and whether it has a host.
+    /// The octets of an address that can be read, and whether it has a host.
     fn address_place(&self) -> (Range<usize>, bool) {
         let (tokens, ranges) = match self.stage {
             ElementStage::Before => (&self.before[..], &self.before_ranges),
@@ -214,11 +214,11 @@ fn mailbox(tokens: &[Token], home: Option<&Domain>) -> Result<Mailbox, &'static 
         None if matches!(tokens, [Token::Quoted(content)] if content.is_empty()) => return Err(LOCAL),
         None => (tokens, home.ok_or("it has no @ and domain")?.to_string()),
     };
-    // Quoted strings with dots between them are an obsolete form of headers, which SMTP does not have: there it is one quoted
-    // string (RFC 5322 section 4.4, RFC 5321 section 4.1.2).
+    // RFC 5322 section 4.4: a header may have quoted strings with dots between them. RFC 5321 section 4.1.2: SMTP needs one
+    // quoted string.
     let obsolete = local.len() > 1 && local.iter().any(|token| matches!(token, Token::Quoted(_)));
     let local = dotted(local).ok_or(LOCAL)?;
-    // It stands for octets that are not UTF-8. No address may have it.
+    // The caller has replaced octets that are not UTF-8 by this character.
     if local.contains(char::REPLACEMENT_CHARACTER) || host.contains(char::REPLACEMENT_CHARACTER) {
         return Err("it is not in UTF-8");
     }
@@ -239,8 +239,8 @@ fn host(tokens: &[Token]) -> Option<String> {
     }
 }
 
-/// The text of words with dots between them, as it is written (RFC 5322 section 4.4, `obs-local-part`). Mobile networks have
-/// given out addresses with several dots in a row, or with one at an end.
+/// The text of words with dots between them (RFC 5322 section 4.4, `obs-local-part`). Mobile networks have assigned addresses
+/// with several dots in a row, or with a dot at an end.
 fn dotted(tokens: &[Token]) -> Option<String> {
     let (mut content, mut after_word, mut words) = (String::new(), false, 0);
     for token in tokens {
@@ -261,8 +261,8 @@ fn dotted(tokens: &[Token]) -> Option<String> {
 enum Token<'a> {
     /// An atom, or other text without special characters: in a display name any character is accepted.
     Atom(&'a str),
-    /// `=?charset?q?text?=` (RFC 2047): part of a display name, never of an address. Some programs leave a comma in it,
-    /// which does not divide.
+    /// `=?charset?q?text?=` (RFC 2047): part of a display name, never of an address. Some programs write a comma in it, which
+    /// does not divide the list.
     Encoded,
     /// The content of a quoted string, with its backslashes.
     Quoted(String),
@@ -279,10 +279,10 @@ impl Token<'_> {
 
 /// The tokens of a text.
 struct Tokens<'a> {
-    /// Each with its octets in the text.
+    /// Each token with its octets in the text.
     found: Vec<(Token<'a>, Range<usize>)>,
     comments: Vec<Range<usize>>,
-    /// If a token has no end, it and what follows are left out; where it begins, and why.
+    /// The place of a token without its end, and the reason. It and the text after it are not in `found`.
     unfinished: Option<(usize, &'static str)>,
 }
 
@@ -327,7 +327,7 @@ fn tokens(text: &str) -> Tokens<'_> {
     tokens
 }
 
-/// The octets of the comment that begins the text, with the comments inside it; `None`: it does not end.
+/// The length of the comment that begins the text, with the comments inside it; `None`: it does not end.
 fn comment(text: &str) -> Option<usize> {
     let (mut depth, mut escaped) = (0_usize, false);
     for (at, octet) in text.bytes().enumerate() {
@@ -345,9 +345,8 @@ fn comment(text: &str) -> Option<usize> {
     None
 }
 
-/// The content of the quoted string or domain literal that begins the text, with its backslashes, and its octets; `None`: it
-/// does not end.
-/// Line ends in it are those of folded lines and are dropped (RFC 5322 section 2.2.3).
+/// The content of the quoted string or domain literal that begins the text, with its backslashes, and its length; `None`: it
+/// does not end. The line ends of folded lines in it are dropped (RFC 5322 section 2.2.3).
 fn enclosed(text: &str, end: char) -> Option<(String, usize)> {
     let (mut content, mut escaped) = (String::new(), false);
     for (at, character) in text.char_indices().skip(1) {
@@ -363,8 +362,8 @@ fn enclosed(text: &str, end: char) -> Option<(String, usize)> {
     None
 }
 
-/// The octets of the encoded word that begins the text (RFC 2047 section 2); `None`: there is none. Programs write longer
-/// ones than that section permits, up to the longest line (RFC 5322 section 2.1.1).
+/// The length of the encoded word that begins the text; `None`: there is none. RFC 2047 section 2 permits 75 octets, but
+/// programs write longer ones, up to the longest line (RFC 5322 section 2.1.1).
 fn encoded_word(text: &str) -> Option<usize> {
     const LIMIT: usize = 998;
     let length = text.bytes().take(LIMIT).take_while(u8::is_ascii_graphic).count();

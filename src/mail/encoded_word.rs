@@ -7,7 +7,7 @@
 
 use data_encoding::BASE64;
 
-/// Octets of an encoded word. RFC 2047 section 2 permits 75; with fewer, most of them fit on the line of their field's name.
+/// Octets of an encoded word. RFC 2047 section 2 permits 75; with fewer, most fit on the line with the name of the field.
 const WORD_LIMIT: usize = 64;
 
 /// Octets of a line with an encoded word (RFC 2047 section 2).
@@ -16,14 +16,13 @@ pub const ENCODED_LINE_LIMIT: usize = 76;
 /// The charset of text in UTF-8.
 pub const UTF_8: &str = "UTF-8";
 
-/// The charset of text that is in UTF-8, or in a charset that nobody has named. RFC 1428 section 3 has registered
-/// `unknown-8bit` for the second: a program that does not know the charset must not invent one, and every octet can be
-/// decoded again.
+/// The charset of text: UTF-8 if the text is valid UTF-8, otherwise `unknown-8bit` (RFC 1428 section 3), from which every
+/// octet can be decoded again: a program that does not know the charset must not invent one.
 pub fn charset(text: &[u8]) -> &'static str {
     if std::str::from_utf8(text).is_ok() { UTF_8 } else { "unknown-8bit" }
 }
 
-/// The text as encoded words with spaces between them, which are not part of the text (RFC 2047 section 6.2).
+/// The text as encoded words. The spaces between them are not part of the text (RFC 2047 section 6.2).
 pub fn encode(text: &[u8], charset: &str) -> String {
     let limit = (WORD_LIMIT - "=??B??=".len() - charset.len()) / 4 * 3;
     let (mut words, mut rest) = (Vec::new(), text);
@@ -40,8 +39,8 @@ pub fn encode(text: &[u8], charset: &str) -> String {
     words.join(" ")
 }
 
-/// The text of an unstructured field or a comment, in which words with octets above 127 are encoded. Words of ASCII and the
-/// white space between them stay as they are. `comment`: a `\` in an encoded word quotes the octet after it.
+/// Encodes the words with octets above 127 in the text of an unstructured field or a comment. Words of ASCII and the white
+/// space between them stay unchanged. `comment`: the text is a comment, in which `\` quotes the next octet.
 pub fn encode_words(text: &[u8], charset: &str, comment: bool) -> Vec<u8> {
     let (mut out, mut encoded, mut rest) = (Vec::new(), Vec::new(), text);
     let mut after_encoded_word = false;
@@ -53,7 +52,7 @@ pub fn encode_words(text: &[u8], charset: &str, comment: bool) -> Vec<u8> {
             match encoded.is_empty() {
                 true => {
                     out.extend_from_slice(space);
-                    // White space between two encoded words is not shown, so it must be in one of them.
+                    // White space between two encoded words is not displayed, so it must be in one of them.
                     encoded.extend((after_encoded_word && !space.is_empty()).then_some(b' '));
                 }
                 false => encoded.extend(space.iter().filter(|octet| !matches!(octet, b'\r' | b'\n'))),
@@ -94,10 +93,10 @@ pub fn unquote(text: &[u8], out: &mut Vec<u8>) {
     }
 }
 
-/// A field whose lines of more than [`ENCODED_LINE_LIMIT`] octets are folded before white space, if they have some there (RFC 5322
-/// section 2.2.3).
+/// Folds lines of more than [`ENCODED_LINE_LIMIT`] octets before white space (RFC 5322 section 2.2.3). A line without white
+/// space stays long.
 pub fn fold(field: &[u8], line_end: &str) -> Vec<u8> {
-    // Not in the name, which may have white space before its colon (RFC 5322 section 4.5.8): it would be no field any more.
+    // RFC 5322 section 4.5.8: white space may precede the colon. A name without its colon on the line would not be a field.
     let name = field.iter().position(|octet| *octet == b':').map_or(0, |colon| colon + 1);
     let (mut out, mut length) = (Vec::with_capacity(field.len() + 16), name);
     out.extend_from_slice(&field[..name]);
@@ -107,7 +106,7 @@ pub fn fold(field: &[u8], line_end: &str) -> Vec<u8> {
             let space = rest.iter().take_while(|octet| is_space(octet)).count();
             let word = rest[space..].iter().take_while(|octet| !is_space(octet)).count();
             let (piece, after) = rest.split_at(space + word);
-            // A line of white space only would end the header for some programs, one that begins with a CR for all.
+            // A line of white space would end the header for some programs, a line that begins with a CR for all.
             let may_fold = word > 0 && matches!(rest[0], b' ' | b'\t');
             if length > 0 && may_fold && length + piece.len() > ENCODED_LINE_LIMIT {
                 out.extend_from_slice(line_end.as_bytes());
@@ -143,10 +142,10 @@ mod tests {
             " Re: Prüfung  der Öfen, Teil 2\n".as_bytes(),
             " Re: =?UTF-8?B?UHLDvGZ1bmc=?=  der =?UTF-8?B?w5ZmZW4s?= Teil 2\n",
         );
-        // The white space between two of them is part of the text; the fold in it is not.
+        // The white space between two of these words is part of the text; the line end in it is not.
         check("ü\n  ö".as_bytes(), "=?UTF-8?B?w7wgIMO2?=");
         check(b"Pr\xfcfung", "=?unknown-8bit?B?UHL8ZnVuZw==?=");
-        // Encoded words of the sender, before and after.
+        // With encoded words of the sender before and after.
         check(" =?utf-8?q?a?= ü =?utf-8?q?b?=".as_bytes(), " =?utf-8?q?a?= =?UTF-8?B?IMO8IA==?= =?utf-8?q?b?=");
     }
 
@@ -169,7 +168,7 @@ mod tests {
         let (word, long) = ("x".repeat(30), "y".repeat(90));
         let seen = fold(format!("A: {word} {word}  {word} \n {long} {word}\n").as_bytes(), "\n");
         assert_eq!(String::from_utf8(seen).unwrap(), format!("A: {word} {word}\n  {word} \n {long}\n {word}\n"));
-        // RFC 5322 section 4.5.8: white space before the colon. A line of the name only is no field, and would end the header.
+        // RFC 5322 section 4.5.8: white space before the colon. A line with the name only would end the header.
         let named = format!("Subject :{word}{word}{word} {word}\n");
         let expected = format!("Subject :{word}{word}{word}\n {word}\n");
         assert_eq!(String::from_utf8(fold(named.as_bytes(), "\n")).unwrap(), expected);

@@ -1,13 +1,13 @@
-//! The header of a message: what it says about recipients and the client, and how a submitted one is completed (RFC 5322,
-//! RFC 6409 section 8).
+//! The header of a message: reading recipients and the client from it, and completing the header of a submitted message (RFC
+//! 5322, RFC 6409 section 8).
 //!
-//! Of mail in transit the header is never changed (RFC 5321 section 6.4), except that a trace of an earlier delivery is
-//! removed, and what looks like our own record. A message that enters the mail system here is another matter: `sendmail -t`
-//! reads the recipients from the header, `Bcc` is removed, `Date` and `Message-ID` are added if they are missing, and
-//! [`submitted_field`] completes each field. What is signed stays as it is.
+//! The header of mail in transit must not be changed (RFC 5321 section 6.4). Only `Return-Path` and fields in the form of our
+//! own records (`X-ODMR-`) are removed. In a submitted message, `sendmail -t` reads the recipients from the header, `Bcc` is
+//! removed, `Date` and `Message-ID` are added if they are missing, and [`submitted_field`] completes each field. The fields of
+//! a signed message stay unchanged.
 //!
 //! ```text
-//! From eva Fri Jan  2 03:04:05 2026       separators of an mbox: dropped if the message is submitted
+//! From eva Fri Jan  2 03:04:05 2026       separator of an mbox: removed from a submitted message
 //! Subject: hello                          a field
 //!  again                                  its continuation
 //! To: Joe <joe@example.net>, eva
@@ -15,7 +15,7 @@
 //! The body begins after the blank line, or with the first line that cannot belong to a field.
 //! ```
 //!
-//! Fields are read leniently and kept octet for octet. Lines end in LF; CRLF is understood and kept.
+//! Fields are read leniently and stay unchanged octet for octet. Lines end in LF; CRLF is read too, and stays.
 
 use std::borrow::Cow;
 use std::collections::HashSet;
@@ -25,7 +25,7 @@ use super::address_list::parse_addresses;
 use super::received::ClientInfo;
 use super::submitted_field;
 
-/// Octets of the longest header that a [`HeaderCompleter`] changes: it holds the header in memory.
+/// Octets of the longest header that a [`HeaderCompleter`] changes, because it holds the header in memory.
 const HEADER_LIMIT: usize = 256 << 10;
 
 /// A header and its fields.
@@ -36,23 +36,23 @@ pub struct Header<'a> {
     fields: Vec<Field<'a>>,
     /// The blank line; empty if there is none.
     blank: &'a [u8],
-    /// As [`Header::octets`].
+    /// See [`Header::octets`].
     octets: usize,
     line_end: &'static str,
 }
 
-/// Ids of earlier messages that are kept: the last ones.
+/// The most ids of earlier messages in a [`Thread`]: the last ones.
 const REFERENCES_LIMIT: usize = 20;
 
-/// Octets of a Message-ID at most; a longer one is left out.
+/// Octets of a Message-ID; a longer one is ignored.
 const MESSAGE_ID_LIMIT: usize = 250;
 
-/// Where a message stands in its thread.
+/// The ids of a message and of the earlier messages in its thread.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Thread {
-    /// With its angle brackets.
+    /// The Message-ID with its angle brackets.
     pub message_id: Option<String>,
-    /// The oldest first.
+    /// The earlier messages, the oldest first, 20 at most.
     pub references: Vec<String>,
 }
 
@@ -104,14 +104,14 @@ impl<'a> Header<'a> {
         header
     }
 
-    /// The client that sent the message to the host `by`, if `by` has written the topmost `Received` field: see
+    /// The client that has sent the message to the host `by`, if `by` has written the topmost `Received` field: see
     /// [`ClientInfo::parse`].
     pub fn client_info(&self, by: &str) -> Option<ClientInfo> {
         let field = self.fields.iter().find(|field| field.is("Received"))?;
         ClientInfo::parse(&String::from_utf8_lossy(field.value()), by)
     }
 
-    /// The Message-ID, and those of the messages before it (RFC 5322 section 3.6.4).
+    /// The Message-ID, and those of earlier messages (RFC 5322 section 3.6.4).
     pub fn thread(&self) -> Thread {
         let field = |name: &str| self.fields.iter().find(|field| field.is(name));
         let ids = |name: &str| field(name).map(|field| message_ids(field.value())).unwrap_or_default();
@@ -123,20 +123,19 @@ impl<'a> Header<'a> {
         Thread { message_id: ids("Message-ID").into_iter().next(), references }
     }
 
-    /// Octets of the header, its blank line included: the body begins there.
+    /// Octets of the header with its blank line: the body begins there.
     pub fn octets(&self) -> usize {
         self.octets
     }
 
-    /// The recipients that the header names in `To`, `Cc` and `Bcc`, each once; perhaps none. A local part without a host
-    /// gets the host `home`.
+    /// The recipients in `To`, `Cc` and `Bcc`, each once; there may be none. A local part without a host gets the host `home`.
     ///
-    /// If the message was resent, it has blocks of `Resent-` fields, the newest first, and the fields of the newest block
-    /// count instead (RFC 5322 section 3.6.6). A block has each field once, so a field that occurs again begins an older
-    /// block, and any other field ends the block.
+    /// If the message was resent, it has blocks of `Resent-` fields, the newest first, and only the fields of the newest block
+    /// count (RFC 5322 section 3.6.6). A block has each field once, so a field that occurs again begins an older block, and
+    /// any other field ends the block.
     ///
     /// # Errors
-    /// A sentence that names the field and shows the address that cannot be read.
+    /// An address cannot be read: a sentence with the field and the address.
     pub fn recipients(&self, home: &Domain) -> Result<Vec<Mailbox>, String> {
         let resent = self.resent();
         let (fields, names) = match resent.is_empty() {
@@ -156,13 +155,13 @@ impl<'a> Header<'a> {
         Ok(found)
     }
 
-    /// Whether an address in the header needs SMTPUTF8 (RFC 6531 section 3.2). Other text beyond ASCII does not.
+    /// Whether an address in the header needs SMTPUTF8 (RFC 6531 section 3.2). Other text that is not ASCII does not.
     pub fn needs_utf8(&self) -> bool {
         self.fields.iter().any(|field| submitted_field::needs_utf8(field.name, field.raw))
     }
 
-    /// Whether a change to a field could break a signature: of the header (RFC 6376), or of the content by a program that
-    /// may have signed a copy of the header too (RFC 1847).
+    /// Whether a change to a field could break a signature: of the header (RFC 6376), or of the content (RFC 1847), in which
+    /// the program may have signed a copy of the header.
     fn is_signed(&self) -> bool {
         const SIGNATURES: [&str; 3] = ["DKIM-Signature", "DomainKey-Signature", "ARC-Message-Signature"];
         self.fields.iter().any(|field| {
@@ -173,8 +172,9 @@ impl<'a> Header<'a> {
         })
     }
 
-    /// The header of a message in transit, octet for octet as it came, with its blank line (RFC 5321 section 6.4); without
-    /// `Return-Path`, which only the final delivery writes (section 4.4), and without the fields of our own records.
+    /// The header of a message in transit with its blank line, octet for octet as it was received (RFC 5321 section 6.4), but
+    /// without `Return-Path`, which only the final delivery writes (section 4.4), and without fields in the form of our own
+    /// records.
     pub fn relayed(&self) -> Vec<u8> {
         let fields = self.fields.iter().filter(|field| !field.is_record()).map(|field| field.raw);
         [&[self.separators], &fields.collect::<Vec<_>>()[..], &[self.blank]].concat().concat()
@@ -184,8 +184,8 @@ impl<'a> Header<'a> {
     /// its end, records of a delivery and the separators of an mbox are removed, and [`submitted_field::complete`] is
     /// applied to each field.
     ///
-    /// Of a signed message no field is changed, and only `Return-Path` and the fields of our own records are removed, and
-    /// with `drop_bcc` the `Bcc`: to show blind recipients would be worse than a broken signature, and RFC 6376 section
+    /// In a signed message no field is changed. Only `Return-Path` and fields in the form of our own records are removed, and
+    /// with `drop_bcc` the `Bcc`: to disclose blind recipients would be worse than to break the signature, and RFC 6376 section
     /// 5.4.1 advises against signing that field.
     pub fn complete(&self, additions: &HeaderAdditions) -> Vec<u8> {
         let mut out = Vec::with_capacity(self.octets + 256);
@@ -243,7 +243,7 @@ impl Field<'_> {
         self.begins("Resent-")
     }
 
-    /// Whether the field records a delivery that has ended, or is in the form of our own records.
+    /// Whether the field is a record of an earlier delivery, or is in the form of our own records.
     fn is_record(&self) -> bool {
         self.is("Return-Path") || self.begins("X-ODMR-")
     }
@@ -260,10 +260,10 @@ impl Field<'_> {
     }
 }
 
-/// What a submitted header is completed with. A field that the header has is not added.
+/// The fields to add to a submitted header that lacks them.
 #[derive(Clone, Debug)]
 pub struct HeaderAdditions {
-    /// Our domain, for addresses without one.
+    /// The domain for addresses without one.
     pub home: Domain,
     /// The value of a `Date` field.
     pub date: String,
@@ -275,22 +275,22 @@ pub struct HeaderAdditions {
     pub drop_bcc: bool,
 }
 
-/// What a line of a header is.
+/// The kind of a line in a header.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum HeaderLine<'a> {
-    /// A `From ` line, such as begins a message in an mbox, or one that was quoted with `>`.
+    /// A `From ` line, which begins a message in an mbox, perhaps quoted with `>`.
     Separator,
-    /// A field with this name begins.
+    /// The first line of a field with this name.
     Field(&'a [u8]),
-    /// It continues the field before it.
+    /// A continuation of the field before it.
     Continuation,
     /// The blank line that ends the header.
     Blank,
-    /// It is not part of the header, which has ended before it.
+    /// A line of the body: the header has ended before it.
     Body,
 }
 
-/// What the lines before mean for the next one.
+/// The state that the lines so far have led to.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum HeaderState {
     /// There is no line yet.
@@ -302,7 +302,7 @@ pub(crate) enum HeaderState {
 }
 
 impl HeaderState {
-    /// The state after this many octets of a header, which had a field or not.
+    /// The state after this many octets of a header. `field`: one of the lines was a field.
     fn after(octets: usize, field: bool) -> HeaderState {
         match (octets, field) {
             (0, _) => HeaderState::Beginning,
@@ -313,7 +313,7 @@ impl HeaderState {
 }
 
 impl HeaderLine<'_> {
-    /// What `line` is, with or without its line end, if the lines before it led to `state`.
+    /// The kind of `line`, with or without its line end, in `state`.
     pub(crate) fn of(line: &[u8], state: HeaderState) -> HeaderLine<'_> {
         if matches!(line, b"\n" | b"\r\n" | b"") {
             return HeaderLine::Blank;
@@ -321,7 +321,7 @@ impl HeaderLine<'_> {
         if matches!(line[0], b' ' | b'\t') {
             return if state == HeaderState::Field { HeaderLine::Continuation } else { HeaderLine::Body };
         }
-        // RFC 5322 section 2.2: printable ASCII without the colon; section 4.5 allows white space before it.
+        // RFC 5322 section 2.2: printable ASCII without the colon; section 4.5 permits white space before the colon.
         let length = line.iter().position(|octet| !matches!(octet, 33..=57 | 59..=126)).unwrap_or(line.len());
         let (name, rest) = line.split_at(length);
         if !name.is_empty() && rest.trim_ascii_start().starts_with(b":") {
@@ -340,13 +340,13 @@ fn is_separator(line: &[u8]) -> bool {
     line[quotes..].starts_with(b"From ")
 }
 
-/// Changes the header of a message that arrives in pieces; the body passes through.
+/// Changes the header of a message that arrives in pieces; the body passes unchanged.
 ///
-/// The header is held until its end has arrived. If it has more than 256 KiB, the message passes unchanged. The result
+/// The header is held until its end has arrived. If it has more than 256 KiB, the whole message passes unchanged. The result
 /// does not depend on how the content was cut into pieces.
 #[derive(Debug)]
 pub struct HeaderCompleter {
-    /// `None`: the header is finished.
+    /// `None`: the header was written.
     change: Option<HeaderChange>,
     held: Vec<u8>,
     /// Octets of `held` in lines that were examined.
@@ -367,7 +367,7 @@ impl HeaderCompleter {
         HeaderCompleter::of(HeaderChange::Complete(additions))
     }
 
-    /// The same for one message in transit: see [`Header::relayed`].
+    /// A completer for one message in transit: see [`Header::relayed`].
     pub fn relay() -> HeaderCompleter {
         HeaderCompleter::of(HeaderChange::Relay)
     }
@@ -376,7 +376,7 @@ impl HeaderCompleter {
         HeaderCompleter { change: Some(change), held: Vec::new(), examined: 0, field: false }
     }
 
-    /// Receives a piece of the content, and appends to `out` what is complete.
+    /// Receives a piece of the content, and appends to `out` the part of the result that is known.
     pub fn feed(&mut self, input: &[u8], out: &mut Vec<u8>) {
         let mut rest = input;
         if self.change.is_some() {
@@ -393,7 +393,7 @@ impl HeaderCompleter {
         out.extend_from_slice(rest);
     }
 
-    /// Ends the content: octets that are still held are a header, perhaps without its blank line.
+    /// Ends the content: the octets that are still held are a header, which may lack its blank line.
     pub fn finish(&mut self, out: &mut Vec<u8>) {
         if let Some(change) = self.change.take() {
             let held = std::mem::take(&mut self.held);

@@ -1,5 +1,5 @@
-//! Internet messages without sockets, files or clocks (RFC 5322): addresses, address lists, the header, and the `Received`
-//! field, reading and writing.
+//! Internet messages without sockets, files or clocks (RFC 5322): addresses, address lists, the header, encoded words, and
+//! the `Received` field.
 
 pub mod address;
 pub mod address_list;

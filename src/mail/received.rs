@@ -11,23 +11,24 @@ use core::net::IpAddr;
 
 use super::address::{Host, Mailbox, parse_literal};
 
-/// What the server knows about the session in which a message arrives.
+/// The parts of a `Received` field, from the session in which a message arrives.
 #[derive(Clone, Debug)]
 pub struct Received<'a> {
-    /// The name that the client gave with EHLO or HELO, if it did.
+    /// The name of the client in EHLO or HELO; `None`: it has sent neither.
     pub helo: Option<&'a str>,
     /// The client used EHLO.
     pub extended: bool,
     /// The client's address as a literal, or the user on this machine that submits the message.
     pub peer: &'a str,
-    /// Our own name.
+    /// The name of this host.
     pub by: &'a str,
     /// The client used SMTPUTF8 (RFC 6531).
     pub utf8: bool,
-    /// TLS version and cipher, under TLS.
+    /// TLS version and cipher; `None`: the connection is in clear.
     pub tls: Option<&'a str>,
+    /// The client has authenticated.
     pub authenticated: bool,
-    /// The only recipient; `None` if there are more, because the field would show each of them the others (RFC 5321 section
+    /// The only recipient; `None` if there are several, because the field would disclose them to each other (RFC 5321 section
     /// 7.2).
     pub recipient: Option<&'a Mailbox>,
 }
@@ -56,30 +57,30 @@ impl Received<'_> {
     }
 }
 
-/// The client that sent a message to the host from which we have it, for the filters of a next hop (XCLIENT and XFORWARD,
-/// as Postfix documents them).
+/// The client that has sent a message to the host before us, for the filters of a next hop (XCLIENT and XFORWARD, as Postfix
+/// documents them).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ClientInfo {
     pub address: IpAddr,
-    /// The name that it gave with EHLO or HELO.
+    /// Its name in EHLO or HELO.
     pub helo: Option<String>,
     /// It used EHLO.
     pub extended: bool,
 }
 
 impl ClientInfo {
-    /// Reads the topmost `Received` field: `from <EHLO name> (<name> [<address>]) by <by> with ESMTP`. `value` is the
-    /// field's text after the colon, `by` the host from which we have the message.
+    /// Reads the topmost `Received` field: `from <EHLO name> (<name> [<address>]) by <by> with ESMTP`. `value`: the field's
+    /// text after the colon; `by`: the host before us.
     ///
-    /// Returns `None` if `by` has not written the field: a sender can forge the fields of other hosts.
+    /// Returns `None` if `by` has not written the field, because a sender can forge the fields of other hosts.
     pub fn parse(value: &str, by: &str) -> Option<ClientInfo> {
         let words: Vec<_> = value.split_ascii_whitespace().collect();
         let at = words.windows(2).position(|pair| pair[0] == "by" && pair[1].eq_ignore_ascii_case(by))?;
         let (from, rest) = (words.get(..at)?, &words[at..]);
         let name = *from.get(1).filter(|_| from[0] == "from")?;
-        // A client may give an address as its name, so only the one in the comment after the name counts. Exim writes
-        // the name into the comment if it differs: `from host ([192.0.2.1] helo=name)`, and the address in its place if
-        // it has no other: `from [192.0.2.1] (helo=name)`.
+        // A client may send an address as its name, so only the address in the comment after the name counts. Exim writes
+        // the name into the comment if it is not the host name: `from host ([192.0.2.1] helo=name)`, or, if there is no
+        // host name, `from [192.0.2.1] (helo=name)`.
         let end = from.iter().skip(2).position(|word| word.ends_with(')'))?;
         let comment = from.get(2..3 + end)?;
         let named = |word: &&str| word.trim_start_matches('(').strip_prefix("helo=").map(str::to_owned);

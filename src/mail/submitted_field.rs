@@ -1,12 +1,12 @@
-//! A header field of a message that is submitted here, as it leaves (RFC 6409 section 8).
+//! Completes a header field of a submitted message (RFC 6409 section 8).
 //!
 //! ```text
 //! From: root (Überwachung)        From: root@home.example (=?UTF-8?B?w5xiZXJ3YWNodW5n?=)
 //! ```
 //!
-//! Addresses without a domain get ours, because elsewhere they would mean another mailbox. Text beyond ASCII is encoded by
-//! RFC 2047, but not in an address, which then needs SMTPUTF8, and not in fields in which section 5 of that RFC permits no
-//! encoded word.
+//! Addresses without a domain get ours, because on another host they would mean another mailbox. Text that is not ASCII is
+//! encoded by RFC 2047, but not in an address, which needs SMTPUTF8 instead, and not in fields in which section 5 of that RFC
+//! permits no encoded word.
 
 use std::borrow::Cow;
 use std::ops::Range;
@@ -15,7 +15,7 @@ use super::address::Domain;
 use super::address_list::AddressList;
 use super::encoded_word::{charset, encode, encode_words, fold, is_encoded_word, is_space, unquote};
 
-/// Fields with a list of addresses. The second line is not in RFC 5322, but mail servers read and complete these too.
+/// Fields with a list of addresses. Those after `Resent-Bcc` are not in RFC 5322, but mail servers complete them, too.
 const ADDRESS_FIELDS: [&str; 18] = [
     "From",
     "Sender",
@@ -37,7 +37,7 @@ const ADDRESS_FIELDS: [&str; 18] = [
     "Return-Receipt-To",
 ];
 
-/// Fields without free text, in which an encoded word means nothing (RFC 2047 section 5).
+/// Fields without free text, in which an encoded word has no meaning (RFC 2047 section 5).
 const STRUCTURED_FIELDS: [&str; 13] = [
     "Authentication-Results",
     "Auto-Submitted",
@@ -54,16 +54,16 @@ const STRUCTURED_FIELDS: [&str; 13] = [
     "X-Original-To",
 ];
 
-/// Beginnings of the names of more such fields. `Content-Description` is text.
+/// Beginnings of the names of more such fields; except `Content-Description`, which is text.
 const STRUCTURED_PREFIXES: [&str; 4] = ["ARC-", "Content-", "List-", "Resent-"];
 
 /// Octets of a line without its line end (RFC 5322 section 2.1.1).
 const LONGEST_LINE: usize = 998;
 
-/// Octets of a line that is folded, if its addresses permit (RFC 5322 section 2.1.1).
+/// Octets of a folded line, if its addresses are not longer (RFC 5322 section 2.1.1).
 const FOLDED_LINE: usize = 78;
 
-/// The field `raw` with its name and its line end, complete. `home`: our domain.
+/// Completes the field `raw`, which has its name and its line end. `home`: the domain for addresses without one.
 pub fn complete<'a>(name: &[u8], raw: &'a [u8], home: &Domain, line_end: &str) -> Cow<'a, [u8]> {
     let value = value_place(raw);
     if is_address_field(name) {
@@ -87,13 +87,13 @@ pub fn complete<'a>(name: &[u8], raw: &'a [u8], home: &Domain, line_end: &str) -
     }
 }
 
-/// Whether the field has an address beyond ASCII, which only a server with SMTPUTF8 can accept (RFC 6531 section 3.2).
+/// Whether the field has an address that is not ASCII, which only a server with SMTPUTF8 can accept (RFC 6531 section 3.2).
 pub fn needs_utf8(name: &[u8], raw: &[u8]) -> bool {
     let value = &raw[value_place(raw)..];
     !value.is_ascii() && is_address_field(name) && {
         let text = masked(value);
         let list = AddressList::parse(&text, None);
-        // What is not in UTF-8 is no address that SMTPUTF8 could carry.
+        // SMTPUTF8 is for addresses in UTF-8 only.
         let is_utf8 = |address: &[u8]| !address.is_ascii() && std::str::from_utf8(address).is_ok();
         list.addresses.iter().any(|address| is_utf8(&value[address.address.clone()]))
     }
@@ -113,28 +113,28 @@ fn is_text_field(name: &[u8]) -> bool {
     !structured || is("Content-Description")
 }
 
-/// Where the value of a field begins: after the colon.
+/// The place at which the value of a field begins: after the colon.
 fn value_place(raw: &[u8]) -> usize {
     raw.iter().position(|octet| *octet == b':').map_or(raw.len(), |at| at + 1)
 }
 
-/// The value with a letter for each octet above 127, so that a list in any charset can be read, and places in it are places
-/// in the value.
+/// The value with `x` for each octet above 127, so that a list in any charset can be parsed, and places in it are places in
+/// the value.
 fn masked(value: &[u8]) -> String {
     value.iter().map(|octet| if octet.is_ascii() { char::from(*octet) } else { 'x' }).collect()
 }
 
-/// Text that takes the place of a part of a value.
+/// Octets of a value, and the text that replaces them.
 type Edit = (Range<usize>, Vec<u8>);
 
-/// What changes in a list of addresses.
+/// The changes to a list of addresses.
 fn edits(value: &[u8], home: &Domain) -> Vec<Edit> {
     let text = masked(value);
     let list = AddressList::parse(&text, Some(home));
     let mut edits = Vec::new();
     for address in &list.addresses {
         let place = &address.address;
-        // RFC 6409 section 8.1: a local part alone means our domain only as long as it is here.
+        // RFC 6409 section 8.1: a local part alone has our domain only on this host.
         if !place.is_empty() && !address.qualified && std::str::from_utf8(&value[place.clone()]).is_ok() {
             edits.push((place.end..place.end, format!("@{home}").into_bytes()));
         }
@@ -160,7 +160,7 @@ fn apply(value: &[u8], edits: Vec<Edit>) -> Vec<u8> {
     out
 }
 
-/// Encodes the words of a display name, or of the name of a group, between its comments and its own encoded words.
+/// Encodes the words of a display name, or of the name of a group, that are not comments or encoded words.
 fn edit_phrase(value: &[u8], words: &[Range<usize>], edits: &mut Vec<Edit>) {
     let is_encoded = |word: &Range<usize>| is_encoded_word(&value[word.clone()]);
     let apart = |before: &Range<usize>, after: &Range<usize>| {
@@ -176,7 +176,7 @@ fn edit_phrase(value: &[u8], words: &[Range<usize>], edits: &mut Vec<Edit>) {
             continue;
         }
         let mut text = Vec::new();
-        // White space between two encoded words is not shown (RFC 2047 section 6.2).
+        // RFC 2047 section 6.2: white space between two encoded words is not displayed, so it must be in one of them.
         text.extend(before.is_some_and(is_encoded).then_some(b' '));
         let mut end = first.start;
         for word in run {
@@ -189,7 +189,7 @@ fn edit_phrase(value: &[u8], words: &[Range<usize>], edits: &mut Vec<Edit>) {
             end = word.end;
         }
         text.extend(words.get(done).is_some_and(is_encoded).then_some(b' '));
-        // RFC 2047 section 5: white space separates an encoded word from what is beside it.
+        // RFC 2047 section 5: white space must separate an encoded word from other text.
         let pad = |octet: Option<&u8>| if octet.is_none_or(is_space) { "" } else { " " };
         let before = pad(value[..place.start].last());
         let after = pad(value.get(place.end));
@@ -197,7 +197,7 @@ fn edit_phrase(value: &[u8], words: &[Range<usize>], edits: &mut Vec<Edit>) {
     }
 }
 
-/// A comment with its parentheses and those inside it, in which the words beyond ASCII are encoded.
+/// Encodes the words of a comment that are not ASCII, also in the comments inside it.
 fn encode_comment(comment: &[u8]) -> Vec<u8> {
     let charset = charset(comment);
     let (mut out, mut begin, mut quoted) = (Vec::new(), 0, false);
@@ -220,7 +220,7 @@ fn is_long(line: &[u8]) -> bool {
     line.strip_suffix(b"\r").unwrap_or(line).len() > LONGEST_LINE
 }
 
-/// Folds the long lines of a list of addresses after commas between addresses.
+/// Folds lines of more than [`LONGEST_LINE`] octets after the commas between addresses.
 fn fold_at_commas(field: &[u8], line_end: &str) -> Vec<u8> {
     let value = value_place(field);
     let text = masked(&field[value..]);

@@ -1,11 +1,11 @@
-//! Valid addresses, and those that are not.
+//! Valid and invalid addresses.
 
 use proptest::prelude::*;
 
 use super::*;
 
 #[test]
-fn a_domain_is_labels_of_letters_digits_and_hyphens() {
+fn a_domain_consists_of_ldh_labels() {
     fn check(input: &str, expected: Option<&str>) {
         let domain = Domain::parse(input);
         assert_eq!(domain.as_ref().map(Domain::as_str), expected, "{input:?}");
@@ -65,7 +65,7 @@ fn every_way_to_write_a_name_gives_one_domain() {
     // Composed, decomposed, and in capitals.
     check("xn--bcher-kva.example", &["bücher.example", "bu\u{308}cher.example", "BU\u{308}CHER.Example"]);
     check("xn--caf-dma", &["café", "cafe\u{301}", "CAFE\u{301}", "CAFÉ"]);
-    // Vietnamese: two marks on one letter, in either order.
+    // Vietnamese: two marks on one character, in either order.
     check("xn--vit-5kz", &["việt", "vi\u{1ec7}t", "vie\u{323}\u{302}t", "vie\u{302}\u{323}t", "viê\u{323}t"]);
     check("xn--ph-rbt", &["phơ\u{309}", "phở", "pho\u{31b}\u{309}", "PHO\u{309}\u{31b}"]);
     // Hangul: syllables, and the jamo they consist of.
@@ -74,31 +74,31 @@ fn every_way_to_write_a_name_gives_one_domain() {
     check("xn--5ca", &["å", "Å", "\u{212b}", "a\u{30a}"]);
     check("xn--oh3a", &["\u{8c48}", "\u{f900}"]);
     check("xn--mckyg", &["ガル", "カ\u{3099}ル", "ｶﾞﾙ"]);
-    // Full-width letters, and the full stops of East Asian keyboards.
+    // Full-width characters, and the full stops of East Asian keyboards.
     check("example.org", &["ｅｘａｍｐｌｅ.org", "ＥＸＡＭＰＬＥ．ＯＲＧ", "example。org", "example｡org"]);
     check("xn--fiqs8s.xn--fiqs8s", &["中国。中国", "中国.xn--fiqs8s", "XN--FIQS8S．中国"]);
     // Invisible characters that UTS #46 ignores.
     check("xn--bcher-kva", &["bü\u{ad}cher", "bü\u{200b}cher"]);
     check("xn--qei", &["❤", "❤\u{fe0f}"]);
-    // IDNA2003 mapped "ß" to "ss" and the final sigma to the other one; in IDNA2008 they are letters.
+    // IDNA2003 mapped "ß" to "ss" and the final sigma to the other one; IDNA2008 permits both.
     check("xn--strae-oqa", &["straße", "STRAẞE"]);
     check("xn--nxasmm1c", &["βόλος", "βο\u{301}λος"]);
     check("xn--nxasmq6b", &["βόλοσ", "ΒΌΛΟΣ"]);
 }
 
 #[test]
-fn a_u_label_keeps_to_the_rules_for_its_script() {
+fn a_u_label_must_follow_the_rules_for_its_script() {
     fn check(input: &str, expected: Option<&str>) {
         let domain = Domain::parse(input);
         assert_eq!(domain.as_ref().map(Domain::as_str), expected, "{}", input.escape_unicode());
     }
-    // RFC 5892 appendix A.1 and A.2: a joiner needs a virama or joining letters before it.
+    // RFC 5892 appendix A.1 and A.2: a joiner needs a virama or joining characters before it.
     check("क्\u{200d}ष", Some("xn--11b2ezcw70k"));
     check("نامه\u{200c}ای", Some("xn--mgba3gch31f060k"));
     check("a\u{200d}b", None);
     check("ü\u{200c}", None);
     check("\u{200d}", None);
-    // RFC 5893 section 2: a label from right to left has no Latin letters, no digit at its start and
+    // RFC 5893 section 2: a label from right to left has no Latin characters, no digit at its start and
     // no digits of two kinds. In such a domain, an ASCII label has no digit at its start either.
     check("מייל.example", Some("xn--eebajf.example"));
     check("מייל1.example", Some("xn--1-iicamh.example"));
@@ -122,7 +122,7 @@ fn a_u_label_keeps_to_the_rules_for_its_script() {
     check("ü。", None);
     check("\u{ad}", None);
     check("－ａ", None);
-    // Beside a U-label, an A-label must decode. In an ASCII domain it stays as it is.
+    // In a domain with a U-label, an A-label must be decodable. In an ASCII domain it stays unchanged.
     check("xn--a.ü", None);
     check("xn--ü", None);
     check("xn--a.u", Some("xn--a.u"));
@@ -199,7 +199,7 @@ fn a_host_is_a_domain_or_an_address_literal() {
 
 /// Rules: SMTP-20.
 #[test]
-fn a_mailbox_that_is_held_here_is_written_in_its_shortest_form() {
+fn the_canonical_form_of_a_mailbox_is_the_shortest() {
     fn check(input: &str, expected: Option<(&str, &str)>) {
         let mailbox = Mailbox::parse(input);
         assert!(mailbox.as_ref().is_none_or(|mailbox| mailbox.to_string() == input));
@@ -252,9 +252,9 @@ fn a_mailbox_that_is_held_here_is_written_in_its_shortest_form() {
     }
 }
 
-/// RFC 2181 section 11: DNS has such names. Mobile networks have given out such local parts.
+/// RFC 2181 section 11: DNS has such names. Mobile networks have assigned such local parts.
 #[test]
-fn an_address_elsewhere_is_carried_as_it_came() {
+fn an_address_of_another_host_is_written_as_it_was_received() {
     fn check(input: &str, local: &str, domain: &str) {
         let mailbox = Mailbox::parse_any(input).unwrap_or_else(|error| panic!("{input:?}: {error:?}"));
         assert_eq!((mailbox.to_string(), mailbox.local()), (input.to_owned(), local), "{input:?}");
@@ -319,14 +319,14 @@ fn an_address_elsewhere_is_carried_as_it_came() {
 }
 
 #[test]
-fn a_label_that_idna_does_not_allow_is_no_label_of_a_domain_elsewhere_either() {
+fn domains_of_other_hosts_too_have_no_label_that_idna_does_not_permit() {
     let long = "ü".repeat(60);
     for domain in ["ü_", "-ü", "ü-", "a\u{200d}b", "a\u{e000}", "a\u{202e}b", "m\u{fffd}ller", "1מייל", long.as_str()]
     {
         let domain = format!("{domain}.example");
         assert_eq!(Domain::parse_any(&domain), Err(PathError::NotIdna), "{}", domain.escape_unicode());
     }
-    // UTS #46 maps these to "a/c", "%" and "_", which are no characters of IDNA.
+    // UTS #46 maps these to "a/c", "%" and "_", which IDNA does not permit.
     for text in ["\u{2100}.example", "a\u{ff05}b.example", "\u{e4}.a\u{ff3f}b.example"] {
         assert_eq!(Domain::parse_any(text), Err(PathError::NotIdna), "{text}");
     }
@@ -389,7 +389,7 @@ fn a_domain_has_a_safe_name_of_a_file() {
     for wrong in ["", ".", "..", "Example.org", "a%2fb", "a%2Eb", "%2", "%GG", "%+1", "a%00b", "%FF", "a b", "%E4%BD"] {
         assert_eq!(Domain::of_file_name(wrong), None, "{wrong:?}");
     }
-    // The name of the file must fit.
+    // The limit is that of the file name.
     assert!(Domain::parse_any(&"/".repeat(85)).is_ok());
     assert_eq!(Domain::parse_any(&"/".repeat(86)), Err(PathError::TooLong));
 }
@@ -522,7 +522,7 @@ proptest! {
     }
 
     #[test]
-    fn a_file_name_belongs_to_one_domain_and_is_no_path(text in r"[a-z._/%~!\-]{1,90}", octets in r"[!-~]{1,40}") {
+    fn a_file_name_belongs_to_one_domain_and_is_not_a_path(text in r"[a-z._/%~!\-]{1,90}", octets in r"[!-~]{1,40}") {
         for text in [text, octets] {
             let Ok(domain) = Domain::parse_any(&text) else { continue };
             let name = domain.file_name();
@@ -532,7 +532,7 @@ proptest! {
     }
 
     #[test]
-    fn any_address_that_is_carried_has_no_octet_with_a_meaning(
+    fn no_address_has_an_octet_with_a_meaning_outside_of_quotes(
         text in r#"[a@.,:;<>()"\\\[\] ü_%\x00-\x1f]{0,12}@[a.,_\-/"<>()\[\]:;@ü ]{0,8}"#,
     ) {
         if let Ok(mailbox) = Mailbox::parse_any(&text) {

@@ -31,7 +31,7 @@ fn an_address_is_read_with_and_without_its_host() {
     check("o'neill+tag=1@x", "o'neill+tag=1@x");
     check("a!#$%&'*+-/=?^_`{|}~@x", "a!#$%&'*+-/=?^_`{|}~@x");
     check("joe.doe@x.y", "joe.doe@x.y");
-    // Addresses elsewhere are carried as they came.
+    // Addresses of other hosts are returned as they were written.
     for text in ["j..oe@x", ".joe@x", "joe.@x", "j\\oe@x", "joe@a_b", "joe@x.", "joe@[x]"] {
         check(text, text);
     }
@@ -105,7 +105,7 @@ fn commas_semicolons_comments_and_groups_divide_a_list() {
 }
 
 #[test]
-fn what_cannot_be_read_is_named() {
+fn an_error_shows_the_address_that_cannot_be_read() {
     fn check(input: &str, expected: &str) {
         assert_eq!(read(input), Err(format!("cannot read {expected}")), "{input:?}");
     }
@@ -135,7 +135,7 @@ fn what_cannot_be_read_is_named() {
     check("joe@x@y", &format!("joe@x@y: {host}"));
     check("joe@\"x\"", &format!("joe@\"x\": {host}"));
     check("joe@[x y\\]]", &format!("joe@[x y\\]]: {host}"));
-    // RFC 5891: no label has these.
+    // RFC 5891: a label must not have these characters.
     for domain in ["ü\u{200c}", "a\u{e000}", "-ü"] {
         check(&format!("joe@{domain}"), &format!("joe@{domain}: IDNA does not allow the domain (RFC 5891)"));
     }

@@ -22,7 +22,7 @@ fn the_topmost_received_field_names_the_client() {
         "Received: from unknown ([192.0.2.1]) by relay.example.net with SMTP; date\n",
         Some(("192.0.2.1", None, false)),
     );
-    // Names that would like to be an address: of the client, for Exim, and in its certificate.
+    // Names in the form of an address: of the client, for Exim, and in its certificate.
     for field in [
         "from [203.0.113.9] (x [192.0.2.1])",
         "from [192.0.2.1] (helo=[203.0.113.9])",
@@ -81,7 +81,7 @@ fn recipients_come_from_to_cc_and_bcc_or_from_the_newest_resent_block() {
                                   a display name needs an <address> after it"),
     );
     check("no header: here\nTo: a@x\n", Ok(""));
-    // The newest block comes first; a name that comes again begins an older one.
+    // The newest block is first; a name that occurs again begins an older one.
     check("Resent-To: a@x\nResent-Cc: b@x\nTo: c@x\nBcc: d@x\n", Ok("a@x b@x"));
     check("Received: x\nResent-From: e\nRESENT-BCC: a@x\nReceived: y\nResent-To: b@x\nTo: c@x\n", Ok("a@x"));
     check("Resent-From: e\nResent-To: a@x\nResent-From: f\nResent-To: b@x\nTo: c@x\n", Ok("a@x"));
@@ -145,7 +145,7 @@ fn only_missing_fields_are_added_and_only_bcc_is_removed() {
 }
 
 #[test]
-fn of_a_signed_header_nothing_changes_but_records_go() {
+fn in_a_signed_header_only_records_are_removed() {
     let fields = "From: r\u{fc}t <root>\nSubject: \u{fc}\nContent-Length: 3\nDate: 1\nMessage-ID: 2\n";
     for signature in
         ["DKIM-Signature: v=1\n", "ARC-Message-Signature: i=1\n", "Content-Type:\n Multipart/Signed; boundary=x\n"]
@@ -154,7 +154,7 @@ fn of_a_signed_header_nothing_changes_but_records_go() {
         let seen = Header::parse(content.as_bytes()).complete(&additions());
         assert_eq!(String::from_utf8(seen).unwrap(), format!("{fields}{signature}\n"));
     }
-    // The same is complete where nothing is signed.
+    // The same header without the signature is completed.
     let content = format!("{fields}Content-Type: multipart/mixed\n\n");
     let seen = Header::parse(content.as_bytes()).complete(&additions());
     let expected = "From: =?UTF-8?B?csO8dA==?= <root@home.example>\nSubject: =?UTF-8?B?w7w=?=\nDate: 1\nMessage-ID: 2\n\
@@ -210,7 +210,7 @@ fn a_header_in_transit_loses_records_only() {
     check(b"X: y", b"X: y");
 }
 
-/// Feeds a completer with pieces of so many octets, in turn.
+/// Feeds a completer with pieces of `cuts` octets, in turn.
 fn completed(content: &[u8], cuts: &[usize]) -> Vec<u8> {
     fed(HeaderCompleter::new(additions()), content, cuts)
 }
@@ -255,7 +255,7 @@ proptest! {
     }
 
     #[test]
-    fn a_completer_gives_the_same_however_it_is_cut(
+    fn the_result_of_a_completer_does_not_depend_on_the_cuts(
         content in "(>?From a\r?\n){0,2}((To|Bcc|Date|Return-Path|Subject|X y|): ?[aü,\0]{0,3}\r?\n|[ \t][a ]?\r?\n|\r?\n){0,6}[a\n:]{0,5}",
         cuts in proptest::collection::vec(1_usize..20, 1..5),
     ) {

@@ -75,7 +75,7 @@ fn text_beyond_ascii_is_encoded_where_rfc_2047_permits() {
     for field in [&b"From: j\xfcrgen\n"[..], b"Content-Type: text/plain; name=\"\xfc\"\n", b"List-Help: \xfc\n"] {
         assert_eq!(completed(field), field);
     }
-    // Each name has its own charset: a list is put together from many sources.
+    // Each name has its own charset, because a list may have names from many sources.
     check(
         b"To: \xc3\x9c <a@x>, \xdc <b@x> (\xc3\x9c)\n",
         "To: =?UTF-8?B?w5w=?= <a@x>, =?unknown-8bit?B?3A==?= <b@x> (=?UTF-8?B?w5w=?=)\n",
@@ -157,7 +157,7 @@ proptest! {
         let field = format!("To: {value}\n");
         let seen = completed(field.as_bytes());
         prop_assert!(!field.is_ascii() || field.len() > 998 || seen.len() >= field.len());
-        // It changes nothing a second time.
+        // A completed field is not changed again.
         if field.is_ascii() {
             prop_assert_eq!(completed(&seen), seen);
         }
@@ -182,7 +182,7 @@ proptest! {
         prop_assert_eq!(completed(field.as_bytes()), field.as_bytes());
     }
 
-    /// Whatever is completed: it stays one field with the same addresses, and no line of it is blank.
+    /// A completed field is one field with the same addresses and without blank lines.
     #[test]
     fn no_address_is_lost_or_added(
         value in "([aüb@.,:;<>()\"\\\\\\[\\] =?]|\n |\n\t|\"ü, b\" <a@b>|=\\?utf-8\\?q\\?a,b\\?=|Ü ö|joe|\\(ü\\)|<joe>|[a-z]{40} [ü]{40}){0,30}x",
