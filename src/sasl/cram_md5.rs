@@ -1,7 +1,7 @@
 //! CRAM-MD5 (RFC 2195): the server sends a challenge, the client responds with its name and an HMAC-MD5 of it.
 //!
-//! The secret is not sent, but the server must store it in clear, and an eavesdropper can try secrets offline. So the
-//! secret should be long and random, and the connection should use TLS nevertheless.
+//! The client does not send the secret, but the server must store it in clear, and an eavesdropper can guess secrets offline.
+//! So the secret should be long and random, and the connection should use TLS.
 
 use data_encoding::HEXLOWER;
 use hmac::{Hmac, KeyInit, Mac};
@@ -45,7 +45,7 @@ impl ClientExchange for CramMd5Client {
         None
     }
 
-    /// The challenge is used as it is: RFC 2645 section 6 shows one that has no `<>` and ends in LF.
+    /// The challenge may be any octets: that in RFC 2645 section 6 has no `<>` and ends in LF.
     fn step(&mut self, challenge: &[u8]) -> Option<Vec<u8>> {
         if std::mem::replace(&mut self.answered, true) {
             return None;
@@ -59,8 +59,8 @@ impl ClientExchange for CramMd5Client {
     }
 }
 
-/// Parses `name SP digest`, the digest in lower-case hexadecimal (RFC 2195 section 2). A name may contain spaces, so the
-/// last one separates. A line end after the digest is dropped: RFC 2645 section 6 shows one.
+/// Parses `name SP digest`, the digest in lower-case hexadecimal (RFC 2195 section 2). A name may contain spaces, so the last
+/// space separates. A line end after the digest is dropped: the example in RFC 2645 section 6 has one.
 fn parse(response: &[u8]) -> Option<(&str, [u8; 16])> {
     let response = response.strip_suffix(b"\n").unwrap_or(response);
     let response = response.strip_suffix(b"\r").unwrap_or(response);
@@ -96,7 +96,7 @@ mod tests {
     fn the_example_of_rfc_2195_passes_on_both_sides() {
         let mut client = CramMd5Client::new("tim", b"tanstaaftanstaaf");
         assert_eq!(client.initial(), None);
-        assert!(!client.finished(), "success before the challenge is no success");
+        assert!(!client.finished(), "a success before the challenge does not count");
         let response = client.step(CHALLENGE.as_bytes());
         assert_eq!(response.as_deref(), Some(RESPONSE));
         assert!(client.finished());
@@ -143,7 +143,7 @@ mod tests {
         assert_eq!(serve(response, &secrets), ExchangeStep::Done("tim the boy".into()));
     }
 
-    /// RFC 2202 section 2: short, block-sized and longer keys (those are hashed first).
+    /// RFC 2202 section 2: keys shorter than a block, and longer ones, which are hashed first.
     /// Rules: CRAM-03.
     #[test]
     fn keys_of_every_length_pass_the_vectors_of_rfc_2202() {
@@ -159,7 +159,7 @@ mod tests {
         );
     }
 
-    /// The challenge of RFC 2645 section 6; the digest printed there is copied from RFC 2195 and does not fit.
+    /// The challenge of RFC 2645 section 6; its digest there is that of RFC 2195, and wrong.
     /// Rules: CRAM-04.
     #[test]
     fn every_octet_of_a_challenge_counts() {

@@ -1,18 +1,18 @@
-//! The two sides of an authentication, and the accounts that a server checks it against.
+//! The two sides of an authentication, and the accounts of the server.
 
 use super::channel::CertificateDigests;
 use super::verifier::{ScramVerifier, salted_password};
 
 /// The accounts of a server.
 pub trait CredentialStore {
-    /// What the account with this name is checked against; `None` if there is no such account.
+    /// The credentials of the account with this name; `None`: there is no such account.
     ///
     /// # Errors
     /// The accounts cannot be read now.
     fn credentials(&self, name: &str) -> Result<Option<AccountCredentials>, Unavailable>;
 
-    /// The account that this certificate opens. `wanted`: the account that the client asks for, if it asks for one: then the
-    /// result is that account, or `None`. Otherwise `None` means that the certificate opens no account, or several.
+    /// The account of this certificate. `wanted`: the account that the client asks for; then the result is that account, or
+    /// `None`. If the client asks for none, `None` means that no account or several have the certificate.
     ///
     /// # Errors
     /// The accounts cannot be read now.
@@ -22,22 +22,22 @@ pub trait CredentialStore {
         Ok(None)
     }
 
-    /// Whether this certificate opens an account, or may open one that cannot be read now.
+    /// Whether an account has this certificate, or one that cannot be read now may have it.
     fn knows(&self, _certificate: &CertificateDigests) -> bool {
         false
     }
 
-    /// The verifier of the account with this name, stored or made of its secret, and whether there is such an account. If
-    /// there is none, or it has no secret: one that no secret has, always the same for a name, after the same work.
+    /// The verifier of the account with this name, stored or made of its secret, and `true`. If there is no such account, or it
+    /// has no secret: a fake verifier, always the same for a name and after the same work, and `false`.
     ///
     /// # Errors
     /// The accounts cannot be read now, or too many verifiers are made at once.
     fn verifier(&self, name: &str) -> Result<(ScramVerifier, bool), Unavailable>;
 
-    /// [`salted_password`], which takes some time: a store limits how many sessions do it at once.
+    /// Computes [`salted_password`]. It takes about 10 ms, so a store limits how many sessions do it at the same time.
     ///
     /// # Errors
-    /// Too many sessions do it.
+    /// Too many sessions compute one now.
     fn salted_password(&self, secret: &[u8], verifier: &ScramVerifier) -> Result<[u8; 32], Unavailable> {
         Ok(salted_password(secret, &verifier.salt, verifier.iterations))
     }
@@ -45,7 +45,7 @@ pub trait CredentialStore {
     /// A challenge that was never used before (RFC 2195 section 2).
     fn challenge(&self) -> String;
 
-    /// A random text for SCRAM that was never used before, in letters and digits (RFC 5802 section 5.1).
+    /// A random text in ASCII letters and digits that was never used before, for SCRAM (RFC 5802 section 5.1).
     fn nonce(&self) -> String;
 }
 
@@ -70,12 +70,12 @@ impl CredentialStore for NoCredentials {
     }
 }
 
-/// What a server knows of one account.
+/// The credentials of one account, at the server.
 #[derive(Clone, Default)]
 pub struct AccountCredentials {
-    /// The secret in clear; `None`: no mechanism that needs it opens the account.
+    /// The secret in clear; `None`: the account has no mechanism that needs it.
     pub secret: Option<Vec<u8>>,
-    /// What is stored in place of the secret.
+    /// The verifier that is stored in place of the secret.
     pub verifier: Option<ScramVerifier>,
 }
 
@@ -85,11 +85,11 @@ pub struct Unavailable;
 
 /// One authentication, on the server's side.
 pub trait ServerExchange: Send {
-    /// The first challenge; `None` for a client-first mechanism: then, if AUTH had no initial response, the server sends an
-    /// empty challenge (RFC 4954 section 4).
+    /// The first challenge; `None` for a client-first mechanism, for which the server sends an empty challenge if AUTH had no
+    /// initial response (RFC 4954 section 4).
     fn first(&mut self) -> Option<Vec<u8>>;
 
-    /// Processes a response, base64 already decoded.
+    /// Processes a response, decoded from base64.
     fn step(&mut self, response: &[u8], secrets: &dyn CredentialStore) -> ExchangeStep;
 }
 
@@ -100,38 +100,37 @@ pub enum ExchangeStep {
     Challenge(Vec<u8>),
     /// The client is authenticated as this account.
     Done(String),
-    /// The client is not authenticated as the account of this name: unknown name, wrong secret, or it asked to act for
-    /// another account.
+    /// The client is not authenticated as the account of this name: the name is unknown, the secret is wrong, or the client
+    /// has asked to act for another account.
     Failed(String),
     /// The response is not in the form of the mechanism; no secret was compared.
     Malformed,
-    /// The secret cannot be looked up at the moment.
+    /// The account cannot be looked up now.
     Unavailable,
 }
 
 /// One authentication, on the client's side.
 pub trait ClientExchange: Send {
-    /// The initial response, for the AUTH command. If the line would be too long (RFC 4954 section 4) the caller drops it:
-    /// `step` returns it again for the empty challenge.
+    /// The initial response, for the AUTH command; `None`: the server sends first. If the line would be too long (RFC 4954
+    /// section 4), the caller makes a new exchange, whose `step` returns the response for the empty challenge.
     fn initial(&mut self) -> Option<Vec<u8>>;
 
-    /// The response to a challenge; `None`: the challenge is not acceptable, cancel the exchange.
+    /// The response to a challenge; `None`: the challenge is not acceptable, and the exchange must be cancelled.
     fn step(&mut self, challenge: &[u8]) -> Option<Vec<u8>>;
 
-    /// Whether a success from the server is acceptable now. A server that reports success too early has not verified
-    /// anything.
+    /// Whether a success from the server is acceptable now. A server that reports success earlier has verified nothing.
     fn finished(&self) -> bool;
 
-    /// Why the last challenge was not acceptable, as the end of a sentence that begins with the server.
+    /// Why the last challenge was not acceptable, as the predicate of a sentence about the server.
     fn problem(&self) -> Option<&str> {
         None
     }
 }
 
-/// Used instead of the secret of an unknown name, so that the work is the same. It authenticates no client.
+/// The secret that is compared for an unknown name, so that the work is the same. It authenticates no client.
 pub(super) const DUMMY_SECRET: &[u8] = b"there is no such account";
 
-/// Calls `check` with the secret of `name`. If there is none it calls `check` with another secret, and fails.
+/// Calls `check` with the secret of `name`. If there is none, it calls `check` with another secret, and fails.
 pub(super) fn verify(name: &str, secrets: &dyn CredentialStore, check: impl FnOnce(&[u8]) -> bool) -> ExchangeStep {
     let Ok(credentials) = secrets.credentials(name) else {
         return ExchangeStep::Unavailable;

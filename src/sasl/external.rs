@@ -1,10 +1,10 @@
-//! EXTERNAL (RFC 4422 appendix A): the client has proved its identity in TLS, by a certificate, and sends only the account
-//! that it wants, or nothing: then the certificate tells which it is.
+//! EXTERNAL (RFC 4422 appendix A): the client has proved its identity in TLS, by a certificate. It sends the name of its
+//! account, or nothing if only one account has the certificate.
 
 use super::channel::CertificateDigests;
 use super::exchange::{ClientExchange, CredentialStore, ExchangeStep, ServerExchange};
 
-/// The server's side, with the certificate that the client has shown.
+/// The server's side, with the certificate of the client.
 pub(super) struct ExternalServer(pub(super) Option<CertificateDigests>);
 
 impl ServerExchange for ExternalServer {
@@ -18,7 +18,7 @@ impl ServerExchange for ExternalServer {
             return ExchangeStep::Malformed;
         };
         let failed = || ExchangeStep::Failed(wanted.to_owned());
-        // RFC 4422 appendix A.2: without credentials from TLS it fails.
+        // RFC 4422 appendix A.2: without credentials from TLS the authentication fails.
         let Some(certificate) = &self.0 else { return failed() };
         match secrets.account_of(certificate, Some(wanted).filter(|wanted| !wanted.is_empty())) {
             Ok(account) => account.map_or_else(failed, ExchangeStep::Done),
@@ -27,7 +27,7 @@ impl ServerExchange for ExternalServer {
     }
 }
 
-/// The client's side, with the account that it wants.
+/// The client's side, with the name of its account.
 pub(super) struct ExternalClient {
     name: String,
     answered: bool,
@@ -40,8 +40,8 @@ impl ExternalClient {
 }
 
 impl ClientExchange for ExternalClient {
-    /// The name is sent even if the certificate would tell it: the server rejects it if the certificate is for another
-    /// account, whose mail the client would get otherwise.
+    /// The name is sent even if only one account has the certificate: if that is another account, the server rejects the
+    /// client, which would otherwise get the mail of that account.
     fn initial(&mut self) -> Option<Vec<u8>> {
         Some(self.name.clone().into_bytes())
     }
@@ -50,7 +50,7 @@ impl ClientExchange for ExternalClient {
         (!std::mem::replace(&mut self.answered, true)).then(|| self.name.clone().into_bytes())
     }
 
-    /// The server has proved its identity in TLS, or not at all.
+    /// The server proves its identity in TLS only, so its success is accepted at any time.
     fn finished(&self) -> bool {
         true
     }
@@ -65,7 +65,7 @@ mod tests {
     const SHARED: CertificateDigests = CertificateDigests { certificate: [3; 32], key: [4; 32] };
     const OTHER: CertificateDigests = CertificateDigests { certificate: [5; 32], key: [6; 32] };
 
-    /// `MINE` opens acme; `SHARED` opens acme and beta.
+    /// acme has `MINE`; acme and beta have `SHARED`.
     struct Accounts;
 
     impl CredentialStore for Accounts {
@@ -127,6 +127,6 @@ mod tests {
         let mut client = ExternalClient::new("acme");
         assert_eq!((client.initial(), client.finished()), (Some(b"acme".to_vec()), true));
         assert_eq!(client.step(b""), Some(b"acme".to_vec()));
-        assert_eq!(client.step(b""), None, "not again and again");
+        assert_eq!(client.step(b""), None, "one response only");
     }
 }

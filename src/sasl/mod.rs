@@ -1,6 +1,6 @@
 //! Authentication (SASL, RFC 4422). Octets in, octets out; base64 and the AUTH command (RFC 4954) belong to SMTP.
 //!
-//! Each file has both sides of one mechanism. A [`Mechanism`] makes an exchange for either side:
+//! Each mechanism is a file with both its sides. A [`Mechanism`] makes an exchange for either side:
 //!
 //! ```text
 //!     server                                   client
@@ -11,9 +11,8 @@
 //!       └─ Done, Failed, Malformed, Unavailable            finished(): is a success plausible?
 //! ```
 //!
-//! An exchange does not reveal whether a name exists: an unknown name takes the same work and has the same result as a
-//! wrong secret. Names and secrets are compared octet by octet, without SASLprep (RFC 4013), which changes nothing for
-//! ASCII.
+//! An exchange does not reveal whether a name exists: an unknown name costs the same work and has the same result as a wrong
+//! secret. Names and secrets are compared octet by octet, without SASLprep (RFC 4013), which does not change ASCII.
 //!
 //! To add a mechanism, add a file here and a line in each method of [`Mechanism`].
 
@@ -38,7 +37,7 @@ use scram::{ClientBinding, ScramClient, ScramServer};
 /// The mechanisms this program knows.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum Mechanism {
-    /// RFC 4422 appendix A, by a certificate of the client.
+    /// RFC 4422 appendix A: the client has a certificate in TLS.
     External,
     /// RFC 7677, with the channel binding of RFC 9266.
     ScramSha256Plus,
@@ -51,8 +50,8 @@ pub enum Mechanism {
 }
 
 impl Mechanism {
-    /// All mechanisms, the strongest first. EXTERNAL needs no secret at the server; SCRAM proves that the server knows the
-    /// secret, too; CRAM-MD5 at least does not send it to a server that may not be the right one.
+    /// All mechanisms, the strongest first. EXTERNAL has no secret that the server could lose; SCRAM proves to the client that
+    /// the server knows the secret; CRAM-MD5 does not send the secret, PLAIN does.
     pub const ALL: [Mechanism; 5] =
         [Mechanism::External, Mechanism::ScramSha256Plus, Mechanism::ScramSha256, Mechanism::CramMd5, Mechanism::Plain];
 
@@ -73,41 +72,40 @@ impl Mechanism {
         Mechanism::ALL.into_iter().find(same)
     }
 
-    /// Whether the mechanism is neither offered nor used without TLS: it sends the secret in clear (RFC 4954 section 4), or
-    /// depends on what TLS has proved.
+    /// Whether the mechanism must not be offered or used without TLS: it sends the secret in clear (RFC 4954 section 4), or
+    /// uses the identity that TLS has proved.
     pub fn needs_tls(self) -> bool {
         matches!(self, Mechanism::External | Mechanism::Plain)
     }
 
-    /// Whether a server can offer the mechanism, and a client use it, over a connection of which TLS tells this; `None`: it is
+    /// Whether a server can offer the mechanism, and a client use it, on a connection with this TLS; `None`: the connection is
     /// in clear.
     pub fn is_possible(self, channel: Option<&TlsChannel>) -> bool {
         match self {
-            // RFC 5802 section 6: not without a channel binding. With TLS 1.2 there is none here (RFC 9266 section 4.2).
+            // RFC 5802 section 6: it needs a channel binding, which TLS 1.2 has not here (RFC 9266 section 4.2).
             Mechanism::ScramSha256Plus => channel.is_some_and(|channel| channel.exporter.is_some()),
             mechanism => channel.is_some() || !mechanism.needs_tls(),
         }
     }
 
-    /// Whether it is one of SCRAM (RFC 5802).
+    /// Whether the mechanism is of the SCRAM family (RFC 5802).
     pub fn is_scram(self) -> bool {
         matches!(self, Mechanism::ScramSha256Plus | Mechanism::ScramSha256)
     }
 
-    /// Whether the client sends first, so that AUTH may have an initial response. With another mechanism an initial
+    /// Whether the client sends first, so that AUTH may have an initial response. If the server sends first, an initial
     /// response is an error (RFC 4954 section 4).
     pub fn client_first(self) -> bool {
         self != Mechanism::CramMd5
     }
 
-    /// The mechanisms that a client may use, of those that are offered, in the order of preference. `channel`: as for
-    /// [`Mechanism::is_possible`].
+    /// The mechanisms in `offered` that a client may use, the strongest first. `channel`: as for [`Mechanism::is_possible`].
     pub fn usable(offered: &[Mechanism], channel: Option<&TlsChannel>) -> impl Iterator<Item = Mechanism> {
         let usable = move |mechanism: &Mechanism| offered.contains(mechanism) && mechanism.is_possible(channel);
         Mechanism::ALL.into_iter().filter(usable)
     }
 
-    /// An exchange for the server. `channel`: what TLS tells it. `offered`: the mechanisms in the reply to EHLO.
+    /// An exchange for the server. `channel`: the TLS of the connection. `offered`: the mechanisms in the reply to EHLO.
     pub fn server(
         self, store: &dyn CredentialStore, channel: &TlsChannel, offered: &[Mechanism],
     ) -> Box<dyn ServerExchange> {
@@ -122,8 +120,8 @@ impl Mechanism {
         }
     }
 
-    /// An exchange for the client; `None`: the login or the connection has not what the mechanism needs. `channel`: what TLS
-    /// tells it. `offered`: the mechanisms in the server's reply to EHLO. `nonce`: random, and never used before.
+    /// An exchange for the client; `None`: the login or the connection lacks something that the mechanism needs. `channel`: the
+    /// TLS of the connection. `offered`: the mechanisms in the server's reply to EHLO. `nonce`: random, and never used before.
     pub fn client(
         self, login: &Login, channel: &TlsChannel, offered: &[Mechanism], nonce: String,
     ) -> Option<Box<dyn ClientExchange>> {
@@ -131,12 +129,12 @@ impl Mechanism {
         let plus = Mechanism::ScramSha256Plus;
         let binding = match (self == plus, channel.exporter) {
             (true, exporter) => ClientBinding::TlsExporter(exporter?),
-            // RFC 5802 section 6: `y` would be wrong if the server offers -PLUS, and `n` if it does not, but we could use it.
+            // RFC 5802 section 6: `y` only if the server does not offer -PLUS, which this client could use; otherwise `n`.
             (false, Some(_)) if !offered.contains(&plus) => ClientBinding::NotOffered,
             (false, _) => ClientBinding::Unsupported,
         };
         Some(match self {
-            // A server that has not asked for the certificate does not know whose it is.
+            // A server that has not asked for the certificate does not have it.
             Mechanism::External => {
                 channel.client_certificate.filter(|_| login.certificate)?;
                 Box::new(external::ExternalClient::new(name))
@@ -156,21 +154,21 @@ impl fmt::Display for Mechanism {
     }
 }
 
-/// What a client logs in with.
+/// The name and the credentials of a client.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Login {
     /// The login name, never empty.
     pub name: String,
     /// Never empty; `None`: mechanisms with a secret are not used.
     pub secret: Option<Vec<u8>>,
-    /// The client shows a certificate if the server asks for one in TLS.
+    /// The client sends a certificate if the server asks for one in TLS.
     pub certificate: bool,
     /// The mechanisms that may be used.
     pub mechanisms: Vec<Mechanism>,
 }
 
 impl Login {
-    /// A login with a secret, by each mechanism that has one.
+    /// A login with a secret, by any mechanism.
     pub fn with_secret(name: String, secret: Vec<u8>) -> Login {
         Login { name, secret: Some(secret), certificate: false, mechanisms: Mechanism::ALL.to_vec() }
     }

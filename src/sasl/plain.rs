@@ -1,4 +1,4 @@
-//! PLAIN (RFC 4616): the client sends `[authzid] NUL authcid NUL passwd`, with the secret itself. Only under TLS.
+//! PLAIN (RFC 4616): the client sends `[authzid] NUL authcid NUL passwd` with the secret itself, under TLS only.
 
 use super::exchange::{ClientExchange, CredentialStore, ExchangeStep, ServerExchange};
 
@@ -10,7 +10,8 @@ impl ServerExchange for PlainServer {
         None
     }
 
-    /// The password is checked against a verifier, whatever the account has: an unknown name takes the same work.
+    /// The password is checked against a verifier even if the account has its secret in clear, so that an unknown name costs
+    /// the same work.
     fn step(&mut self, response: &[u8], store: &dyn CredentialStore) -> ExchangeStep {
         let Some([wanted, name, password]) = parse(response) else {
             return ExchangeStep::Malformed;
@@ -19,7 +20,7 @@ impl ServerExchange for PlainServer {
         let Ok(salted) = store.salted_password(password.as_bytes(), &verifier) else {
             return ExchangeStep::Unavailable;
         };
-        // RFC 4616 section 2: a client may act for another account only if it is allowed to. Here no account is.
+        // RFC 4616 section 2: a client may act for another account only if it is permitted to. Here no account is.
         let allowed = wanted.is_empty() | (wanted == name);
         let right = verifier.is_of_salted(&salted) & known & allowed & !name.is_empty() & !password.is_empty();
         if right { ExchangeStep::Done(name.to_owned()) } else { ExchangeStep::Failed(name.to_owned()) }
@@ -56,8 +57,8 @@ impl ClientExchange for PlainClient {
     }
 }
 
-/// Parses three UTF-8 strings with NUL between them (RFC 4616 section 2). A string that must not be empty is rejected
-/// later: an attacker must not see the difference by the time it takes.
+/// Parses three UTF-8 strings with NUL between them (RFC 4616 section 2). An empty name or password is rejected later, so that
+/// the time does not differ.
 fn parse(response: &[u8]) -> Option<[&str; 3]> {
     let mut parts = std::str::from_utf8(response).ok()?.split('\0');
     let three = [parts.next()?, parts.next()?, parts.next()?];
@@ -114,6 +115,6 @@ mod tests {
         let mut client = PlainClient::new("tim", b"tanstaaftanstaaf");
         assert_eq!(client.initial(), message);
         assert_eq!(client.step(b""), message);
-        assert_eq!(client.step(b""), None, "not again and again");
+        assert_eq!(client.step(b""), None, "one response only");
     }
 }

@@ -1,5 +1,5 @@
-//! SCRAM-SHA-256 and SCRAM-SHA-256-PLUS (RFC 5802, RFC 7677): each side proves to the other that it knows the secret, and
-//! sends nothing from which the secret could be read.
+//! SCRAM-SHA-256 and SCRAM-SHA-256-PLUS (RFC 5802, RFC 7677): each side proves to the other that it knows the secret, without
+//! sending it.
 //!
 //! ```text
 //! client                                                             server
@@ -10,13 +10,13 @@
 //! (empty)                                          ─────────────────▶    then 235 (RFC 4422 section 5)
 //! ```
 //!
-//! The server stores a [`ScramVerifier`], from which it can check a proof but cannot make one. With -PLUS the binding is a
-//! value that only the two ends of this TLS connection have (tls-exporter, RFC 9266), so that nobody stands between them.
-//! Without it the client says by the flag `y` that it has seen no -PLUS, and by `n` that it could not use it: a server that
-//! has offered -PLUS rejects `y`, because somebody has removed it from the offer.
+//! The server stores a [`ScramVerifier`], with which it can check a proof but cannot make one. With -PLUS the binding is a
+//! value that only the two ends of this TLS connection have (tls-exporter, RFC 9266): with an attacker between them, each end
+//! has another value. Without -PLUS the client sends the flag `y` if the server has not offered it, or `n` if the client
+//! cannot use it. A server that has offered -PLUS rejects `y`, because an attacker has removed -PLUS from the offer.
 //!
-//! Names and secrets are printable ASCII, for which SASLprep changes nothing (RFC 5802 section 2.2 lets an implementation
-//! forbid the rest). Other accounts use other mechanisms.
+//! Names and secrets are printable ASCII, which SASLprep does not change (RFC 5802 section 2.2 lets an implementation forbid
+//! other characters). Other accounts use other mechanisms.
 
 use data_encoding::BASE64;
 use sha2::{Digest, Sha256};
@@ -30,12 +30,12 @@ use super::verifier::{
 /// The name of the channel binding of RFC 9266.
 const TLS_EXPORTER: &str = "tls-exporter";
 
-/// The longest nonce of a client, in octets. Those in use have 16 to 64.
+/// Octets of a client's nonce. Clients in use send 16 to 64.
 const NONCE_LIMIT: usize = 256;
 
 /// The server's side.
 pub(super) struct ScramServer {
-    /// The mechanism is -PLUS, with this value of the connection.
+    /// The channel binding, if the mechanism is -PLUS.
     binding: Option<[u8; 32]>,
     /// The server has offered -PLUS on this connection.
     plus_offered: bool,
@@ -45,11 +45,11 @@ pub(super) struct ScramServer {
 }
 
 enum ServerState {
-    /// Nothing has arrived.
+    /// No message has arrived.
     Begin,
     /// The server-first message was sent.
     Challenged(Box<Challenged>),
-    /// The server-final message was sent: the client has proved to be this account.
+    /// The server-final message was sent: the client has proved that it knows the secret of this account.
     Proved(String),
     Over,
 }
@@ -58,9 +58,9 @@ enum ServerState {
 struct Challenged {
     account: String,
     verifier: ScramVerifier,
-    /// The account exists, and the client acts for no other.
+    /// The account exists, and the client does not act for another.
     may_pass: bool,
-    /// What `c=` must be.
+    /// The required value of `c=`.
     binding: Vec<u8>,
     nonce: String,
     /// The client-first message without its header, and the server-first message.
@@ -73,8 +73,8 @@ impl ScramServer {
         ScramServer { binding, plus_offered, nonce, state: ServerState::Begin }
     }
 
-    /// Processes a response. `find` returns the verifier of a name, and whether there is such an account: if there is none,
-    /// the verifier is a fake.
+    /// Processes a response. `find`: returns the verifier of a name, and whether there is such an account; if there is none, a
+    /// fake verifier.
     fn respond(
         &mut self, response: &[u8], find: impl FnOnce(&str) -> Result<(ScramVerifier, bool), Unavailable>,
     ) -> ExchangeStep {
@@ -94,7 +94,7 @@ impl ScramServer {
     ) -> Option<ExchangeStep> {
         let first = ClientFirst::parse(std::str::from_utf8(response).ok()?)?;
         let flag_passes = match (first.flag, &self.binding) {
-            // RFC 5802 section 6: the client supports channel binding, and somebody has told it that we do not.
+            // RFC 5802 section 6: the client supports channel binding, and an attacker has removed our offer.
             (BindingFlag::NotOffered, None) => !self.plus_offered,
             (BindingFlag::Unsupported, None) => true,
             // RFC 5802 section 6: a type that the server does not support fails.
@@ -131,7 +131,7 @@ impl ScramServer {
         let Challenged { account, verifier, may_pass, messages, .. } = challenged;
         let auth_message = format!("{messages},{without_proof}");
         let proved = verifier.accepts(&proof, auth_message.as_bytes());
-        // RFC 5802 section 6: the binding is checked in every case, the header of the first message with it.
+        // RFC 5802 section 6: the binding must be checked always, and with it the header of the first message.
         let same_channel = binding.len() == challenged.binding.len() && same(&binding, &challenged.binding);
         if !(proved & same_channel & may_pass & (nonce == challenged.nonce)) {
             return Some(ExchangeStep::Failed(account));
@@ -152,14 +152,14 @@ impl ServerExchange for ScramServer {
     }
 }
 
-/// What the client says about channel binding.
+/// The flag of the client for channel binding.
 #[derive(Clone, Copy)]
 enum BindingFlag<'a> {
-    /// `n`: the client cannot use it.
+    /// `n`: the client does not support it.
     Unsupported,
-    /// `y`: the client can, but believes that the server cannot.
+    /// `y`: the client supports it, and the server has not offered it.
     NotOffered,
-    /// `p=NAME`.
+    /// `p=NAME`: the client uses the channel binding of this name.
     Bound(&'a str),
 }
 
@@ -190,24 +190,24 @@ impl<'a> ClientFirst<'a> {
             "" => None,
             _ => Some(unescape(value_of(Some(acts_for), 'a')?)?),
         };
-        // RFC 5802 section 5.1: the order is fixed, and `m=`, which would come first, fails.
+        // RFC 5802 section 5.1: the order is fixed, and `m=`, which would be the first attribute, fails.
         let mut attributes = bare.split(',');
         let name = unescape(value_of(attributes.next(), 'n')?)?;
-        // A longer one would not leave room for the challenge in one line of a reply (RFC 5321 section 4.5.3.1.5).
+        // With a longer nonce the challenge would not fit into one line of a reply (RFC 5321 section 4.5.3.1.5).
         let nonce = value_of(attributes.next(), 'r').filter(|nonce| is_nonce(nonce) && nonce.len() <= NONCE_LIMIT)?;
         only_extensions(attributes)?;
         Some(ClientFirst { flag, acts_for, header, bare, name, nonce })
     }
 }
 
-/// What a client knows about channel binding on its connection.
+/// The client's knowledge about channel binding on its connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum ClientBinding {
-    /// The connection has none, or it must not be used: flag `n`.
+    /// The connection has no channel binding, or the client must not use it: flag `n`.
     Unsupported,
-    /// The connection has one, and the server does not offer -PLUS: flag `y`.
+    /// The connection has one, but the server does not offer -PLUS: flag `y`.
     NotOffered,
-    /// The mechanism is -PLUS.
+    /// The mechanism is -PLUS, with this channel binding.
     TlsExporter([u8; 32]),
 }
 
@@ -215,8 +215,9 @@ pub(super) enum ClientBinding {
 pub(super) struct ScramClient {
     secret: Vec<u8>,
     nonce: String,
-    /// The flag, with its commas, and the value of the connection.
+    /// The flag, with its commas.
     header: String,
+    /// The channel binding; empty without -PLUS.
     binding: Vec<u8>,
     /// The client-first message without its header.
     bare: String,
@@ -226,13 +227,13 @@ pub(super) struct ScramClient {
 
 #[derive(Clone, Copy)]
 enum ClientState {
-    /// Nothing was sent.
+    /// No message was sent.
     Begin,
     /// The client-first message was sent.
     Named,
-    /// The client-final message was sent; the signature that proves that the server knows the secret.
+    /// The client-final message was sent. The server must send this signature as its proof that it knows the secret.
     Proved(HmacOutput),
-    /// The server has proved that too.
+    /// The server has sent it.
     Verified,
     Over,
 }
@@ -256,8 +257,10 @@ impl ScramClient {
         format!("{}{}", self.header, self.bare).into_bytes()
     }
 
+    /// Makes the client-final message for a server-first message.
+    ///
     /// # Errors
-    /// Why the message is not acceptable.
+    /// Why the server-first message is not acceptable.
     fn server_first(&mut self, challenge: &[u8]) -> Result<Vec<u8>, String> {
         let (server_first, nonce, salt, iterations) = std::str::from_utf8(challenge)
             .ok()
@@ -270,7 +273,7 @@ impl ScramClient {
                 Some((text, nonce, salt, iterations))
             })
             .ok_or("sent a first message that is not one of SCRAM")?;
-        // RFC 5802 section 5.1: the server adds its part to ours.
+        // RFC 5802 section 5.1: the server's nonce is ours with its own part added.
         if nonce.strip_prefix(&self.nonce).is_none_or(str::is_empty) {
             return Err("did not add its own part to the nonce".to_owned());
         }
@@ -292,14 +295,17 @@ impl ScramClient {
         Ok(format!("{without_proof},p={}", BASE64.encode(&proof)).into_bytes())
     }
 
+    /// Verifies the server-final message. Returns the empty response.
+    ///
     /// # Errors
-    /// Why the message is not acceptable.
+    /// Why the server-final message is not acceptable.
     fn server_final(&mut self, challenge: &[u8], expected: &HmacOutput) -> Result<Vec<u8>, String> {
         let malformed = "sent a last message that is not one of SCRAM";
         let mut attributes = std::str::from_utf8(challenge).map_err(|_| malformed)?.split(',');
         let result = attributes.next();
         only_extensions(attributes).ok_or(malformed)?;
-        // The reply to the empty response says what became of it. A success would be none: nothing is verified.
+        // The server reports an error, and will reply 535 to the empty response. A 235 would not be accepted: the state is
+        // not `Verified`.
         if value_of(result, 'e').is_some() {
             return Ok(Vec::new());
         }
@@ -329,7 +335,7 @@ impl ClientExchange for ScramClient {
         response.map_err(|problem| self.problem = Some(problem)).ok()
     }
 
-    /// RFC 5802 section 5: without the server's signature the authentication has failed, whatever the server says.
+    /// RFC 5802 section 5: without the server's signature the authentication has failed, even if the server replies 235.
     fn finished(&self) -> bool {
         matches!(self.state, ClientState::Verified)
     }
@@ -339,14 +345,15 @@ impl ClientExchange for ScramClient {
     }
 }
 
-/// The value of the attribute with this name. RFC 5802 section 7: it is not empty and has no NUL.
+/// The value of the attribute with this name; `None`: the attribute has another name, or the value is empty or has a NUL
+/// (RFC 5802 section 7).
 fn value_of(attribute: Option<&str>, name: char) -> Option<&str> {
     let value = attribute?.strip_prefix(name)?.strip_prefix('=')?;
     (!value.is_empty() && !value.contains('\0')).then_some(value)
 }
 
-/// Checks that the rest of a message is optional extensions, which are ignored. A known attribute is out of order there, and
-/// `m=` is an extension that must be understood (RFC 5802 section 5.1).
+/// Checks that the rest of a message has only optional extensions, which are ignored. There a known attribute is out of
+/// order, and `m=` announces an extension that must not be ignored (RFC 5802 section 5.1).
 fn only_extensions<'a>(mut attributes: impl Iterator<Item = &'a str>) -> Option<()> {
     let is_extension = |attribute: &str| {
         let name = attribute.chars().next().filter(|name| name.is_ascii_alphabetic() && !"aceimnprsv".contains(*name));
@@ -355,12 +362,12 @@ fn only_extensions<'a>(mut attributes: impl Iterator<Item = &'a str>) -> Option<
     attributes.all(is_extension).then_some(())
 }
 
-/// A name as it is written in a message (RFC 5802 section 5.1).
+/// Escapes a name for a message (RFC 5802 section 5.1).
 fn escape(name: &str) -> String {
     name.replace('=', "=3D").replace(',', "=2C")
 }
 
-/// Any other `=` fails (RFC 5802 section 5.1).
+/// Reads an escaped name; `None`: it has another `=` (RFC 5802 section 5.1).
 fn unescape(name: &str) -> Option<String> {
     let mut parts = name.split('=');
     let mut plain = parts.next()?.to_owned();
@@ -375,7 +382,7 @@ fn unescape(name: &str) -> Option<String> {
     Some(plain)
 }
 
-/// RFC 5802 section 7, `printable`.
+/// Whether the text is `printable` (RFC 5802 section 7).
 fn is_nonce(text: &str) -> bool {
     !text.is_empty() && text.bytes().all(|octet| octet.is_ascii_graphic() && octet != b',')
 }

@@ -72,7 +72,7 @@ fn the_strongest_usable_mechanism_is_first() {
     check(&[], Some(&TLS_1_3), &[]);
 }
 
-/// Both sides of every mechanism agree, also when the client holds its initial response back.
+/// With the initial response in AUTH, and after an empty challenge.
 #[test]
 fn client_and_server_agree() {
     for mechanism in WITH_SECRET {
@@ -112,11 +112,11 @@ fn authenticate(mechanism: Mechanism, secret: &str, use_initial: bool) -> Exchan
     step
 }
 
-/// RFC 5802 section 6: what the client says about channel binding in each case.
+/// RFC 5802 section 6: the flag of the client in each case.
 ///
 /// Rules: CB-03.
 #[test]
-fn the_flag_of_scram_says_what_the_client_supports_and_sees() {
+fn the_flag_of_scram_depends_on_the_connection_and_the_offer() {
     use Mechanism::{ScramSha256, ScramSha256Plus};
     let check = |mechanism: Mechanism, channel: &TlsChannel, offered: &[Mechanism], expected: Option<&str>| {
         let login = Login::with_secret("acme".to_owned(), b"right".to_vec());
@@ -130,7 +130,7 @@ fn the_flag_of_scram_says_what_the_client_supports_and_sees() {
     check(ScramSha256, &TLS_1_3, &one, Some("y,,n=acme,r=nonce"));
     check(ScramSha256, &TLS_1_2, &one, Some("n,,n=acme,r=nonce"));
     check(ScramSha256, &TLS_1_2, &both, Some("n,,n=acme,r=nonce"));
-    // The login forbids -PLUS, which the server offers: `y` would say that it does not.
+    // The login forbids -PLUS, which the server offers: `y` would mean that it does not.
     check(ScramSha256, &TLS_1_3, &both, Some("n,,n=acme,r=nonce"));
 }
 
@@ -175,7 +175,7 @@ fn an_empty_secret_authenticates_no_client() {
 
 /// Rules: CRAM-08.
 #[test]
-fn the_secret_used_for_an_unknown_name_authenticates_no_client() {
+fn the_dummy_secret_of_an_unknown_name_authenticates_no_client() {
     for mechanism in WITH_SECRET {
         let secrets = One("acme", b"right");
         let mut server = server(mechanism, &secrets);

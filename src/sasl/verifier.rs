@@ -1,4 +1,4 @@
-//! What SCRAM stores in place of a secret (RFC 5802 section 3, RFC 5803), and the computations of both sides.
+//! The verifier that SCRAM stores in place of a secret (RFC 5802 section 3, RFC 5803), and the computations of both sides.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -9,25 +9,25 @@ use hmac::{Hmac, KeyInit, Mac};
 use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
 
-/// Iterations of PBKDF2 of which a verifier is made here (RFC 7677 section 4).
+/// Iterations of PBKDF2 for the verifiers that are made here (RFC 7677 section 4).
 pub const ITERATIONS: u32 = 15_000;
 
-/// The iterations of a verifier, and those that a server may demand of a client. Fewer than 4,096 protect the secret too
-/// little (RFC 7677 section 4). With more than a million the other side would stop this one by work (RFC 5802 section 9).
+/// The permitted iterations of a verifier, and of a server's challenge. Fewer than 4,096 protect the secret too little (RFC
+/// 7677 section 4). With more than a million, a server could use up the processor of a client (RFC 5802 section 9).
 pub const PERMITTED_ITERATIONS: RangeInclusive<u32> = 4_096..=1_000_000;
 
-/// Octets of the salts that are made here, and of those of a verifier at least.
+/// Octets of the salts that are made here, and the fewest of a verifier's salt.
 pub const SALT_OCTETS: usize = 16;
 
 pub(super) type HmacOutput = [u8; 32];
 
-/// Returns whether SCRAM can use this name or secret: SASLprep changes nothing in printable ASCII, and no other is used.
+/// Returns whether SCRAM can use this name or secret: it is printable ASCII, which SASLprep does not change.
 pub fn is_usable(text: &[u8]) -> bool {
     !text.is_empty() && text.iter().all(|octet| matches!(octet, b' '..=b'~'))
 }
 
-/// Returns the SaltedPassword of RFC 5802 section 3: PBKDF2 with HMAC-SHA-256 (RFC 8018 section 5.2), one block of it.
-/// 15,000 iterations take about 10 ms.
+/// Returns the SaltedPassword of RFC 5802 section 3: one block of PBKDF2 with HMAC-SHA-256 (RFC 8018 section 5.2). 15,000
+/// iterations take about 10 ms.
 pub fn salted_password(secret: &[u8], salt: &[u8], iterations: u32) -> HmacOutput {
     let hmac = keyed(secret);
     let mut block = finish(&hmac, &[salt, &1_u32.to_be_bytes()]);
@@ -39,7 +39,7 @@ pub fn salted_password(secret: &[u8], salt: &[u8], iterations: u32) -> HmacOutpu
     sum
 }
 
-/// What a server stores of a secret (RFC 5802 section 3).
+/// The values that a server stores in place of a secret (RFC 5802 section 3).
 #[derive(Clone, PartialEq, Eq)]
 pub struct ScramVerifier {
     pub iterations: u32,
@@ -60,9 +60,9 @@ impl ScramVerifier {
         ScramVerifier { iterations, salt: salt.to_vec(), stored_key: Sha256::digest(client_key).into(), server_key }
     }
 
-    /// Returns a verifier that no secret has, always the same for a name: its salt is that of [`stable_salt`]. Its iterations
-    /// and the octets of its salt are one of `shapes`, those of the accounts; others would show that the name has none. If
-    /// a shape is added or removed, only names that have it then, or had it before, get another one.
+    /// Returns a verifier that belongs to no secret, always the same for a name; its salt is that of [`stable_salt`]. `shapes`:
+    /// the iterations and the octets of the salt of each account. The fake has one of these, as others would show that there
+    /// is no such account. If a shape is added or removed, only names that get it, or have had it, get another one.
     pub fn fake(key: &[u8], name: &str, shapes: &BTreeSet<(u32, usize)>) -> ScramVerifier {
         let derive = |purpose: &[u8]| finish(&keyed(key), &[purpose, name.as_bytes()]);
         let weight = |shape: &&(u32, usize)| derive(format!("shape {} {} ", shape.0, shape.1).as_bytes());
@@ -78,7 +78,7 @@ impl ScramVerifier {
     /// Parses `SCRAM-SHA-256$ITERATIONS:SALT$STOREDKEY:SERVERKEY`, the last three in base64 (RFC 5803 section 4).
     ///
     /// # Errors
-    /// What is wrong with it. The text has nothing of the verifier.
+    /// The text is not valid: why, without any part of it.
     pub fn parse(text: &str) -> Result<ScramVerifier, String> {
         let fields = text.strip_prefix("SCRAM-SHA-256$").and_then(|rest| rest.split_once('$'));
         let fields = fields.and_then(|(head, keys)| Some((head.split_once(':')?, keys.split_once(':')?)));
@@ -99,20 +99,20 @@ impl ScramVerifier {
         Ok(ScramVerifier { iterations, salt, stored_key, server_key })
     }
 
-    /// Whether it is the verifier of the secret with this [`salted_password`].
+    /// Whether this is the verifier of the secret with this [`salted_password`].
     pub fn is_of_salted(&self, salted: &[u8; 32]) -> bool {
         let (client_key, server_key) = keys(salted);
         same(&Sha256::digest(client_key), &self.stored_key) & same(&server_key, &self.server_key)
     }
 
-    /// Whether the proof is that of a client that knows the secret (RFC 5802 section 3).
+    /// Whether the proof is from a client that knows the secret (RFC 5802 section 3).
     pub(super) fn accepts(&self, proof: &HmacOutput, auth_message: &[u8]) -> bool {
         let client_key = xor(proof, &finish(&keyed(&self.stored_key), &[auth_message]));
         same(&Sha256::digest(client_key), &self.stored_key)
     }
 }
 
-/// As [`ScramVerifier::parse`] reads it.
+/// In the form that [`ScramVerifier::parse`] reads.
 impl fmt::Display for ScramVerifier {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let [salt, stored, server] = [&self.salt[..], &self.stored_key, &self.server_key].map(|key| BASE64.encode(key));
@@ -120,27 +120,28 @@ impl fmt::Display for ScramVerifier {
     }
 }
 
-/// Without the keys: who has them can play the server.
+/// Without the keys: with them, an attacker could impersonate the server.
 impl fmt::Debug for ScramVerifier {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "ScramVerifier({} iterations)", self.iterations)
     }
 }
 
-/// Returns the salt of a name whose verifier is not stored: always the same, or it would show that the name has none.
+/// Returns the salt of a name whose verifier is not stored. It is always the same: another salt in each exchange would show
+/// that the name has no stored verifier.
 pub fn stable_salt(key: &[u8], name: &str) -> [u8; SALT_OCTETS] {
     let octets = finish(&keyed(key), &[b"salt ", name.as_bytes()]);
     std::array::from_fn(|index| octets[index])
 }
 
-/// A digest of a name that tells the name only to those who have the key, and has nothing to do with its salt, which everybody
-/// gets.
+/// Returns a digest of a name. Without the key, the name cannot be computed from it, nor from the name's salt, which every
+/// client gets.
 pub fn name_digest(key: &[u8], name: &str) -> [u8; 16] {
     let octets = finish(&keyed(key), &[b"account ", name.as_bytes()]);
     std::array::from_fn(|index| octets[index])
 }
 
-/// RFC 5802 section 7, `posit-number`.
+/// Whether the text is a `posit-number` (RFC 5802 section 7).
 pub(super) fn is_count(text: &str) -> bool {
     text.bytes().all(|octet| octet.is_ascii_digit()) && text.starts_with(|digit| matches!(digit, '1'..='9'))
 }
@@ -173,7 +174,7 @@ pub(super) fn xor(left: &HmacOutput, right: &HmacOutput) -> HmacOutput {
     std::array::from_fn(|index| left[index] ^ right[index])
 }
 
-/// Compares two values of the same length; the time it takes does not tell where they differ.
+/// Compares two values of the same length, in a time that does not depend on them.
 pub(super) fn same(left: &[u8], right: &[u8]) -> bool {
     bool::from(left.ct_eq(right))
 }

@@ -1,4 +1,4 @@
-//! The example of RFC 7677, each way to cheat, and any octets.
+//! The example of RFC 7677, forged messages of each kind, and random octets.
 
 use proptest::prelude::*;
 
@@ -57,13 +57,13 @@ fn the_example_of_rfc_7677_passes_on_both_sides() {
     assert!(!client.finished(), "the server has proved nothing yet");
     assert_eq!(client.step(SERVER_FINAL.as_bytes()), Some(Vec::new()));
     assert!(client.finished());
-    assert_eq!(client.step(b""), None, "nothing comes after that");
+    assert_eq!(client.step(b""), None, "the exchange is over");
 
     let mut server = server(None, false);
     assert_eq!(text(server.respond(CLIENT_FIRST.as_bytes(), find)), SERVER_FIRST);
     assert_eq!(text(server.respond(CLIENT_FINAL.as_bytes(), find)), SERVER_FINAL);
     assert_eq!(server.respond(b"", find), ExchangeStep::Done("user".into()));
-    assert_eq!(server.respond(b"", find), ExchangeStep::Malformed, "not twice");
+    assert_eq!(server.respond(b"", find), ExchangeStep::Malformed, "the exchange is over");
 }
 
 /// RFC 7914 section 11, the first 32 octets of each.
@@ -127,7 +127,7 @@ fn a_first_message_of_the_client_is_accepted_rejected_or_malformed() {
     check("n,,n=grün,r=abc", accepted);
     check(&format!("n,,n=user,r={}", "a".repeat(256)), "r=aaa");
     check(&format!("n,,n=user,r={}", "a".repeat(257)), "Malformed");
-    // Fails after the proof, as all that depends on an account.
+    // Fails only after the proof, as each check that depends on an account does.
     check("n,a=other,n=user,r=abc", accepted);
     check("n,,n=stranger,r=abc", "r=abc%hv");
     check("n,,n=broken,r=abc", "Unavailable");
@@ -315,7 +315,7 @@ fn the_client_rejects_a_first_message_with_the_reason() {
 
 /// Rules: SCR-07.
 #[test]
-fn the_client_believes_the_right_signature_only() {
+fn the_client_accepts_only_the_right_signature() {
     let check = |message: &str, response: Option<&[u8]>, problem: Option<&str>| {
         let mut client = client(b"pencil", ClientBinding::Unsupported);
         client.initial();
@@ -328,7 +328,7 @@ fn the_client_believes_the_right_signature_only() {
     };
     check(SERVER_FINAL, Some(b""), None);
     check(&format!("{SERVER_FINAL},t=x"), Some(b""), None);
-    // The server's reply to the empty response says that the authentication has failed.
+    // The server reports a failure, and the client sends the empty response.
     check("e=invalid-proof", Some(b""), None);
     let wrong = Some("does not know the secret, as its signature is wrong");
     check("v=6rriTRBi23WpRR/wtup+mMhUZUn/dB5nLTJRsjl95G8=", None, wrong);
@@ -345,7 +345,7 @@ fn the_client_believes_the_right_signature_only() {
 fn the_client_sends_its_first_message_with_auth_or_after_an_empty_challenge() {
     let mut client = client(b"pencil", ClientBinding::Unsupported);
     assert_eq!(client.step(b"").as_deref(), Some(CLIENT_FIRST.as_bytes()));
-    assert_eq!(client.step(b""), None, "not again and again");
+    assert_eq!(client.step(b""), None, "one response only");
 
     let mut client = self::client(b"pencil", ClientBinding::Unsupported);
     assert_eq!(client.step(SERVER_FIRST.as_bytes()), None);
@@ -373,7 +373,7 @@ fn the_client_uses_no_name_or_secret_that_needs_preparation() {
 }
 
 #[test]
-fn a_verifier_is_read_as_it_is_written() {
+fn a_written_verifier_is_read_again() {
     let verifier = verifier(b"pencil");
     let text = verifier.to_string();
     let expected = "SCRAM-SHA-256$4096:W22ZaJ0SNY7soEsUEjb6gQ==$\
@@ -431,7 +431,7 @@ fn an_unknown_name_has_iterations_and_a_salt_as_accounts_have() {
     for all in [&[ours][..], &[odd], &[ours, odd], &[ours, odd, long]] {
         let found: Vec<_> = names.iter().map(|name| shape(name, all)).collect();
         assert_eq!(shapes(&found), shapes(all), "each of them, and no other");
-        // One more leaves the others as they were.
+        // Another shape does not change the others.
         let more = names.iter().map(|name| shape(name, &[all, &[(5000, 32)]].concat()));
         assert!(found.iter().zip(more).all(|(before, after)| *before == after || after == (5000, 32)));
     }
