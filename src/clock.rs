@@ -1,7 +1,7 @@
 //! Time: the clock of this machine, timestamps, days and time zones.
 //!
-//! Everything that depends on the time of day uses [`Clock`], so that a test stops it with [`Clock::Fixed`] and knows
-//! the dialogue in advance. Deadlines are `std::time::Instant`s and do not use this file.
+//! Code that depends on the time of day uses [`Clock`], so that a test can stop it with [`Clock::Fixed`] and knows the
+//! dialogue in advance. Deadlines are `std::time::Instant`s and do not use this file.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -13,7 +13,7 @@ use jiff::tz::{AmbiguousOffset, TimeZone};
 pub enum Clock {
     /// The clock of this machine.
     System,
-    /// For tests: it is always 2026-01-02T03:04:05Z.
+    /// For tests: always 2026-01-02T03:04:05Z.
     Fixed,
 }
 
@@ -23,7 +23,7 @@ impl Clock {
         Timestamp::from_seconds((self.microseconds() / 1_000_000).cast_signed())
     }
 
-    /// Returns microseconds since 1970; 0 if the clock is set to a time before.
+    /// Returns microseconds since 1970; 0 if the clock is before 1970.
     pub fn microseconds(self) -> u64 {
         match self {
             Clock::System => {
@@ -35,9 +35,9 @@ impl Clock {
     }
 }
 
-/// Returns the time since the start of the system, the same for all processes, which nobody sets.
+/// Returns the time since the start of the system. It is the same for all processes, and cannot be set.
 pub fn uptime() -> Duration {
-    // Also that for which the system was suspended, which only Linux tells.
+    // Linux alone includes the time for which the system was suspended.
     #[cfg(target_os = "linux")]
     let clock = rustix::time::ClockId::Boottime;
     #[cfg(not(target_os = "linux"))]
@@ -53,16 +53,16 @@ pub struct Timestamp {
 }
 
 /// 2025-01-01T00:00:00Z: this program did not exist before. A clock without a battery starts in 1970, in 2000 or in the
-/// year in which its system was built.
+/// year in which the system was built.
 const EARLIEST_POSSIBLE: i64 = 1_735_689_600;
 
-/// Seconds by which the clocks of machines that share a directory may differ.
+/// Seconds by which the clocks of machines that share a directory may differ: an hour.
 const CLOCK_SKEW: i64 = 60 * 60;
 
 /// 0001-01-01T00:00:00Z
 const EARLIEST: i64 = -62_135_596_800;
 
-/// Of a file. A time before 1970 becomes 1970.
+/// The time of a file. A time before 1970 becomes 1970.
 impl From<SystemTime> for Timestamp {
     fn from(time: SystemTime) -> Timestamp {
         let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
@@ -71,8 +71,8 @@ impl From<SystemTime> for Timestamp {
 }
 
 impl Timestamp {
-    /// Returns the timestamp of this many seconds since 1970. A time outside the years 1 to 9999, which the formats below
-    /// cannot express, becomes the nearest inside.
+    /// Returns the timestamp of this many seconds since 1970. The formats below have the years 1 to 9999 only: another time
+    /// becomes the nearest one in these years.
     pub fn from_seconds(seconds: i64) -> Timestamp {
         Timestamp { seconds: seconds.clamp(EARLIEST, jiff::Timestamp::MAX.as_second()) }
     }
@@ -82,8 +82,8 @@ impl Timestamp {
         self.seconds
     }
 
-    /// Returns whether something here can have happened at this time: it is not before 2025, and not more than an hour after
-    /// `now`. Otherwise a clock was wrong.
+    /// Returns whether an event of this program can have this time: it is not before 2025, and not more than an hour after
+    /// `now`. If not, a clock was wrong.
     pub fn is_possible(self, now: Timestamp) -> bool {
         self.seconds >= EARLIEST_POSSIBLE && self.seconds <= now.seconds.saturating_add(CLOCK_SKEW)
     }
@@ -98,7 +98,8 @@ impl Timestamp {
         self.jiff().to_string()
     }
 
-    /// Parses the form of [`Timestamp::rfc3339`], also with another offset; a fraction of a second is dropped.
+    /// Parses the form of [`Timestamp::rfc3339`], also with another offset; a fraction of a second is dropped. `None`: the
+    /// text is not valid.
     pub fn parse_rfc3339(text: &str) -> Option<Timestamp> {
         text.parse().ok().map(Timestamp::from_jiff)
     }
@@ -123,9 +124,9 @@ impl Zone {
         Zone(TimeZone::system())
     }
 
-    /// Returns the zone of a name that this machine knows, such as `Europe/Berlin` (`UTC` is always known), or of a POSIX rule,
-    /// such as `CET-1CEST,M3.5.0,M10.5.0/3`. A rule without daylight saving time must have its name in `<>`, as in
-    /// `<+03>-3`: `UTC+3` is not accepted, because POSIX means by it three hours west of UTC.
+    /// Returns the zone of a name that this machine has, such as `Europe/Berlin` (`UTC` always exists), or of a POSIX rule, such
+    /// as `CET-1CEST,M3.5.0,M10.5.0/3`. A rule without daylight saving time must have its name in `<>`, as in `<+03>-3`:
+    /// `UTC+3` is not accepted, because in POSIX it is three hours west of UTC. `None`: the text is neither.
     pub fn parse(text: &str) -> Option<Zone> {
         let rule = text.contains(',') || text.starts_with('<');
         let zone = if rule { TimeZone::posix(text) } else { TimeZone::get(text) };
@@ -137,8 +138,8 @@ impl Zone {
         Day(self.0.to_datetime(moment.jiff()).date())
     }
 
-    /// Returns when the clock shows this minute of that day. `minute` is counted from midnight, 0 to 1439. `None`: the
-    /// minute is out of bounds, or the year is outside those of a [`Timestamp`].
+    /// Returns when the clock of this zone shows this minute of that day. `minute`: since midnight, 0 to 1439. `None`: the
+    /// minute is out of bounds, or the year is not one of a [`Timestamp`].
     pub fn occurrence(&self, day: Day, minute: u16) -> Option<Occurrence> {
         let (hour, minute) = (i8::try_from(minute / 60).ok()?, i8::try_from(minute % 60).ok()?);
         let shown = DateTime::from_parts(day.0, Time::new(hour, minute, 0, 0).ok()?);
@@ -149,7 +150,7 @@ impl Zone {
                 Timestamp::from_jiff(found.earlier().ok()?),
                 Timestamp::from_jiff(found.later().ok()?),
             ),
-            // `earlier` uses the offset after the change, so it is before the change, which is the next transition.
+            // `earlier` uses the offset after the change, so it is a time before the change, which is the next transition.
             AmbiguousOffset::Gap { .. } => {
                 let before = found.earlier().ok()?;
                 Occurrence::Never(Timestamp::from_jiff(self.0.following(before).next()?.timestamp()))
@@ -196,13 +197,13 @@ impl Day {
 pub enum Occurrence {
     /// At this time.
     Once(Timestamp),
-    /// The clock is set back, and shows the minute again.
+    /// At these times: the clock is set back between them.
     Twice(Timestamp, Timestamp),
-    /// The clock is set forward over the minute, at this time.
+    /// The clock is set forward, at this time, and skips the minute.
     Never(Timestamp),
 }
 
-/// The microseconds on the monotonic clock of the system, as sd_notify(3) wants them.
+/// Returns microseconds of the monotonic clock of the system, for sd_notify(3).
 pub fn monotonic_microseconds() -> i64 {
     let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
     now.tv_sec * 1_000_000 + now.tv_nsec / 1000
@@ -246,7 +247,7 @@ mod tests {
         ] {
             assert_eq!(Timestamp::from_seconds(seconds).is_possible(now), possible, "{seconds}");
         }
-        // Without a clock, nothing is certain.
+        // A clock in 1970 is itself wrong.
         assert!(!Timestamp::from_seconds(0).is_possible(Timestamp::from_seconds(0)));
     }
 

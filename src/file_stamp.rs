@@ -1,13 +1,13 @@
-//! What tells one content of a file from another, without reading it.
+//! Stamps of files, which change with their content: a file need not be read again while its stamp is the same.
 
 use std::fs::Metadata;
 use std::os::unix::fs::MetadataExt;
 use std::time::{Duration, SystemTime};
 
-/// A file that has not changed for so long is whole: nobody is writing it.
+/// A file that has not changed for this time is complete: no program is writing it.
 pub const QUIET_TIME: Duration = Duration::from_secs(2);
 
-/// What changes with the content of a file.
+/// The metadata that change with the content of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FileStamp {
     file: (u64, u64),
@@ -27,7 +27,8 @@ impl FileStamp {
         }
     }
 
-    /// Whether the file has not changed for [`QUIET_TIME`] by the clock. Its time of modification may be that of its original.
+    /// Whether the file has not changed for [`QUIET_TIME`]. Its ctime decides: a program may have set the time of modification
+    /// to that of another file.
     pub fn is_quiet(&self, now: SystemTime) -> bool {
         let changed =
             Duration::new(u64::try_from(self.changed.0).unwrap_or(0), u32::try_from(self.changed.1).unwrap_or(0));

@@ -1,7 +1,6 @@
 //! Names that never repeat (queue ids, file names, challenges), and random numbers.
 //!
-//! Everything in the program that depends on randomness uses [`Ids`], so that a test replaces all of it at once with
-//! [`Ids::fixed`].
+//! All code that depends on randomness uses [`Ids`], so that a test can replace it by [`Ids::fixed`].
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -13,7 +12,7 @@ use crate::clock::Clock;
 /// The source of names that never repeat, and of random numbers. A clone is the same source.
 #[derive(Clone)]
 pub struct Ids {
-    /// Fills a slice with random octets. `None`: everything is counted, for tests.
+    /// Fills a slice with random octets. `None`: for tests, all results are counted.
     random: Option<fn(&mut [u8])>,
     counters: Arc<Counters>,
 }
@@ -31,8 +30,8 @@ struct Counters {
 }
 
 impl Ids {
-    /// Returns ids made of the clock, the process id and `random`, which must fill the whole slice with octets that
-    /// cannot be guessed.
+    /// Returns ids that are made of the clock, the process id and `random`, which must fill the whole slice with octets that
+    /// cannot be predicted.
     pub fn system(random: fn(&mut [u8])) -> Ids {
         Ids { random: Some(random), counters: Arc::default() }
     }
@@ -53,8 +52,8 @@ impl Ids {
     /// `id2`, …
     pub fn queue_id(&self) -> String {
         match self.random {
-            // The time makes the ids of one process differ, the process id those of one moment. The random part
-            // prevents equal ids in containers that share a spool, and after a clock was set back.
+            // Ids of one process differ in their time, ids of one moment in their process. The random part prevents equal
+            // ids in containers that share a spool, and after a clock was set back.
             Some(random) => self.tick_and_process() + &base32(u64::from_le_bytes(octets(random)), 5),
             None => format!("id{}", count(&self.counters.queue_ids)),
         }
@@ -70,9 +69,9 @@ impl Ids {
     }
 
     /// Returns a name for a new file in a Maildir, `seconds.M…P…Q…R….host`, as maildir(5) defines it: microseconds,
-    /// process id, the number of files named by this process, and 32 random bits. So names differ also within one
-    /// second, after the clock was set back, and if a process id is used again. `/` and `:` in the host name become
-    /// `\057` and `\072`. [`Ids::fixed`]: `1767323045.1.host`, counted.
+    /// process id, the number of names that this process has made, and 32 random bits. So names differ even within one second,
+    /// after the clock was set back, and if a process id is used again. `/` and `:` in the host name become `\057` and
+    /// `\072`. [`Ids::fixed`]: `1767323045.1.host`, counted.
     pub fn file_name(&self, hostname: &str) -> String {
         let host = hostname.replace('/', "\\057").replace(':', "\\072");
         let number = count(&self.counters.files);
@@ -85,7 +84,7 @@ impl Ids {
         format!("{seconds}.M{microseconds:06}P{process}Q{number}R{random}.{host}")
     }
 
-    /// Returns a new challenge for CRAM-MD5, `<random.timestamp@hostname>` (RFC 2195 section 2): 128 random bits, in
+    /// Returns a new challenge for CRAM-MD5, `<random.timestamp@hostname>` (RFC 2195 section 2), with 128 random bits as
     /// digits, so that a recorded response is never valid again. [`Ids::fixed`]: `<1.1767323045@hostname>`, counted.
     pub fn challenge(&self, hostname: &str) -> String {
         let number = match self.random {
@@ -95,7 +94,7 @@ impl Ids {
         format!("<{number}.{}@{hostname}>", self.clock().now().seconds())
     }
 
-    /// Returns a new nonce for SCRAM (RFC 5802 section 5.1): 128 random bits, in hexadecimal. [`Ids::fixed`]: `nonce1-`,
+    /// Returns a new nonce for SCRAM (RFC 5802 section 5.1): 128 random bits in hexadecimal. [`Ids::fixed`]: `nonce1-`,
     /// `nonce2-`…
     pub fn nonce(&self) -> String {
         match self.random {
@@ -109,8 +108,8 @@ impl Ids {
         self.random.map_or([b'k'; 32], octets)
     }
 
-    /// Returns a random number that cannot be guessed: for DNS queries (RFC 5452), and for the order of MX hosts with
-    /// equal preference. It may repeat. [`Ids::fixed`]: 1, 2, 3…
+    /// Returns a random number that cannot be predicted, for DNS queries (RFC 5452) and for the order of MX hosts of equal
+    /// preference (RFC 5321 section 5.1). It may repeat. [`Ids::fixed`]: 1, 2, 3…
     pub fn random_number(&self) -> u64 {
         match self.random {
             Some(random) => u64::from_le_bytes(octets(random)),
@@ -123,7 +122,7 @@ impl Ids {
     }
 }
 
-/// Microseconds since 1970. Each result is larger than the one before, also if the clock is set back.
+/// Microseconds since 1970. Each result is larger than the one before, even if the clock was set back.
 fn tick(last: &AtomicU64) -> u64 {
     let now = Clock::System.microseconds();
     let next = |last: u64| now.max(last.saturating_add(1));
@@ -132,7 +131,7 @@ fn tick(last: &AtomicU64) -> u64 {
     }
 }
 
-/// Counts one more: 1, 2, 3…
+/// Returns the next number: 1, 2, 3…
 fn count(counter: &AtomicU64) -> u64 {
     counter.fetch_add(1, Ordering::Relaxed).wrapping_add(1)
 }
@@ -154,7 +153,7 @@ mod tests {
     use super::*;
     use std::collections::HashSet;
 
-    /// The octets are always the same, so names made with it are unique without randomness.
+    /// A source of randomness that always returns the same octets.
     fn stuck(octets: &mut [u8]) {
         octets.fill(7);
     }

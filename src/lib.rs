@@ -7,21 +7,21 @@
 //!
 //! 1. [`turn`]: both halves of the turn; after it the provider is the SMTP client, the customer the SMTP server.
 //! 2. [`smtp::command`]: the commands, as the SMTP server parses them.
-//! 3. [`smtp::server`]: the role of the SMTP server, without I/O: octets in, replies and events out.
-//! 4. [`smtp::client`]: the role of the SMTP client, without I/O, with its table of states.
+//! 3. [`smtp::server`]: the role of the SMTP server, without I/O, with its table of commands: lines in, replies out.
+//! 4. [`smtp::client`]: the role of the SMTP client, without I/O, with its table of states: replies in, commands out.
 //! 5. [`provider::odmr`]: the provider's listener: AUTH, mail of the customer, `ATRN`, the locked queues.
-//! 6. [`provider::delivery`]: the one thread that delivers in all turned sessions (each is a `provider/turned_session`); the
-//!    threads of `provider/storage` do for it what may take as long as a disk does (`provider/turned_queue`).
+//! 6. [`provider::delivery`]: the one thread that delivers in all turned sessions (each is a `provider/turned_session`). Work
+//!    that waits for the disk is done by other threads (`provider/storage`, `provider/turned_queue`).
 //! 7. [`queue`]: mail at rest: when a message is committed, what settles it (`queue/message`), when it is removed.
 //! 8. [`mod@customer::pull`]: the customer's call, from the connection to the summary.
 //! 9. [`customer::receiver`]: what the customer does with each recipient: RCPT, DATA, commit.
 //!
-//! The rest serves these. The modules below are in the order in which each uses earlier ones only, in a room and
-//! between rooms; `tests/house.rs` checks it, and that `sasl`, `mail`, `smtp`, `schedule`, `recipients` and
-//! some files of `report` are pure: they name no socket, file, clock, random source or thread.
+//! The other files support these. A module uses only modules before it in the order below, and so inside each directory;
+//! `tests/house.rs` checks it, and that `sasl`, `mail`, `smtp`, `schedule`, `recipients` and some files of `report` are
+//! pure: they use no socket, file, clock, random source or thread.
 #![forbid(unsafe_code)]
 
-// What comes from outside: the system, time, randomness, the user, the files of an administrator.
+// The system, time, randomness, the user, the files of an administrator.
 pub mod platform;
 pub mod clock;
 pub mod ids;
@@ -47,7 +47,7 @@ pub mod session;
 pub mod turn;
 pub mod report;
 
-// What a configuration decides.
+// Schedules, recipients, and the configuration.
 pub mod schedule;
 pub mod recipients;
 pub mod config;

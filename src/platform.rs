@@ -1,7 +1,6 @@
-//! What Unix systems do differently: the calls that Linux has and macOS or a BSD lacks, or has with other types.
+//! Differences between Unix systems: calls that macOS or a BSD lacks, or has with other types than Linux.
 //!
-//! Elsewhere the program asks which system it runs on only for what exists on one system alone: rtnetlink, TCP_QUICKACK,
-//! renameat2.
+//! Other files depend on the system only for calls that exist on one system only: rtnetlink, TCP_QUICKACK, renameat2.
 
 use std::ffi::CStr;
 use std::io;
@@ -13,36 +12,36 @@ use rustix::fs::{Mode, OFlags, RawMode};
 use rustix::io::FdFlags;
 use rustix::net::{AddressFamily, SocketType};
 
-/// Returns the two ends of a pipe, the one to read from first. Both are non-blocking, and no program that is executed
-/// inherits them.
+/// Returns the two ends of a pipe, the reading end first. Both are non-blocking and close-on-exec.
 ///
 /// # Errors
 ///
-/// The system's.
+/// The errors of the system.
 pub fn pipe() -> io::Result<(OwnedFd, OwnedFd)> {
     // macOS has no pipe2.
     let (reader, writer) = rustix::pipe::pipe()?;
     Ok((nonblocking(reader)?, nonblocking(writer)?))
 }
 
-/// Returns a socket that is non-blocking, and that no program that is executed inherits.
+/// Returns a socket that is non-blocking and close-on-exec.
 ///
 /// # Errors
 ///
-/// The system's.
+/// The errors of the system.
 pub fn socket(family: AddressFamily, kind: SocketType) -> io::Result<OwnedFd> {
     // macOS has no SOCK_NONBLOCK and no SOCK_CLOEXEC.
     nonblocking(rustix::net::socket(family, kind, None)?)
 }
 
-/// For descriptors that this process has made: the flag belongs to the description, which other processes may share.
+/// Makes a descriptor of this process non-blocking. Do not use it for an inherited one: the flag belongs to the open file,
+/// which other processes share.
 fn nonblocking(descriptor: OwnedFd) -> io::Result<OwnedFd> {
     rustix::io::fcntl_setfd(&descriptor, FdFlags::CLOEXEC)?;
     rustix::fs::fcntl_setfl(&descriptor, rustix::fs::fcntl_getfl(&descriptor)? | OFlags::NONBLOCK)?;
     Ok(descriptor)
 }
 
-/// Whether connections can be accepted at a socket; always true on macOS, which cannot tell.
+/// Whether connections can be accepted at a socket; on macOS, where it cannot be found out, always true.
 pub fn is_listening(socket: &OwnedFd) -> bool {
     #[cfg(not(target_vendor = "apple"))]
     return rustix::net::sockopt::socket_acceptconn(socket).unwrap_or(true);
@@ -59,41 +58,41 @@ pub fn set_umask(mask: u32) {
     rustix::process::umask(Mode::from_raw_mode(mask as RawMode));
 }
 
-/// Gives this process the groups of a user, `group` among them.
+/// Gives this process the groups of a user, and `group`.
 ///
 /// # Errors
 ///
-/// The system's; on macOS always, as no safe call does it there.
+/// The errors of the system; on macOS it always fails, because there is no safe call.
 #[cfg(not(target_vendor = "apple"))]
 pub fn set_groups(user: &CStr, group: Gid) -> io::Result<()> {
     Ok(nix::unistd::initgroups(user, group)?)
 }
 
-/// Fails: with the user alone changed, the process would keep the groups of root.
+/// Fails: if only the user were changed, the process would still have the groups of root.
 #[cfg(target_vendor = "apple")]
 pub fn set_groups(_: &CStr, _: Gid) -> io::Result<()> {
     let text = "this system does not support it; remove `user`, and let launchd start it as that user (UserName)";
     Err(io::Error::new(io::ErrorKind::Unsupported, text))
 }
 
-/// Returns the groups of a user, `group` among them; on macOS that one alone.
+/// Returns the groups of a user, and `group`; on macOS `group` only.
 ///
 /// # Errors
 ///
-/// The system's.
+/// The errors of the system.
 #[cfg(not(target_vendor = "apple"))]
 pub fn groups_of(user: &CStr, group: Gid) -> io::Result<Vec<Gid>> {
     Ok(nix::unistd::getgrouplist(user, group)?)
 }
 
-/// Returns `group`: no safe call finds the others.
+/// Returns `group`: there is no safe call for the others.
 #[cfg(target_vendor = "apple")]
 pub fn groups_of(_: &CStr, group: Gid) -> io::Result<Vec<Gid>> {
     Ok(vec![group])
 }
 
-/// Which start of the system this is, in letters, digits and hyphens; `-`: it does not tell, as only Linux does. It is read
-/// once, so call it before this process may read no other files.
+/// The id of this start of the system, in letters, digits and hyphens; `-` on systems other than Linux, which have none. It
+/// is read once: call it before the sandbox forbids to read other files.
 pub fn boot_id() -> &'static str {
     static BOOT: OnceLock<String> = OnceLock::new();
     BOOT.get_or_init(|| {

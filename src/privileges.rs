@@ -21,11 +21,11 @@ pub struct SystemUser {
 }
 
 impl SystemUser {
-    /// Looks up a user; `group`: a group other than their primary one.
+    /// Looks up a user; `group`: a group other than the user's primary one.
     ///
     /// # Errors
     ///
-    /// A text that says what to change, if there is no such user or group, or the user is root.
+    /// There is no such user or group, or the user is root. The text has the remedy.
     pub fn find(name: &str, group: Option<&str>) -> Result<SystemUser, String> {
         let user = unistd::User::from_name(name)
             .map_err(|error| format!("the user {name:?} cannot be looked up: {error}"))?
@@ -34,7 +34,7 @@ impl SystemUser {
                 format!("there is no user {name:?} here: make one (as root type `{command} {name}`), or change `user`")
             })?;
         if user.uid.is_root() {
-            return Err(format!("the user {name:?} is root, and mail needs none: name another in `user`"));
+            return Err(format!("the user {name:?} is root: name another user in `user`"));
         }
         let gid = match group {
             None => user.gid,
@@ -49,17 +49,17 @@ impl SystemUser {
         Ok(SystemUser { name, uid: user.uid, gid })
     }
 
-    /// Returns whether the system has a user of this name, and a group.
+    /// Returns whether the system has a user of this name, and whether it has a group of this name.
     pub fn is_known(name: &str) -> (bool, bool) {
         let (user, group) = (unistd::User::from_name(name), unistd::Group::from_name(name));
         (matches!(user, Ok(Some(_))), matches!(group, Ok(Some(_))))
     }
 
-    /// Returns the user that a file or directory belongs to; `None`: it is root's, or does not exist.
+    /// Returns the owner of a file or directory; `None`: it belongs to root, or does not exist.
     ///
     /// # Errors
     ///
-    /// A text that says what to change, if that user is not known here.
+    /// The owner is unknown here. The text has the remedy.
     pub fn owner_of(path: &Path) -> Result<Option<SystemUser>, String> {
         let Some(uid) = fs::metadata(path).ok().map(|found| found.uid()).filter(|uid| *uid != 0) else {
             return Ok(None);
@@ -85,12 +85,12 @@ impl SystemUser {
         self.uid.as_raw()
     }
 
-    /// Returns the id of the group of the files that are made for them.
+    /// Returns the id of the group of the files that are made for this user.
     pub fn gid(&self) -> u32 {
         self.gid.as_raw()
     }
 
-    /// Returns whether the mode of a file lets this user read it. The directories above it are not checked.
+    /// Returns whether the mode of a file permits this user to read it. The directories above it are not checked.
     ///
     /// # Errors
     ///
@@ -107,11 +107,11 @@ impl SystemUser {
         Ok(found.mode() & bit != 0)
     }
 
-    /// Makes a directory that belongs to this user, unless it exists. Directories above it belong to the current user.
+    /// Makes a directory that belongs to this user, unless it exists. New directories above it belong to the current user.
     ///
     /// # Errors
     ///
-    /// The system's.
+    /// The errors of the system.
     pub fn make_directory(&self, path: &Path) -> io::Result<()> {
         if let Some(parent) = path.parent() {
             fs::create_dir_all(parent)?;
@@ -122,19 +122,19 @@ impl SystemUser {
         }
     }
 
-    /// Makes this process run as this user, with all their groups. Call it before there are threads, so that none stays
+    /// Makes this process run as this user, with all the user's groups. Call it before there are threads: they would stay
     /// root.
     ///
     /// # Errors
     ///
-    /// A text that says what failed. The process may have given up some of its rights, so it must end.
+    /// A call has failed; the text has its cause. The process must end, because it may have lost some of its rights.
     pub fn assume(&self) -> Result<(), String> {
         let failed =
             |what: &str, error: io::Error| format!("{what} failed: {error}; start it as root, or as that user");
         platform::set_groups(&self.name, self.gid).map_err(|error| failed("setting the groups", error))?;
         unistd::setgid(self.gid).map_err(|error| failed("setting the group", error.into()))?;
         unistd::setuid(self.uid).map_err(|error| failed("setting the user", error.into()))?;
-        // If the process can become root again, the saved user ID was not changed.
+        // If the process can become root again, its saved user ID was not changed.
         match unistd::setuid(Uid::from_raw(0)) {
             Ok(()) => Err("the process can become root again: its saved user id did not change".to_owned()),
             Err(_) => {
@@ -145,7 +145,7 @@ impl SystemUser {
     }
 }
 
-/// The user who runs this process, as sendmail(8) needs it.
+/// The user who runs this process, for sendmail(8).
 #[derive(Clone, Debug, Default)]
 pub struct LoginUser {
     /// The real user id of the process.
@@ -157,8 +157,8 @@ pub struct LoginUser {
 }
 
 impl LoginUser {
-    /// Returns the system's user with the real user id of this process. If the system has none, the name is that in
-    /// the environment variable `LOGNAME`, else `USER`.
+    /// Returns the system's user with the real user id of this process. If there is none, the name is the value of the
+    /// environment variable `LOGNAME`, or else of `USER`.
     pub fn current() -> LoginUser {
         let uid = Uid::current();
         match unistd::User::from_uid(uid) {
@@ -189,10 +189,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn unusable_names_are_errors_that_say_what_to_change() {
+    fn the_error_about_an_unusable_name_has_the_remedy() {
         let find = |name: &str, group: Option<&str>| SystemUser::find(name, group).unwrap_err();
         assert!(find("no-such-user", None).ends_with(" no-such-user`), or change `user`"));
-        assert!(find("root", None).contains("name another in `user`"));
+        assert!(find("root", None).contains("name another user in `user`"));
         assert!(find("nobody", Some("no-such-group")).contains("make one, or change `group`"));
     }
 

@@ -1,5 +1,5 @@
-//! What this process gives up after its start, in case a peer finds a defect in it: new privileges, core dumps with
-//! secrets, and files that the configuration does not name.
+//! Restrictions of this process after its start, to limit the damage if a peer exploits a defect: no new privileges, no core
+//! dumps with secrets, and no files outside the configured directories.
 //!
 //! ```text
 //!           no new privileges, no core dumps    files
@@ -8,16 +8,16 @@
 //! others    RLIMIT_CORE                         -
 //! ```
 //!
-//! Not done, as this crate has no unsafe code: pledge(2) and unveil(2) of OpenBSD are calls of its libc. A crate with such
-//! calls belongs into this file, with the directories that Landlock gets. Capsicum does not fit: after cap_enter(2) no file
-//! can be opened by its path, and this program opens all of its files so.
+//! pledge(2) and unveil(2) of OpenBSD are not used, because they are calls of its libc and this crate has no unsafe code. A
+//! crate for them would be used here, with the directories that Landlock gets. Capsicum cannot be used: after cap_enter(2) no
+//! file can be opened by its path, and this program opens all files by path.
 //!
-//! Landlock holds for files alone. Connections, also to sockets that are files (LMTP, syslogd, supervisors), and signals
-//! stay as they are. Nothing is executed. The rules are for directories with all that is in them, because files are
-//! replaced by others of the same name: certificates, resolv.conf, the files of customers. Each directory in which an
-//! administrator's file was found before ([`note_file`]) can be read, those of the system's files too, and the directories
-//! of mail can be written. A directory that becomes another one (a symbolic link that is changed, another file system in its
-//! place) is outside: the process must be started again, and says so ([`explain`]).
+//! Landlock restricts files only. Connections, also to sockets that are files (LMTP, syslogd, supervisors), and signals are
+//! not restricted. No program is executed. The rules are for directories with all their files, because files are replaced
+//! by others of the same name: certificates, resolv.conf, the files of customers. The process may read each directory in
+//! which it has read an administrator's file before ([`note_file`]) and those of the system's files, and write the directories
+//! of mail. A directory that is replaced by another one (a symbolic link that was changed, another file system in its place)
+//! is outside: then the process must be started again, and the error says so ([`explain`]).
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
@@ -26,8 +26,8 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, OnceLock, PoisonError};
 
-/// What the C library, the TLS library and the time library read: names, servers, certificates, time zones, and the modules
-/// of the name service switch (nsswitch.conf), which are libraries and have data of their own.
+/// Directories that the C library, the TLS library and the time library read: names, servers, certificates, time zones, and
+/// the modules of the name service switch (nsswitch.conf), which are libraries, with their data.
 const SYSTEM_DIRECTORIES: [&str; 13] = [
     "/etc",
     "/usr",
@@ -62,25 +62,25 @@ const SYSTEM_VARIABLES: [&str; 6] = ["SSL_CERT_FILE", "SSL_CERT_DIR", "TZ", "TZD
 /// Symbolic links that are followed from one name, as by the kernel (path_resolution(7)).
 const LINKS_LIMIT: usize = 40;
 
-/// What an error says about a path outside.
+/// The text of an error about a path outside.
 const OUTSIDE: &str = "it is outside the directories that this process may use since its start: restart it";
 
-/// The directories that this process has read files of an administrator in.
+/// The directories in which this process has read files of an administrator.
 static NOTED: Mutex<BTreeSet<PathBuf>> = Mutex::new(BTreeSet::new());
 
-/// What this process may use; empty: all that the system permits.
+/// The directories that this process may use; empty: there is no restriction.
 static PERMITTED: OnceLock<Permitted> = OnceLock::new();
 
 struct Permitted {
     readable: Vec<Directory>,
     writable: Vec<Directory>,
-    /// The writable ones, so that autofs does not unmount one that is idle: mounted again, it would be another directory.
+    /// The writable directories, open so that autofs does not unmount an idle one: mounted again, it would be another directory.
     _open: Vec<File>,
 }
 
-/// A directory as it was at the start: the kernel permits it, and no other one that takes its name.
+/// A directory as it was at the start: the kernel permits this directory, and not another one that gets its name.
 struct Directory {
-    /// Without symbolic links.
+    /// The path without symbolic links.
     path: PathBuf,
     inode: Option<(u64, u64)>,
 }
@@ -105,18 +105,18 @@ fn inode(path: &Path) -> Option<(u64, u64)> {
     fs::metadata(path).ok().map(|metadata| (metadata.dev(), metadata.ino()))
 }
 
-/// Directories of mail, which this process writes into.
+/// A directory of mail, in which this process writes files.
 pub struct MailDirectory {
     pub path: PathBuf,
-    /// How many levels below it may have symbolic links to other directories.
+    /// The number of levels below it that may have symbolic links to other directories.
     pub depth: usize,
 }
 
-/// Gives up what no subcommand needs: programs that it would execute get no new privileges, and a core dump, or a debugger
-/// of the same user, cannot read the secrets in memory. Call it before there are threads, and once more after the process
-/// has become another user: the system resets the latter then.
+/// Gives up rights that no subcommand needs: executed programs get no new privileges, and neither a core dump nor a debugger
+/// of the same user can read the secrets in memory. Call it before there are threads, and again after the process has become
+/// another user, because the system then permits core dumps again.
 pub fn harden() {
-    // Best effort: a container may forbid these calls, and the program works all the same.
+    // Errors are ignored: a container may forbid these calls, and the program works without them.
     #[cfg(target_os = "linux")]
     {
         let _ = rustix::thread::set_no_new_privs(true);
@@ -134,8 +134,8 @@ pub fn harden() {
     }
 }
 
-/// Notes that this file of an administrator may be read again, and others that take its name: its directory, and those that
-/// symbolic links lead to.
+/// Notes that this file of an administrator, and others that get its name, may be read again: permits its directory, and those
+/// to which symbolic links lead.
 pub fn note_file(path: &Path) {
     if PERMITTED.get().is_none() {
         add_places(&mut NOTED.lock().unwrap_or_else(PoisonError::into_inner), path);
@@ -166,7 +166,7 @@ fn add_places(places: &mut BTreeSet<PathBuf>, path: &Path) {
     }
 }
 
-/// The same, and the path itself if it is a directory.
+/// Adds the directories in which a file is looked up, and the path itself if it is a directory.
 fn add_system_places(places: &mut BTreeSet<PathBuf>, path: &Path) {
     add_places(places, path);
     if path.is_dir() {
@@ -174,13 +174,13 @@ fn add_system_places(places: &mut BTreeSet<PathBuf>, path: &Path) {
     }
 }
 
-/// The directory without symbolic links in its path; if it does not exist yet, the nearest above it that does, but not `/`.
+/// The directory, or if it does not exist yet, the nearest one above it, but not `/`; without symbolic links in the path.
 fn existing(path: &Path) -> Option<PathBuf> {
     let found = path.ancestors().find_map(|above| fs::canonicalize(above).ok().filter(|found| found.is_dir()))?;
     (found.parent().is_some() || path.parent().is_none()).then_some(found)
 }
 
-/// Adds the directories that symbolic links in a directory lead to, down to a depth. Messages are not looked at.
+/// Adds the directories to which symbolic links in a directory lead, down to a depth. Directories of messages are skipped.
 fn add_linked(places: &mut BTreeSet<PathBuf>, directory: &Path, depth: usize) {
     let maildir = ["tmp", "new", "cur"];
     let is_maildir = depth > 1 && maildir.iter().all(|name| directory.join(name).is_dir());
@@ -226,17 +226,17 @@ impl Permitted {
     }
 }
 
-/// Whether a path, or what of it exists, is in one of these directories.
+/// Whether a path, or the part of it that exists, is in one of these directories.
 fn is_in(directories: &[Directory], path: &Path) -> bool {
     let found = path.ancestors().find_map(|above| fs::canonicalize(above).ok());
     found.is_some_and(|found| directories.iter().any(|directory| directory.has(&found)))
 }
 
-/// Checks that a directory is not outside those that this process may write into since its start.
+/// Checks that a directory is one that this process may write since its start.
 ///
 /// # Errors
 ///
-/// A text that says what to do.
+/// The directory is outside; the text has the remedy.
 pub fn check_writable(path: &Path) -> Result<(), String> {
     match PERMITTED.get() {
         Some(permitted) if !permitted.may_write(path) => Err(format!("{}: {OUTSIDE}", path.display())),
@@ -244,12 +244,12 @@ pub fn check_writable(path: &Path) -> Result<(), String> {
     }
 }
 
-/// The error of reading a path that may be outside what this process may use since its start: then its text says so.
+/// The error of reading a path; if the sandbox has caused it, with a text that says so.
 pub fn explain(path: &Path, error: io::Error) -> io::Error {
     explain_if(|permitted| !permitted.may_read(path), error)
 }
 
-/// The same for a path in a directory of mail.
+/// The error of using a path in a directory of mail; if the sandbox has caused it, with a text that says so.
 pub fn explain_mail(path: &Path, error: io::Error) -> io::Error {
     explain_if(|permitted| !permitted.may_write(path), error)
 }
@@ -262,12 +262,13 @@ fn explain_if(is_outside: impl Fn(&Permitted) -> bool, error: io::Error) -> io::
     }
 }
 
-/// Restricts this thread, and those that it starts from now on, to the directories that it needs, for good. `in_thread`
-/// gets what another thread that runs already must do to be restricted too. Returns the ABI of Landlock that is in force.
+/// Restricts this thread, and those that it starts from now on, to the directories that it needs, until the process ends.
+/// `in_thread`: receives a function that another running thread must call to be restricted, too. Returns the version of the
+/// ABI of Landlock.
 ///
 /// # Errors
 ///
-/// A text that says why nothing is: the system has nothing for it, or forbids it.
+/// The system has no such restriction, or forbids it; the text says which. The thread is not restricted.
 pub fn enter(
     directories: &[MailDirectory], in_thread: impl FnOnce(Box<dyn FnOnce() + Send>),
 ) -> Result<String, String> {
@@ -297,8 +298,8 @@ fn restrict(permitted: &Permitted, in_thread: impl FnOnce(Box<dyn FnOnce() + Sen
     }
 }
 
-/// The rules of Landlock. Before Linux 5.19 (ABI 1) it forbids moving a file into another directory, which each Maildir
-/// needs, so that one is an error.
+/// The rules of Landlock. Before Linux 5.19 (ABI 1) Landlock forbids moving a file into another directory, which each Maildir
+/// needs, so ABI 1 is an error.
 #[cfg(target_os = "linux")]
 fn landlock_rules(permitted: &Permitted) -> Result<landlock::RulesetCreated, Box<dyn std::error::Error>> {
     use landlock::{

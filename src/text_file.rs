@@ -1,7 +1,7 @@
-//! The one reader of the text files that an administrator writes: TOML, aliases, secrets, certificates and keys.
+//! Reading the text files that an administrator writes: TOML, aliases, secrets, certificates and keys.
 //!
-//! Editors differ in what they write around a text. A byte order mark in front is not part of the text; lines may end in
-//! CRLF, and the last line may have no end, which every parser of these texts accepts.
+//! Editors differ. A byte order mark at the beginning is not part of the text. Lines may end in CRLF, and the last line may
+//! have no end: each parser of these texts accepts that.
 
 use std::fs::OpenOptions;
 use std::io::{self, Read};
@@ -12,20 +12,20 @@ use rustix::fs::OFlags;
 
 use crate::sandbox;
 
-/// Octets of a file. A longer one is not a configuration, and would use up the memory.
+/// Octets of a file. A longer file is not a configuration, and could use up the memory.
 const FILE_SIZE_LIMIT: u64 = 16 << 20;
 
 /// U+FEFF in UTF-8: some editors begin a file with it.
 const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 
-/// The permissions of a file, and its octets without a byte order mark.
+/// Returns the mode of a file, and its octets without a byte order mark.
 ///
 /// # Errors
 ///
-/// The file cannot be read, is a pipe, is longer than [`FILE_SIZE_LIMIT`], or is UTF-16 or UTF-32.
+/// The file cannot be read, is a pipe, has more than 16 MiB, or is UTF-16 or UTF-32.
 pub fn read(path: &Path) -> io::Result<(u32, Vec<u8>)> {
     sandbox::note_file(path);
-    // Without these flags, a pipe waits for a writer and a terminal for its user, perhaps forever.
+    // Without these flags, open(2) would wait for the writer of a pipe, and read(2) for the user of a terminal.
     let flags = OFlags::NONBLOCK | OFlags::NOCTTY;
     let file = OpenOptions::new().read(true).custom_flags(flags.bits().cast_signed()).open(path);
     let file = file.map_err(|error| sandbox::explain(path, error))?;
@@ -47,8 +47,8 @@ pub fn read(path: &Path) -> io::Result<(u32, Vec<u8>)> {
     Ok((mode, octets))
 }
 
-/// The text without byte order marks at the begin of its lines: somebody has joined files that begin with one. It is for texts
-/// in which no line can begin with one by right.
+/// The text without byte order marks at the beginning of its lines, which occur in joined files. Only for texts in which a
+/// line cannot begin with that character.
 pub fn without_inner_marks(octets: Vec<u8>) -> Vec<u8> {
     if !octets.windows(BYTE_ORDER_MARK.len()).any(|part| part == BYTE_ORDER_MARK) {
         return octets;
@@ -57,8 +57,8 @@ pub fn without_inner_marks(octets: Vec<u8>) -> Vec<u8> {
     lines.flat_map(|line| line.strip_prefix(BYTE_ORDER_MARK).unwrap_or(line)).copied().collect()
 }
 
-/// Whether a text has two or four octets for each character. Its byte order mark tells; without one, the zeros in its
-/// first characters, which no text in UTF-8 has.
+/// Whether a text has two or four octets for each character: it has the byte order mark of UTF-16 or UTF-32, or zeros in its
+/// first characters.
 fn is_wide(octets: &[u8]) -> bool {
     octets.starts_with(b"\xff\xfe") || octets.starts_with(b"\xfe\xff") || octets.iter().take(4).any(|octet| *octet == 0)
 }
@@ -81,14 +81,14 @@ mod tests {
             assert_eq!(write_and_read(text.as_bytes()).unwrap(), text.trim_start_matches('\u{feff}').as_bytes());
             assert_eq!(write_and_read(format!("\u{feff}{text}").as_bytes()).unwrap(), text.as_bytes(), "{text:?}");
         }
-        // Of another encoding, or binary: the parsers decide.
+        // Other encodings and binary files are left to the parsers.
         for octets in [&b"\xe4 = 1\n"[..], b"\xef\xbb", b"\xff", b"abcd\0"] {
             assert_eq!(write_and_read(octets).unwrap(), octets);
         }
     }
 
     #[test]
-    fn utf_16_is_named() {
+    fn utf_16_is_an_error_with_a_remedy() {
         let little = |text: &str| text.encode_utf16().flat_map(u16::to_le_bytes).collect::<Vec<u8>>();
         let big = |text: &str| text.encode_utf16().flat_map(u16::to_be_bytes).collect::<Vec<u8>>();
         for text in ["\u{feff}hostname = 1\n", "hostname = 1\n", "ä", "\u{feff}", "\u{feff}\0a\0"] {
@@ -106,7 +106,7 @@ mod tests {
         rustix::fs::mkfifoat(rustix::fs::CWD, &path, rustix::fs::Mode::RUSR).unwrap();
         assert!(read(&path).unwrap_err().to_string().contains("pipe"));
         assert!(read(directory.path()).is_err());
-        // A terminal on which nobody types.
+        // A terminal without input.
         assert!(read(Path::new("/dev/ptmx")).is_err());
         assert_eq!(read(Path::new("/dev/null")).unwrap().1, b"");
     }

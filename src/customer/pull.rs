@@ -43,7 +43,7 @@ use crate::smtp::client::{Abort, Client, ClientOptions, Rejection, Stage};
 use crate::smtp::limits;
 use crate::smtp::reply::Severity;
 use crate::smtp::server::ServerRole;
-use crate::smtp::status::{is_login_rejected, means_no_mail, is_too_soon};
+use crate::smtp::status::{is_login_rejected, is_too_soon, means_no_mail};
 use crate::turn;
 
 /// The most calls in a row to a provider that sends a part of the mail in each.
