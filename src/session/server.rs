@@ -605,7 +605,7 @@ impl ServerSession {
         let tls = self.connection.tls_info().map(|tls| tls.to_string());
         let Some((envelope, incoming)) = self.server.incoming(&self.connection.trace.id, &self.peer, tls.as_deref())
         else {
-            return Err(Reply::new(503, "5.5.1", "Say MAIL first"));
+            return Err(Reply::new(503, "5.5.1", "Send MAIL first"));
         };
         let size = incoming.size.unwrap_or(u64::MAX).min(self.server.max_size());
         let sink = handler.receive(envelope, &incoming)?;

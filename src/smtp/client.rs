@@ -42,7 +42,7 @@
 //! - If 235 arrives before the client has proved that it knows the secret, the client aborts: such a server verifies
 //!   nothing. In SCRAM the server must have proved that too (RFC 5802 section 5).
 //!
-//! # What becomes of the recipients of a message
+//! # The recipients of a message
 //!
 //! ```text
 //! sent      2yz to the content: the peer is responsible now (RFC 5321 section 4.2.5)
@@ -122,7 +122,7 @@ pub struct ClientOptions {
     pub submits: bool,
 }
 
-/// What becomes of 8-bit content if the peer does not offer 8BITMIME.
+/// How the client sends 8-bit content if the peer does not offer 8BITMIME.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Without8BitMime {
     /// The client sends it unchanged, as qmail and Exim do. Nearly all servers accept it, though RFC 6152 section 3 forbids it.
@@ -149,7 +149,7 @@ pub struct OutgoingMessage {
     pub envelope: Envelope,
     /// Octets on the wire (RFC 1870); 0 if the size is not known yet.
     pub size: u64,
-    /// The content has octets above 127, whatever `BODY` the envelope has.
+    /// The content has octets above 127, even if the envelope has `BODY=7BIT`.
     pub eight_bit: bool,
     /// An address in the header is not ASCII: see [`ClientOptions::submits`].
     pub utf8_header: bool,

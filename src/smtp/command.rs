@@ -379,7 +379,7 @@ fn hello(argument: &[u8]) -> Result<String, Reply> {
     let printable = argument.iter().all(|octet| (b'!'..=b'~').contains(octet));
     match std::str::from_utf8(argument) {
         Ok(name) if printable && (1..=limits::HELLO_NAME).contains(&name.len()) => Ok(name.to_owned()),
-        _ => Err(argument_error("Say your host name, or your address in square brackets")),
+        _ => Err(argument_error("Send your host name, or your address in square brackets")),
     }
 }
 
@@ -486,7 +486,7 @@ fn each_parameter(rest: &[u8], mut accept: impl FnMut(&[u8], Option<&[u8]>) -> R
 
 fn path_error(error: PathError, enhanced: &'static str) -> Reply {
     let text = match error {
-        PathError::Syntax => "The address is not written as RFC 5321 section 4.1.2 says",
+        PathError::Syntax => "The address does not follow RFC 5321 section 4.1.2",
         PathError::TooLong => "The address is too long",
         PathError::BadDomain => "The domain is empty, or has a character that no domain has",
         PathError::NotIdna => "The domain has a label that IDNA does not allow (RFC 5891)",

@@ -10,12 +10,11 @@ use crate::mail::address::DOMAIN_LIMIT;
 /// which may follow `AUTH mechanism`, and 512 for the command (RFC 5321 section 4.5.3.1.4).
 pub const COMMAND_LINE: usize = 12 * 1024 + 512;
 
-/// Octets of a command line that the client sends at most if its length is not fixed by its parameters, its CRLF included
-/// (RFC 5321 section 4.5.3.1.4).
+/// Octets of a line with AUTH or ATRN that the client sends, its CRLF included (RFC 5321 section 4.5.3.1.4).
 pub const SENT_COMMAND_LINE: usize = 512;
 
-/// Octets of the list of domains in one ATRN, so that its line has 512 at most (RFC 5321 section 4.5.3.1.4: RFC 2645 permits
-/// no more). A customer with more domains makes several calls.
+/// Octets of the list of domains in one ATRN, whose line RFC 2645 permits no more octets than RFC 5321 does. A customer with
+/// more domains makes several calls.
 pub const ATRN_DOMAINS: usize = SENT_COMMAND_LINE - "ATRN \r\n".len();
 
 /// Octets that a client may send without a line end before the server closes the connection.
@@ -35,8 +34,8 @@ pub const STORED_REPLY_LINE: usize = 512;
 /// Octets of a line of content without its line end (RFC 5321 section 4.5.3.1.6, RFC 5322 section 2.1.1).
 pub const CONTENT_LINE: usize = 998;
 
-/// Octets of content that the server reads and discards after the limit `max_size` is exceeded, so that the client gets 552:
-/// up to twice the limit, and at least 64 MiB. After that it closes the connection.
+/// Octets of content after which the server closes the connection: twice `max_size`, the limit of a message, and at least 64
+/// MiB. Until then it reads content over the limit, too, so that the client gets 552.
 pub fn discarded_content(max_size: u64) -> u64 {
     max_size.saturating_mul(2).max(1 << 26)
 }
@@ -86,9 +85,9 @@ pub const COMMAND_TIMEOUT: Duration = Duration::from_secs(5 * 60);
 /// The shortest time that a customer must wait for the reply to ATRN (RFC 2645 section 5.2.1).
 pub const ATRN_TIMEOUT: Duration = Duration::from_secs(10 * 60);
 
-/// Octets of content a second, averaged over [`PACE_WINDOW`]: as long as content arrives at this pace, its time does not count
-/// for the time limit of the session. RFC 5321 section 4.5.3.2 limits the time of each block, so a large message may take
-/// long on a slow line. The first is for a client that has not authenticated (port 25), the second for any other peer.
+/// The required pace of content, in octets a second averaged over [`PACE_WINDOW`]: of a client that has not authenticated
+/// (port 25), and of any other peer. While content arrives at this pace, the time limit of the session does not run: RFC 5321
+/// section 4.5.3.2 limits the time of each block only, and a large message needs long on a slow line.
 pub const UNKNOWN_CLIENT_PACE: u64 = 1024;
 pub const KNOWN_PEER_PACE: u64 = 100;
 pub const PACE_WINDOW: Duration = Duration::from_secs(2 * 60);

@@ -501,27 +501,27 @@ impl Server {
         let text = match verb {
             // RFC 3207 section 4.
             Auth | Atrn | Mail | Rcpt | Data | Bdat if odmr && self.options.require_tls && self.tls.is_none() => {
-                return Err(Reply::new(530, "5.7.0", "TLS is required here: say STARTTLS first"));
+                return Err(Reply::new(530, "5.7.0", "TLS is required here: send STARTTLS first"));
             }
             // RFC 2645 section 5.2.1 for ATRN, RFC 6409 section 4.3 for mail.
             Atrn | Mail | Rcpt | Data | Bdat if odmr && !authenticated => {
                 return Err(Reply::new(530, "5.7.0", "Authentication required"));
             }
-            Auth | Atrn if !extended => "Say EHLO first",
+            Auth | Atrn if !extended => "Send EHLO first",
             // RFC 4954 section 4: no AUTH after a success. MAIL needs AUTH here, so none is in a transaction either.
             Auth if authenticated => "You are authenticated already",
             Atrn if transaction.is_some() => "A mail transaction is open: end it first",
             // RFC 3207 section 4.2.
             StartTls if self.tls.is_some() => "TLS is active already",
             StartTls if authenticated => "Too late: you are authenticated",
-            StartTls if !extended => "Say EHLO first",
+            StartTls if !extended => "Send EHLO first",
             // RFC 5321 section 4.1.4.
-            Mail if self.hello.is_none() => "Say EHLO first",
+            Mail if self.hello.is_none() => "Send EHLO first",
             Mail if transaction.is_some() => "A mail transaction is open: RSET ends it",
-            Rcpt | Data | Bdat if transaction.is_none() => "Say MAIL first",
+            Rcpt | Data | Bdat if transaction.is_none() => "Send MAIL first",
             // RFC 3030 section 2.
             Bdat if chunk_rejected => "A chunk was rejected: send RSET",
-            Rcpt | Data if chunks => "BDAT has begun: go on with it, or say RSET",
+            Rcpt | Data if chunks => "BDAT has begun: continue it, or send RSET",
             Data | Bdat if no_recipient => "No recipient was accepted",
             _ => return Ok(()),
         };
@@ -599,7 +599,7 @@ impl Server {
     fn rcpt(&mut self, rcpt: RcptTo, handler: &mut dyn SessionHandler) -> Result<ServerStep, Reply> {
         let limit = self.options.max_recipients;
         let Some(Transaction { envelope, .. }) = &mut self.transaction else {
-            return Err(Reply::new(503, "5.5.1", "Say MAIL first"));
+            return Err(Reply::new(503, "5.5.1", "Send MAIL first"));
         };
         // RFC 5321 section 4.5.3.1.10.
         if envelope.recipients.len() >= limit {

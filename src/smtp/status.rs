@@ -15,7 +15,7 @@
 //! any of them                               421: deferred, and the peer ends the session (RFC 5321 section 3.8)
 //! ```
 //!
-//! A 3yz where none is expected counts as 4yz. *Later*: the customer calls again at its next time.
+//! A 3yz where none is expected counts as 4yz. *Later*: the customer tries again in its next call.
 //!
 //! A 5yz before the content is *about us*, the client ([`is_about_us`]), if each of our messages would get it: the server does
 //! not know a command, or requires authentication. If a next hop rejects mail with a reply about us, the host before us gets
