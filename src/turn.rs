@@ -20,7 +20,7 @@
 //! has learned from EHLO before the turn are discarded: there is a new greeting and a new EHLO (RFC 2645 section 5.3).
 //! There is no second turn: after QUIT both sides close.
 //!
-//! The invariant: no octet that was sent in the old role is parsed in the new one, and none is sent in the old role after
+//! The invariant: no octet that has arrived in the old role is parsed in the new one, and none is sent in the old role after
 //! the turn. Both halves consume the connection and the old role, so the compiler prevents the latter. If octets have
 //! arrived too early, [`Turn::offer`] and [`accept`] prevent the turn. The one exception is the QUIT of a provider that has
 //! no mail and does not wait for the greeting. After [`Turn::begin`] the provider expects the greeting of an SMTP server;

@@ -2,7 +2,7 @@
 //!
 //! A process that has stored mail for the daemon to send, has made mail due, or has changed the configuration, sends a
 //! datagram of one word. It is a hint only: without it, the daemon finds the mail at its next scan. So a process does not wait
-//! until it can send one, any process may send one, and a flood of them causes one scan each [`WAKE_PAUSE`].
+//! until it can send one, any process may send one, and a flood of them causes one scan each 100 ms.
 
 use std::fs::{self, File, Permissions};
 use std::io;

@@ -234,7 +234,7 @@ impl ReplyReader {
 
     /// Reads the octets that the peer has sent after its last line end before it closed the connection. Returns the reply if
     /// its code is complete and is 4yz or 5yz: no missing text could change what it means. A 2yz or 3yz that was cut off does
-    /// not count, because the peer may not have meant it: to be in doubt loses no mail.
+    /// not count, because the peer may have failed while it sent it. The message is in doubt then, and stays in the queue.
     pub fn end(&mut self, rest: &[u8]) -> Option<Reply> {
         let begun = self.begun.clone();
         let last = if rest.is_empty() { None } else { self.line(rest).ok().flatten() };

@@ -468,7 +468,9 @@ impl Server {
             Command::Helo(name) => Ok(ServerStep::Reply(self.helo(name))),
             Command::Mail(mail) => self.mail(mail, handler),
             Command::Rcpt(rcpt) => self.rcpt(rcpt, handler),
+            // RFC 5321 section 4.1.1.4.
             Command::Data => Ok(ServerStep::Data(Reply::bare(354, "Go ahead, end with <CRLF>.<CRLF>"))),
+            // RFC 5321 section 4.1.1.5.
             Command::Rset => {
                 self.transaction = None;
                 Ok(ServerStep::Reply(Reply::new(250, "2.0.0", "OK")))
@@ -477,6 +479,7 @@ impl Server {
             Command::Help => Ok(ServerStep::Reply(self.help())),
             // RFC 5321 section 3.5.3: 250 would mean that the address was verified.
             Command::Vrfy => Ok(ServerStep::Reply(Reply::new(252, "2.0.0", "Send the mail and see"))),
+            // RFC 5321 section 4.1.1.10.
             Command::Quit => {
                 let text = format!("{} closing connection", self.options.hostname);
                 Ok(ServerStep::Close(Reply::new(221, "2.0.0", text)))
@@ -565,6 +568,7 @@ impl Server {
         extensions::domain_lines(&domains).into_iter().fold(reply, Reply::with_line)
     }
 
+    /// HELO resets the transaction, too. Its reply must not list extensions (RFC 5321 section 3.2).
     fn helo(&mut self, name: String) -> Reply {
         self.hello = Some(Hello { name, extended: false });
         self.transaction = None;
@@ -584,6 +588,7 @@ impl Server {
         })
     }
 
+    /// MAIL begins a transaction (RFC 5321 section 3.3).
     fn mail(&mut self, mail: MailFrom, handler: &mut dyn SessionHandler) -> Result<ServerStep, Reply> {
         let account = self.account.as_deref();
         let limit = self.options.max_size.min(handler.size_limit(account));
@@ -596,6 +601,7 @@ impl Server {
         Ok(ServerStep::Reply(Reply::new(250, "2.1.0", "OK")))
     }
 
+    /// RCPT adds a recipient to the transaction (RFC 5321 section 3.3). A recipient that occurs twice counts once.
     fn rcpt(&mut self, rcpt: RcptTo, handler: &mut dyn SessionHandler) -> Result<ServerStep, Reply> {
         let limit = self.options.max_recipients;
         let Some(Transaction { envelope, .. }) = &mut self.transaction else {
@@ -605,6 +611,7 @@ impl Server {
         if envelope.recipients.len() >= limit {
             return Err(Reply::new(452, "4.5.3", "Too many recipients: send the rest in another transaction"));
         }
+        // RFC 6531 section 3.5.
         if rcpt.utf8 && !envelope.utf8 {
             return Err(Reply::new(553, "5.6.7", "A UTF-8 address needs the SMTPUTF8 parameter"));
         }
@@ -692,6 +699,7 @@ impl Server {
         }
     }
 
+    /// Gives a response to the mechanism, and replies to its result (RFC 4954 sections 4 and 6).
     fn auth_step(
         &mut self, mut exchange: Box<dyn ServerExchange>, response: &[u8], handler: &mut dyn SessionHandler,
     ) -> ServerStep {
