@@ -48,6 +48,7 @@ const ALLOWED: &[(&str, &str, &str)] = &[
     ("", "letters , digits", "of the alphabet"),
     ("", "begins with a letter", "of the alphabet"),
     ("", ". refused", "a directory of mail at rest"),
+    ("", "odmr refused", "a field of mail at rest, X-ODMR-Refused"),
     ("", "connection refused", "ECONNREFUSED"),
     ("", "behind cgnat", "a place"),
     ("tests/interop/dns.py", "refused", "a code of the DNS"),

@@ -12,7 +12,7 @@ use super::listed::Listed;
 use super::lock_file::{LockError, LockFile, QUEUE_LOCK_FILE};
 use super::message::{self, MessageLock, Opened, QueuedMessage};
 use super::name::QueueName;
-use super::refused::RefusedLimits;
+use super::set_aside::SetAsideLimits;
 use super::shared::{self, SharedIndex};
 use crate::file_stamp::FileStamp;
 use crate::ids::Ids;
@@ -32,7 +32,7 @@ pub(super) struct LockedQueue {
     pub(super) lock: Option<LockFile>,
     pub(super) ids: Ids,
     pub(super) notes: Arc<Notes>,
-    pub(super) refused: Arc<RefusedLimits>,
+    pub(super) set_aside: Arc<SetAsideLimits>,
     /// The index of the shared directory.
     pub(super) index: Option<Arc<SharedIndex>>,
     /// Messages of it that are locked already, by their unique names.
@@ -179,8 +179,8 @@ impl LockedQueue {
 
     /// Records in the index where a message is now. If that is `.refused`, keeps that within its limits.
     pub(super) fn record(&self, message: &QueuedMessage) {
-        if let Some(octets) = message.set_aside()
-            && let Err(error) = self.refused.added(&self.name, octets)
+        if let Some(octets) = message.octets_set_aside()
+            && let Err(error) = self.set_aside.added(&self.name, octets)
         {
             log_sweep_failed(&self.name, &error);
         }

@@ -27,7 +27,7 @@ use crate::smtp::content::WireSize;
 use crate::smtp::status::{DecidedBy, DeliveryResult, RecipientStatus};
 
 /// Names tried for a message in `.refused`: an earlier version may have kept copies there for other recipients.
-const REJECTED_NAMES: usize = 1000;
+const SET_ASIDE_NAMES: usize = 1000;
 
 /// Octets of a header that are read for what it needs at most: a few threads do it for all turned sessions,
 /// and a longer list of addresses would delay the others.
@@ -258,7 +258,7 @@ impl QueuedMessage {
     }
 
     /// The octets of its file, if it was moved to `.refused`.
-    pub(super) fn set_aside(&self) -> Option<u64> {
+    pub(super) fn octets_set_aside(&self) -> Option<u64> {
         let is_set_aside = self.gone && self.settled.contains(&Mark::Rejected);
         is_set_aside.then(|| self.file.metadata().map_or(0, |metadata| metadata.len()))
     }
@@ -419,7 +419,7 @@ impl QueuedMessage {
     /// The disk fails.
     pub(super) fn finish(&mut self) -> io::Result<()> {
         if self.settled.contains(&Mark::Rejected) {
-            self.keep_rejected()?;
+            self.move_aside()?;
             self.gone = true;
             return Ok(());
         }
@@ -448,9 +448,9 @@ impl QueuedMessage {
     }
 
     /// Moves the message to `.refused`.
-    fn keep_rejected(&mut self) -> io::Result<()> {
-        let maildir = rejected_maildir(&self.maildir);
-        for number in 0..REJECTED_NAMES {
+    fn move_aside(&mut self) -> io::Result<()> {
+        let maildir = set_aside_maildir(&self.maildir);
+        for number in 0..SET_ASIDE_NAMES {
             let moved = self.with_entry(|message| {
                 let mut name = message.entry.name.clone();
                 if number > 0 {
@@ -686,7 +686,7 @@ pub(super) fn readable_reply(recorded: &str) -> String {
 }
 
 /// Where messages whose rejection nobody can be told wait for the postmaster, within the queue.
-pub(super) const REJECTED_MAILDIR: &str = ".refused";
+pub(super) const SET_ASIDE_DIRECTORY: &str = ".refused";
 
 /// Removes files of writers that died, also in `.refused`.
 ///
@@ -694,10 +694,10 @@ pub(super) const REJECTED_MAILDIR: &str = ".refused";
 /// A directory cannot be read, or a file cannot be removed.
 pub(super) fn sweep(maildir: &Maildir) -> io::Result<()> {
     maildir.sweep()?;
-    rejected_maildir(maildir).sweep()
+    set_aside_maildir(maildir).sweep()
 }
 
 /// The Maildir of these messages.
-pub(super) fn rejected_maildir(maildir: &Maildir) -> Maildir {
-    Maildir::new(maildir.path().join(REJECTED_MAILDIR))
+pub(super) fn set_aside_maildir(maildir: &Maildir) -> Maildir {
+    Maildir::new(maildir.path().join(SET_ASIDE_DIRECTORY))
 }

@@ -77,7 +77,7 @@ mod lock;
 mod summary;
 mod listing;
 mod shared;
-mod refused;
+mod set_aside;
 pub mod batch;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -104,8 +104,8 @@ use crate::maildir::{Entry, MessageWriter, log_sweep_failed, make_state_director
 use listed::Listed;
 use lock_file::{LockFile, QUEUE_LOCK_FILE, TAKEOVER_FILE};
 use locked_queue::{LockedQueue, Notes, log_unreadable};
-use message::REJECTED_MAILDIR;
-use refused::RefusedLimits;
+use message::SET_ASIDE_DIRECTORY;
+use set_aside::SetAsideLimits;
 
 /// How often a list looks for messages that it lacks.
 const LIST_ATTEMPTS: usize = 5;
@@ -118,13 +118,13 @@ pub struct Queue {
     /// A holder without progress for this time releases its lock to a session that asks.
     takeover: Duration,
     notes: Arc<Notes>,
-    refused: Arc<RefusedLimits>,
+    set_aside: Arc<SetAsideLimits>,
 }
 
 impl Queue {
     /// `hostname` is part of the names of new files.
     pub fn new(hostname: &str, ids: Ids, takeover: Duration) -> Queue {
-        Queue { hostname: hostname.to_owned(), ids, takeover, notes: Arc::default(), refused: Arc::default() }
+        Queue { hostname: hostname.to_owned(), ids, takeover, notes: Arc::default(), set_aside: Arc::default() }
     }
 
     /// Begins a message, a copy for each queue; [`MessageWriter::commit`] makes it durable. `head` is the beginning of
@@ -339,7 +339,7 @@ impl Queue {
         }
         // Not as a session, which makes what is missing: another process may be removing it too.
         match LockFile::lock(&name.path.join(QUEUE_LOCK_FILE), None, name) {
-            Ok(_lock) => maildir.remove_unused(&[QUEUE_LOCK_FILE, TAKEOVER_FILE, REJECTED_MAILDIR], stale),
+            Ok(_lock) => maildir.remove_unused(&[QUEUE_LOCK_FILE, TAKEOVER_FILE, SET_ASIDE_DIRECTORY], stale),
             Err(LockError::Busy(_)) => Ok(false),
             Err(LockError::Failed(error)) if error.kind() == io::ErrorKind::NotFound => Ok(false),
             Err(LockError::Failed(error)) => Err(error),
@@ -352,7 +352,7 @@ impl Queue {
         let maildir = name.maildir();
         let tidy = || -> io::Result<()> {
             message::sweep(&maildir)?;
-            refused::trim(name, SystemTime::now())?;
+            set_aside::apply_limits(name, SystemTime::now())?;
             if name.account_lock.is_some() && maildir.is_empty()? {
                 // Of a session that was killed, or of an earlier version.
                 remove_unused_lock(&name.path.join(QUEUE_LOCK_FILE))?;
@@ -398,7 +398,7 @@ impl Queue {
             lock: None,
             ids: self.ids.clone(),
             notes: self.notes.clone(),
-            refused: self.refused.clone(),
+            set_aside: self.set_aside.clone(),
             index: None,
             locked: HashMap::new(),
             listed: Listed::default(),

@@ -7,7 +7,7 @@ use std::fs::DirEntry;
 use std::io;
 use std::time::SystemTime;
 
-use super::message::{readable_reply, rejected_maildir};
+use super::message::{readable_reply, set_aside_maildir};
 use super::name::QueueName;
 use super::retry;
 use super::shared;
@@ -132,7 +132,7 @@ pub(super) fn summarize(name: &QueueName, now: Timestamp) -> io::Result<QueueSum
         summary.count_file(name, &entry, file, now);
         Ok(())
     })?;
-    (summary.set_aside, summary.set_aside_bytes) = set_aside(&rejected_maildir(&maildir))?;
+    (summary.set_aside, summary.set_aside_bytes) = set_aside(&set_aside_maildir(&maildir))?;
     Ok(summary)
 }
 

@@ -1,5 +1,5 @@
-//! What is kept in `.refused` of a queue: rejected mail of which no sender can be told, for a month, and so much of it. The
-//! oldest goes first.
+//! Limits of `.refused`, the directory of a queue for rejected mail that no DSN can report: 30 days and 32 MiB. Without them
+//! strangers could fill the disk. The oldest messages are removed first.
 
 use std::collections::HashMap;
 use std::io;
@@ -8,27 +8,27 @@ use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
-use super::message::rejected_maildir;
+use super::message::set_aside_maildir;
 use super::name::QueueName;
 
-/// How long a message is kept.
-const LONGEST: Duration = Duration::from_secs(30 * 24 * 60 * 60);
+/// The age at which a message is removed, from the time at which it was set aside.
+const AGE_LIMIT: Duration = Duration::from_secs(30 * 24 * 60 * 60);
 
-/// Octets that are kept in one queue. The newest message is kept whatever its size.
-const OCTETS: u64 = 32 << 20;
+/// Octets on disk in one queue. The newest message stays whatever its size.
+const OCTETS_LIMIT: u64 = 32 << 20;
 
-/// Octets that a file takes at least: a disk has blocks, and inodes.
+/// Octets that a file takes at least: without a minimum, a million empty files would count nothing.
 const DISK_BLOCK: u64 = 4096;
 
-/// How much of [`OCTETS`] may be added before the directory is listed again.
-const LISTED_AFTER: u64 = OCTETS / 16;
+/// The octets that are added to a directory before it is listed again: to list it for each message would take too long.
+const LISTED_AFTER: u64 = OCTETS_LIMIT / 16;
 
-/// Keeps `.refused` of each queue within its limits.
+/// The octets that were added to `.refused` of each queue since it was listed.
 #[derive(Default)]
-pub(super) struct RefusedLimits(Mutex<HashMap<PathBuf, u64>>);
+pub(super) struct SetAsideLimits(Mutex<HashMap<PathBuf, u64>>);
 
-impl RefusedLimits {
-    /// A message of so many octets was added to a queue. Removes what is too much by now.
+impl SetAsideLimits {
+    /// Counts a message of this size that was set aside. If enough was added, applies the limits.
     ///
     /// # Errors
     /// The disk fails.
@@ -42,7 +42,7 @@ impl RefusedLimits {
         }
         added.insert(name.path.clone(), 0);
         drop(added);
-        trim(name, SystemTime::now())
+        apply_limits(name, SystemTime::now())
     }
 }
 
@@ -51,12 +51,12 @@ fn on_disk(octets: u64) -> u64 {
     octets.div_ceil(DISK_BLOCK).max(1).saturating_mul(DISK_BLOCK)
 }
 
-/// Removes what is in `.refused` for too long or is too much, the oldest first; by the time at which it was moved there.
+/// Applies the limits to `.refused` of a queue. A message's age counts from its time of change (ctime), which the move set.
 ///
 /// # Errors
 /// The disk fails.
-pub(super) fn trim(name: &QueueName, now: SystemTime) -> io::Result<()> {
-    let maildir = rejected_maildir(&name.maildir());
+pub(super) fn apply_limits(name: &QueueName, now: SystemTime) -> io::Result<()> {
+    let maildir = set_aside_maildir(&name.maildir());
     let (mut files, mut octets) = (Vec::new(), 0_u64);
     maildir.each_file(&mut |entry, file| {
         let Ok(metadata) = file.metadata() else { return Ok(()) };
@@ -69,8 +69,8 @@ pub(super) fn trim(name: &QueueName, now: SystemTime) -> io::Result<()> {
     files.sort_unstable();
     let (newest, mut messages, mut removed) = (files.len().saturating_sub(1), 0, 0_u64);
     for (number, (since, _, entry, size)) in files.into_iter().enumerate() {
-        let is_old = now.duration_since(since).is_ok_and(|age| age > LONGEST);
-        if !is_old && (octets <= OCTETS || number == newest) {
+        let is_old = now.duration_since(since).is_ok_and(|age| age > AGE_LIMIT);
+        if !is_old && (octets <= OCTETS_LIMIT || number == newest) {
             break;
         }
         match maildir.remove(&entry) {
@@ -82,7 +82,7 @@ pub(super) fn trim(name: &QueueName, now: SystemTime) -> io::Result<()> {
         removed += size;
     }
     if messages > 0 {
-        log::info!("event=refused-removed queue={name} messages={messages} octets={removed}");
+        log::info!("event=set-aside-removed queue={name} messages={messages} octets={removed}");
     }
     Ok(())
 }
@@ -101,37 +101,37 @@ mod tests {
     }
 
     #[test]
-    fn the_oldest_goes_first_by_age_and_by_size() {
+    fn the_oldest_messages_are_removed_by_age_and_by_size() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("example.org");
         let name = QueueName { path, ..QueueName::default() };
-        trim(&name, SystemTime::now()).unwrap();
-        rejected_maildir(&name.maildir()).create().unwrap();
-        let limits = RefusedLimits::default();
+        apply_limits(&name, SystemTime::now()).unwrap();
+        set_aside_maildir(&name.maildir()).create().unwrap();
+        let limits = SetAsideLimits::default();
         let put = |file: &str, size: u64| {
             // A sparse file.
             fs::File::create(name.path.join(".refused/new").join(file)).unwrap().set_len(size).unwrap();
             limits.added(&name, size).unwrap();
             std::thread::sleep(Duration::from_millis(20));
         };
-        // By name the last one is the oldest.
+        // The order of the names is not that of their ages: the last name is the oldest file.
         for number in (0..9).rev() {
-            put(&format!("{number}.x"), OCTETS / 8);
+            put(&format!("{number}.x"), OCTETS_LIMIT / 8);
         }
         assert_eq!(names(&name), ["0.x", "1.x", "2.x", "3.x", "4.x", "5.x", "6.x", "7.x"]);
-        // Small ones count by their blocks, and the directory is not listed for each of them.
+        // Each small file counts as a block.
         for number in 0..=LISTED_AFTER / DISK_BLOCK {
             fs::write(name.path.join(".refused/new").join(format!("s{number}")), "x").unwrap();
             limits.added(&name, 1).unwrap();
         }
         assert_eq!(names(&name)[..2], ["0.x", "1.x"]);
         assert!(!names(&name).contains(&"7.x".to_owned()) && names(&name).contains(&"6.x".to_owned()));
-        put("large.x", 2 * OCTETS);
-        trim(&name, SystemTime::now()).unwrap();
+        put("large.x", 2 * OCTETS_LIMIT);
+        apply_limits(&name, SystemTime::now()).unwrap();
         assert_eq!(names(&name), ["large.x"]);
-        trim(&name, SystemTime::now() + LONGEST - Duration::from_secs(60)).unwrap();
+        apply_limits(&name, SystemTime::now() + AGE_LIMIT - Duration::from_secs(60)).unwrap();
         assert_eq!(names(&name), ["large.x"]);
-        trim(&name, SystemTime::now() + LONGEST + Duration::from_secs(60)).unwrap();
+        apply_limits(&name, SystemTime::now() + AGE_LIMIT + Duration::from_secs(60)).unwrap();
         assert_eq!(names(&name), Vec::<String>::new());
     }
 }
