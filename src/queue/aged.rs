@@ -1,4 +1,5 @@
-//! The messages of a queue for which something is due by their age. No file is opened, and no lock is needed.
+//! The messages of a queue for which something is due by their age: expiry, or a DSN about a delay. Only file names are
+//! read, and no lock is needed.
 
 use std::collections::BinaryHeap;
 use std::fs::DirEntry;
@@ -9,21 +10,22 @@ use super::retry;
 use crate::clock::Timestamp;
 use crate::maildir::Entry;
 
-/// What a look at the names of a queue has found.
+/// What the names of a queue's files show.
 #[derive(Default, PartialEq, Eq, Debug)]
 pub struct AgedMessages {
-    /// The messages for which something is due, in the order of their names, which begin with the time; and those whose time
-    /// of arrival is impossible, so that who opens them records that they were seen now.
+    /// The messages for which something is due, in the order of their names, which begin with the time. Messages whose
+    /// time of arrival is impossible are among them: opening one records that it was seen now.
     pub due: Vec<Entry>,
-    /// There are more of them, after these.
+    /// More messages are due, after these.
     pub more: bool,
     /// When something is due for one of the others. `None`: never.
     pub next: Option<Timestamp>,
 }
 
-/// Lists a queue. Not more than `limit` messages that are due are kept, those after `after`: for some nothing is due when they
-/// are opened, and the others must not wait for them. `is_mail`: by what is known. `due`: when something is due for a message
-/// that has arrived then, as far as the name tells; `None`: never.
+/// Lists a queue. Returns the first `limit` messages that are due after `after`. The caller goes on after the last one:
+/// when it opens messages, nothing may be due for some of them, and the others must not wait for these. `is_mail`:
+/// whether a file may be a message. `due`: when something is due for a message with this time of arrival; `None`:
+/// never.
 pub(super) fn list(
     name: &QueueName, now: Timestamp, (limit, after): (usize, Option<&Entry>), is_mail: &dyn Fn(&Entry) -> bool,
     due: &dyn Fn(&Entry, Timestamp) -> Option<Timestamp>,
@@ -52,8 +54,8 @@ pub(super) fn list(
     Ok(found)
 }
 
-/// When a message has arrived, by its name, or by its time of modification if other agents name their files otherwise. `None`:
-/// these times are impossible, or its name is from a clock that was ahead.
+/// When a message arrived, by its name, or by its time of modification if another agent names its files otherwise.
+/// `None`: these times are impossible, or a clock was fast when the file was named.
 fn arrived(entry: &Entry, file: &DirEntry, now: Timestamp) -> Option<Timestamp> {
     let named = entry.named();
     let modified =

@@ -1,4 +1,5 @@
-//! Messages as batch SMTP (RFC 2442): the commands of an SMTP client, without the replies.
+//! Messages as batch SMTP (RFC 2442), for `odmr queue export` and `import`: the commands of an SMTP client, without
+//! replies.
 //!
 //! ```text
 //! EHLO relay.example.net
@@ -21,10 +22,10 @@ use crate::smtp::command::{Body, Command, Envelope, Recipient, Return, Verb};
 use crate::smtp::content::ContentEncoder;
 use crate::smtp::extensions::ServerExtensions;
 
-/// Octets of a line that are read at once: a command is shorter, and content may be one line without end.
+/// Octets of a line that are read at a time: a command is shorter, and content may be one endless line.
 const LINE_BLOCK: u64 = 64 << 10;
 
-/// All parameters that an envelope can have.
+/// Extensions for all parameters that an envelope can have.
 const PARAMETERS: ServerExtensions =
     ServerExtensions { size: true, eight_bit: true, utf8: true, auth: true, dsn: true };
 
@@ -51,7 +52,7 @@ pub fn write_end(out: &mut dyn Write) -> io::Result<()> {
 pub fn write_message(out: &mut dyn Write, message: &QueuedEnvelope, content: &mut dyn Read) -> io::Result<()> {
     let QueuedEnvelope { id, arrived, envelope } = message;
     out.write_all(b"NOOP")?;
-    // That of another agent's file may be anything.
+    // The id of another agent's file is its name, which may have any octets.
     if is_plain_id(id) {
         write!(out, " id={id}")?;
     }
@@ -73,7 +74,7 @@ pub fn write_message(out: &mut dyn Write, message: &QueuedEnvelope, content: &mu
     out.write_all(&wire)
 }
 
-/// All parameters of MAIL, each with a space before it. `utf8`: with SMTPUTF8.
+/// The parameters of MAIL, each with a space before it. `utf8`: SMTPUTF8 is one of them.
 pub fn mail_parameters(envelope: &Envelope, utf8: bool) -> String {
     let mut parameters = match envelope.body {
         Body::Undeclared => "",
@@ -91,18 +92,19 @@ pub fn mail_parameters(envelope: &Envelope, utf8: bool) -> String {
     parameters
 }
 
-/// All parameters of RCPT, each with a space before it.
+/// The parameters of RCPT, each with a space before it.
 pub fn recipient_parameters(recipient: &Recipient) -> String {
     let notify = recipient.notify.as_given().map(|notify| format!(" NOTIFY={notify}"));
     let original = recipient.original.as_ref().map(|original| format!(" ORCPT={original}"));
     notify.unwrap_or_default() + &original.unwrap_or_default()
 }
 
-/// Why a batch cannot be read on.
+/// Why the rest of a batch cannot be read.
 #[derive(Debug)]
 pub enum BatchError {
-    /// This line is wrong, for this reason.
+    /// The line of this number, counted from 1, is wrong for this reason.
     Line(usize, String),
+    /// The input cannot be read.
     Input(io::Error),
 }
 
@@ -124,8 +126,9 @@ impl From<io::Error> for BatchError {
 /// The envelope of a message in a batch.
 #[derive(Debug)]
 pub struct BatchEnvelope {
-    /// What the `NOOP` of [`write_message`] says, if there was one.
+    /// The id in the `NOOP` of [`write_message`].
     pub id: Option<String>,
+    /// The time of arrival in that `NOOP`.
     pub arrived: Option<Timestamp>,
     /// The sender and the parameters of MAIL, and at least one recipient.
     pub envelope: Envelope,
@@ -134,22 +137,23 @@ pub struct BatchEnvelope {
 /// Reads a batch message by message. Lines end in CRLF or LF. After QUIT another batch may follow.
 pub struct BatchReader<R> {
     input: R,
-    /// The line that was read last, counted from 1.
+    /// The number of the line that was read last, counted from 1.
     line: usize,
     /// The next octet begins a line.
     begins_line: bool,
-    /// Within the content of a message.
+    /// The next line is content of a message.
     in_content: bool,
-    /// The CR that ended the last part of a long line: it may belong to the line end.
+    /// The last part of a long line ended in CR, which may belong to the line end, and was not returned yet.
     held_cr: bool,
 }
 
 impl<R: BufRead> BatchReader<R> {
+    /// Reads a batch, or several, from `input`.
     pub fn new(input: R) -> BatchReader<R> {
         BatchReader { input, line: 0, begins_line: true, in_content: false, held_cr: false }
     }
 
-    /// The next line with its end, or a part of a long one; empty: the input has ended.
+    /// The next line with its end, or the next part of a long one; empty: the input has ended.
     fn next_octets(&mut self) -> io::Result<Vec<u8>> {
         let mut octets = Vec::new();
         self.input.by_ref().take(LINE_BLOCK).read_until(b'\n', &mut octets)?;
@@ -177,15 +181,15 @@ impl<R: BufRead> BatchReader<R> {
         Err(self.wrong(text))
     }
 
-    /// The error about the line that was read last.
+    /// An error about the line that was read last.
     pub fn wrong(&self, text: impl Into<String>) -> BatchError {
         BatchError::Line(self.line, text.into())
     }
 
-    /// The envelope of the next message, up to DATA; `None`: there is no other.
+    /// Reads the commands of the next message, up to DATA; `None`: the input has ended.
     ///
     /// # Errors
-    /// A command is wrong; the input cannot be read.
+    /// A command is wrong, or the input cannot be read.
     pub fn next_envelope(&mut self) -> Result<Option<BatchEnvelope>, BatchError> {
         let (mut known, mut envelope) = ((None, None), None::<Envelope>);
         while let Some(line) = self.next_line()? {
@@ -222,11 +226,11 @@ impl<R: BufRead> BatchReader<R> {
         }
     }
 
-    /// The next line of the content, or a part of a long one, with LF and without an added dot; `None`: the content has
-    /// ended.
+    /// The next line of the content, or the next part of a long one, with LF and without an added dot; `None`: the
+    /// content has ended.
     ///
     /// # Errors
-    /// The batch ends within the content; the input cannot be read.
+    /// The batch ends within the content, or the input cannot be read.
     pub fn content(&mut self) -> Result<Option<Vec<u8>>, BatchError> {
         if !self.in_content {
             return Ok(None);

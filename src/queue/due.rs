@@ -1,4 +1,4 @@
-//! When a queue with retries is due: mail, and DSNs, which can wait for it.
+//! When the next attempts in a queue with retries are due: at mail with a sender, and at DSNs, which can wait for it.
 
 use std::fs::OpenOptions;
 use std::io::Read;
@@ -14,15 +14,15 @@ use crate::maildir::{Entry, Maildir};
 /// How the file of a message without a sender begins (RFC 5321 section 4.5.5).
 const NULL_SENDER: &[u8] = b"Return-Path: <>\n";
 
-/// How many messages of a queue are looked at for the first one with a sender.
+/// How many messages are opened at most to find the first one with a sender.
 const LOOK_LIMIT: usize = 100;
 
-/// When the next attempt at the messages of a queue is due; both `None`: it is empty.
+/// When the next attempts in a queue are due; both `None`: it is empty.
 #[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
 pub struct QueueDue {
-    /// At the first message with a sender.
+    /// When the first message with a sender is due.
     pub mail: Option<SystemTime>,
-    /// At the first one without, if it is earlier: an attempt sends all that is due.
+    /// When the first one without a sender is due, if that is earlier; otherwise it is sent with the mail.
     pub dsn: Option<SystemTime>,
 }
 
@@ -32,20 +32,19 @@ impl QueueDue {
         [self.mail, self.dsn].into_iter().flatten().min()
     }
 
-    /// The same, but nothing is due before this time.
+    /// The same times, but none before `time`.
     pub fn not_before(self, time: SystemTime) -> QueueDue {
         QueueDue { mail: self.mail.map(|due| due.max(time)), dsn: self.dsn.map(|due| due.max(time)) }
     }
 
-    /// Each as early as in one of the two.
+    /// For mail and for DSNs the earlier time of both.
     pub fn or_earlier(self, other: QueueDue) -> QueueDue {
         let earlier = |one: Option<SystemTime>, other| [one, other].into_iter().flatten().min();
         QueueDue { mail: earlier(self.mail, other.mail), dsn: earlier(self.dsn, other.dsn) }
     }
 }
 
-/// When the next attempt at one of these messages is due. If many without a sender are due first, those with one after them
-/// are not found before.
+/// When the next attempts at these messages are due. If the first [`LOOK_LIMIT`] have no sender, `mail` is `None`.
 pub(super) fn next(maildir: &Maildir, entries: Vec<Entry>) -> QueueDue {
     let due = |entry| Some((retry::due(&maildir.file(&entry))?, entry));
     let mut files: Vec<_> = entries.into_iter().filter_map(due).collect();
@@ -61,7 +60,7 @@ pub(super) fn next(maildir: &Maildir, entries: Vec<Entry>) -> QueueDue {
     due
 }
 
-/// Whether a message has no sender, by its name or its file. If that cannot be read, it counts as mail.
+/// Whether a message has no sender, by its name or its file. A file that cannot be read counts as mail with a sender.
 pub(super) fn has_null_sender(maildir: &Maildir, entry: &Entry) -> bool {
     entry.destination().map_or_else(|| begins_with_null_sender(&maildir.file(entry)), |(_, null)| null)
 }
@@ -81,7 +80,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn mail_and_dsns_are_told_apart() {
+    fn mail_and_dsns_are_due_separately() {
         let directory = tempfile::tempdir().unwrap();
         let maildir = Maildir::new(directory.path().join("out"));
         fs::create_dir_all(directory.path().join("out/new")).unwrap();

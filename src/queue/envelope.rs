@@ -10,16 +10,17 @@
 //!
 //! An address of ours that would be read as a list is in angle brackets: `<joe,doe@example.org>`.
 //!
-//! Delivery agents write such lines, so any of them may fill the queue: folded (RFC 5322 section 2.2.3), with several
-//! recipients in one field, after the `From ` line of an mbox. The envelope ends at the first other line. A `Return-Path`
-//! that a sender has forged comes after our `Received`, so it is never read as part of the envelope; if the agent writes no
-//! `Received`, it is the second one, which ends the envelope too.
+//! Delivery agents write such lines, so any of them may fill the queue. Their lines may be folded (RFC 5322 section
+//! 2.2.3), have several recipients in one field, and come after the `From ` line of an mbox. The envelope ends at the
+//! first other line. A `Return-Path` that a sender has forged is never part of the envelope: our `Received` comes
+//! before it and ends the envelope. If an agent writes no `Received`, the forged `Return-Path` is the second one, which
+//! ends the envelope too.
 //!
-//! A recipient that cannot be read must not be lost, so it keeps the file (see [`ParsedEnvelope::unread`]). If the
+//! A recipient that cannot be read must not be lost: the file stays for it (see [`ParsedEnvelope::unread`]). If the
 //! `Return-Path` cannot be read, nothing is sent: with `<>` instead, the sender would get no DSN.
 //!
-//! A recipient that is settled while others are open is marked: one octet of its address, the `@`, is overwritten by a
-//! [`Mark`]. That needs no disk space, and a write of one octet is either done or not. No address has such an octet there.
+//! A recipient that is settled while others are open is marked: a [`Mark`] overwrites one octet of its address, the
+//! `@`. That needs no disk space, and a crash cannot leave half of it. No address has such an octet in this place.
 
 use std::borrow::Cow;
 use std::collections::HashMap;
@@ -29,24 +30,25 @@ use crate::mail::address::{Domain, Mailbox, ReversePath, reverse_path};
 use crate::mail::address_list::{AddressList, ListedAddress, divide};
 use crate::smtp::command::{Body, Envelope, Notify, Recipient, Return, is_xtext, original_recipient};
 
-/// Octets of an envelope at most.
+/// Octets of an envelope at most. A longer one is neither written nor read.
 pub const ENVELOPE_LIMIT: usize = 1 << 20;
 
-/// Places in an address where a mark is looked for: it may have an `@` more in a quoted string.
+/// How many places of an address are tried for a mark: a quoted string may have `@` too.
 const MARK_PLACES: usize = 16;
 
-/// An envelope, and what the queue knows of the message.
+/// An envelope, with the id and the time of arrival of its message.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct QueuedEnvelope {
     /// The id of the message in the log and in its `Received` field.
     pub id: String,
-    /// When we accepted the message; if another agent wrote the file, when it did.
+    /// When this program accepted the message; of another agent's file, when that agent wrote it.
     pub arrived: Timestamp,
+    /// The sender, the open recipients and the parameters of MAIL and RCPT.
     pub envelope: Envelope,
 }
 
 impl QueuedEnvelope {
-    /// The same message for other recipients.
+    /// The envelope of the same message for other recipients.
     pub fn with_recipients(&self, recipients: Vec<Recipient>) -> QueuedEnvelope {
         let envelope = self.envelope.with_recipients(recipients);
         QueuedEnvelope { id: self.id.clone(), arrived: self.arrived, envelope }
@@ -75,7 +77,7 @@ impl QueuedEnvelope {
             Some(Return::Full) => "; ret=FULL",
             Some(Return::Header) => "; ret=HDRS",
         };
-        // The last: xtext may hold a semicolon, but no space.
+        // ENVID comes last: its xtext (RFC 3461) may have a semicolon, but no space.
         if let Some(id) = &self.envelope.envelope_id {
             text += &format!("; envid={id}");
         }
@@ -91,37 +93,38 @@ pub struct ParsedEnvelope {
     pub octets: usize,
     /// Lines of the envelope.
     pub lines: usize,
-    /// We have written the file, so the sizes in its name are right.
+    /// This program has written the file, so the sizes in its name are right.
     pub ours: bool,
-    /// The envelope has octets above 127, which the name of the file counts among those of the content.
+    /// The envelope has octets above 127: the flag in the file's name does not prove that the content has some.
     pub eight_bit: bool,
-    /// For each recipient, where its mark goes: the octets in the file that [`Mark`] overwrites.
+    /// For each open recipient, the octets in the file that its [`Mark`] overwrites.
     pub marks: Vec<Vec<u64>>,
-    /// The marks of the recipients that are settled.
+    /// The marks of the settled recipients.
     pub settled: Vec<Mark>,
-    /// The addresses of those, as the file had them before.
+    /// The addresses of the settled recipients, as they were before the marks.
     pub settled_addresses: Vec<String>,
-    /// The recipients that cannot be sent to from this queue.
+    /// The recipients that cannot be read, or are not in the queue's domain.
     pub unread: Vec<UnreadRecipient>,
 }
 
 impl ParsedEnvelope {
-    /// The recipients in the queue's domain; none if all of them are `unread`.
+    /// The open recipients in the queue's domain.
     pub fn recipients(&self) -> &[Recipient] {
         &self.envelope.envelope.recipients
     }
 }
 
-/// What overwrites one octet of the address of a recipient that is settled.
+/// The octet that overwrites the `@` in the address of a settled recipient.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Mark {
-    /// Sent, or rejected and its sender has a DSN: ACK.
+    /// ACK: sent, or rejected and reported to the sender.
     Done,
-    /// Rejected, and there is no sender to be told: NAK. The file goes to `.refused` in the end.
+    /// NAK: rejected, and no DSN can report it. When all recipients are settled, the file is moved to `.refused`.
     Rejected,
 }
 
 impl Mark {
+    /// The control character of ASCII.
     pub fn octet(self) -> u8 {
         match self {
             Mark::Done => 0x06,
@@ -130,12 +133,12 @@ impl Mark {
     }
 }
 
-/// A recipient that cannot be read, or is not in the queue's domain. It stays in the file when the others are settled.
+/// A recipient that cannot be read, or is not in the queue's domain. The file stays for it when the others are settled.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct UnreadRecipient {
-    /// As the file has it, on one line.
+    /// The address as the file has it, unfolded.
     pub text: Vec<u8>,
-    /// A sentence with the address.
+    /// Why it cannot be read: a sentence with the address.
     pub reason: String,
 }
 
@@ -143,9 +146,9 @@ pub struct UnreadRecipient {
 #[derive(Debug)]
 pub enum Parsed {
     Envelope(Box<ParsedEnvelope>),
-    /// The envelope does not end within these octets.
+    /// The envelope does not end within these octets: read more of the file.
     More,
-    /// The file has no recipient in the domain.
+    /// The file names no recipient.
     NoRecipients,
     /// The `Return-Path` cannot be read, for this reason.
     NoReversePath(String),
@@ -154,12 +157,13 @@ pub enum Parsed {
 /// What [`parse`] needs to know besides the file.
 #[derive(Clone, Copy)]
 pub struct ParseOptions<'a> {
-    /// Recipients in other domains are not read.
+    /// Recipients in other domains are `unread`; `None`: all domains are read.
     pub domain: Option<&'a Domain>,
     /// See [`QueueName::prefix`](super::QueueName::prefix).
     pub prefix: Option<&'a str>,
-    /// The id and the time of arrival of a file that has none.
+    /// The id, if the file has none.
     pub id: &'a str,
+    /// The time of arrival, if the file has none.
     pub arrived: Timestamp,
 }
 
@@ -205,14 +209,14 @@ pub fn parse(front: &[u8], end: bool, options: ParseOptions<'_>) -> Parsed {
     }
 }
 
-/// The octets of the line that begins the text, with its LF; the last line of a file may lack it. `None`: it does not end
-/// here.
+/// The length of the first line of the text in octets, with its LF, which the last line of a file may lack. `None`: the
+/// line does not end within the text.
 fn line_length(text: &[u8], end: bool) -> Option<usize> {
     text.iter().position(|octet| *octet == b'\n').map(|at| at + 1).or(end.then_some(text.len()))
 }
 
-/// The octets of the field that begins the text, with its continuation lines (RFC 5322 section 2.2.3); `None`: it does not
-/// end here.
+/// The length of the first field of the text in octets, with its continuation lines (RFC 5322 section 2.2.3). `None`:
+/// the field does not end within the text.
 fn field_length(text: &[u8], end: bool) -> Option<usize> {
     let mut length = line_length(text, end)?;
     loop {
@@ -224,13 +228,13 @@ fn field_length(text: &[u8], end: bool) -> Option<usize> {
     }
 }
 
-/// The name of the field that the line begins, in lower case; empty: it begins none.
+/// The name of the field that begins with this line, in lower case; empty: none does.
 fn field_name(line: &[u8]) -> Vec<u8> {
     let colon = line.iter().position(|octet| *octet == b':').unwrap_or(0);
     line[..colon].trim_ascii_end().to_ascii_lowercase()
 }
 
-/// Whether content that begins with this line would be read as a part of the envelope before it.
+/// Whether [`parse`] would read this first line of a content as a part of the envelope before it.
 pub fn continues_envelope(line: &[u8]) -> bool {
     let after = Fields { return_path: Some(Cow::default()), ..Fields::default() };
     after.includes(&field_name(line))
@@ -241,12 +245,12 @@ struct FieldValue<'a> {
     octets: Cow<'a, [u8]>,
     /// Where the first of the octets is in the file.
     start: usize,
-    /// Where each of the octets is after the first; empty: one after the other.
+    /// For each octet, its distance from `start` in the file; empty: the octets are next to each other.
     places: Vec<usize>,
 }
 
 impl FieldValue<'_> {
-    /// The value of a field that begins at `start` in the file.
+    /// Unfolds a field that begins at `start` in the file.
     fn unfolded(field: &[u8], start: usize) -> FieldValue<'_> {
         let colon = field.iter().position(|octet| *octet == b':').map_or(0, |at| at + 1);
         let value = field[colon..].trim_ascii_start();
@@ -274,22 +278,22 @@ struct RecipientField<'a> {
     parameters: Cow<'a, [u8]>,
 }
 
-/// The recipients of a file in the queue's domain, each once.
+/// The recipients of a file, each once.
 #[derive(Default)]
 struct Recipients {
     open: Vec<Recipient>,
-    /// The number of each.
+    /// The index of each in `open`.
     numbers: HashMap<Mailbox, usize>,
-    /// For each open recipient, where its mark goes.
+    /// For each open recipient, the octets that its mark overwrites.
     marks: Vec<Vec<u64>>,
     settled: Vec<Mark>,
     settled_addresses: Vec<String>,
-    /// Those that cannot be read or are in another domain.
+    /// Recipients that cannot be read, or are in another domain.
     unread: Vec<UnreadRecipient>,
 }
 
 impl Recipients {
-    /// Adds the recipients of a field; `prefix`: as in [`ParseOptions`]; `ours`: we have written the file.
+    /// Adds the recipients of a field. `prefix`: see [`ParseOptions`]; `ours`: this program has written the file.
     fn add(&mut self, field: &RecipientField<'_>, domain: Option<&Domain>, prefix: Option<&str>, ours: bool) {
         for (at, text, address) in addresses(&field.value.octets) {
             let mailbox = match address {
@@ -300,7 +304,7 @@ impl Recipients {
                     continue;
                 }
                 Ok(Address::Open(mailbox)) if ours => in_domain(mailbox, domain),
-                // Another agent delivers to domains that are held here only.
+                // Another agent delivers only to domains held here, so the mailbox gets the spelling that it has here.
                 Ok(Address::Open(mailbox)) => in_domain(without_prefix(mailbox.canonical(), prefix), domain),
                 Err(reason) => Err(reason),
             };
@@ -337,7 +341,7 @@ impl<'a> Fields<'a> {
         match name {
             b"return-path" => self.return_path.is_none(),
             b"delivered-to" | b"x-original-to" | b"envelope-to" | b"x-odmr-envelope" | b"x-odmr-recipient" => true,
-            // Other lines of delivery agents, and of copies in `.refused` that an earlier version made.
+            // These lines are ignored: other agents write them, and an earlier version did in copies in `.refused`.
             b"delivery-date" | b"x-envelope-from" | b"x-odmr-refused" => true,
             _ => false,
         }
@@ -362,8 +366,8 @@ impl<'a> Fields<'a> {
         }
     }
 
-    /// The recipients of `Delivered-To`, or if none of them is in the domain, the original ones. If there is none at all in
-    /// the domain, `unread` is that of both.
+    /// The recipients in `Delivered-To`; if none of them is in the domain, those in `X-Original-To` and `Envelope-To`.
+    /// If no recipient is in the domain, `unread` has those of all three.
     fn recipients(&self, options: ParseOptions<'_>) -> Recipients {
         let ours = self.ours.is_some();
         let mut all_unread = Vec::new();
@@ -387,7 +391,7 @@ impl<'a> Fields<'a> {
         let failed = |reason| format!("Return-Path: {reason}");
         let text = std::str::from_utf8(value).map_err(|_| failed("it is not in UTF-8".to_owned()))?;
         let compact: String = text.split([' ', '\t']).collect();
-        // Postfix writes <MAILER-DAEMON> for <>: `null_sender` in pipe(8).
+        // Postfix writes <MAILER-DAEMON> instead of <>: `null_sender` in pipe(8).
         if ["", "<>", "<MAILER-DAEMON>"].iter().any(|null| compact.eq_ignore_ascii_case(null)) {
             return Ok(ReversePath::Null);
         }
@@ -419,7 +423,7 @@ impl<'a> Fields<'a> {
     }
 }
 
-/// Whether it can be the id of a message: it is written into a file, the log and a batch as it is.
+/// Whether this may be the id of a message. It is written into a file, the log and a batch without quoting.
 pub(super) fn is_plain_id(id: &str) -> bool {
     !id.is_empty() && id.len() <= 255 && id.bytes().all(|octet| octet.is_ascii_graphic() && octet != b';')
 }
@@ -430,8 +434,8 @@ enum Address {
     Settled(Mark),
 }
 
-/// The addresses of a list, each with the octet where it begins, as the list has it, and read, or the reason why it cannot
-/// be read.
+/// Divides a list of addresses. Of each it returns the octet where it begins, its text, and the address, or the reason
+/// why it cannot be read.
 fn addresses(value: &[u8]) -> Vec<(usize, Vec<u8>, Result<Address, String>)> {
     let Ok(text) = std::str::from_utf8(value) else { return addresses_in_octets(value) };
     if let Some(mailbox) = address(text) {
@@ -446,8 +450,8 @@ fn addresses(value: &[u8]) -> Vec<(usize, Vec<u8>, Result<Address, String>)> {
     divide(text, None).into_iter().map(read).collect()
 }
 
-/// The addresses of a list that is not in UTF-8; those of them that are can be read. Each octet above 127 stands in for a
-/// character without a meaning, so that the list can be divided.
+/// Like [`addresses`], for a list that is not in UTF-8; those of its addresses that are in UTF-8 can be read. To divide
+/// the list, each octet above 127 is replaced by a private character, which has no meaning in the grammar.
 fn addresses_in_octets(value: &[u8]) -> Vec<(usize, Vec<u8>, Result<Address, String>)> {
     const PRIVATE_USE: u32 = 0xE000;
     let character = |octet: &u8| match octet {
@@ -472,7 +476,8 @@ fn addresses_in_octets(value: &[u8]) -> Vec<(usize, Vec<u8>, Result<Address, Str
     found
 }
 
-/// Where the mark of an address goes: its last `@`, but not one in a comment, without which the address could still be read.
+/// The octet of an address that its mark overwrites: its last `@` outside comments without which it cannot be read any
+/// more.
 fn mark_place(address: &[u8]) -> usize {
     let places = mark_places(address, b'@');
     let is_place = |at: &usize| {
@@ -483,7 +488,7 @@ fn mark_place(address: &[u8]) -> usize {
     places.into_iter().find(is_place).unwrap_or(0)
 }
 
-/// Where this octet is in an address and in no comment, the last ones first.
+/// The places of this octet in an address outside comments, the last ones first.
 fn mark_places(address: &[u8], octet: u8) -> Vec<usize> {
     let comments = match std::str::from_utf8(address) {
         Ok(text) if address.contains(&b'(') => AddressList::parse(text, None).comments,
@@ -498,7 +503,7 @@ fn mark_places(address: &[u8], octet: u8) -> Vec<usize> {
     found.filter(|at| !in_comment(at)).take(MARK_PLACES).collect()
 }
 
-/// The mark of an address, which cannot be read with it, but can be read without it.
+/// The mark in an address: the address can be read if an `@` replaces it.
 fn settled(text: &str) -> Option<Mark> {
     [Mark::Done, Mark::Rejected].into_iter().find(|mark| {
         let without = |at: usize| one_address(&[&text[..at], "@", &text[at + 1..]].concat()).is_some();
@@ -506,15 +511,15 @@ fn settled(text: &str) -> Option<Mark> {
     })
 }
 
-/// The mailbox of a list of one address.
+/// The mailbox of a list that has exactly one address.
 fn one_address(text: &str) -> Option<Mailbox> {
     let mut listed = divide(text, None).into_iter();
     let first = listed.next().filter(|_| listed.next().is_none())?;
     address(text).or_else(|| first.mailbox.ok())
 }
 
-/// The mailbox of an address as SMTP writes it, with angle brackets or without. Without them it has the grammar of RFC 5321,
-/// because a comma may divide a list.
+/// The mailbox of an address with angle brackets or without. Without them only the grammar of RFC 5321 is read: a comma
+/// may divide a list.
 fn address(text: &str) -> Option<Mailbox> {
     // Not `trim`: a local part may begin or end with white space of Unicode.
     let text = text.trim_matches([' ', '\t']);
@@ -524,13 +529,13 @@ fn address(text: &str) -> Option<Mailbox> {
     }
 }
 
-/// A recipient in `Delivered-To`: in angle brackets, if [`addresses`] would not read it without them.
+/// A recipient as written in `Delivered-To`: in angle brackets, if [`addresses`] could not read it without them.
 fn field_value(mailbox: &Mailbox) -> String {
     let text = mailbox.to_string();
     let plain = |octet: u8| octet.is_ascii_alphanumeric() || b"!#$%&'*+-/=?^_`{|}~.@".contains(&octet);
     let is_plain = text.bytes().all(plain) && text.matches('@').count() == 1 && !text.contains("=?");
     let is_plain = is_plain && !text.trim_start_matches('.').starts_with('@');
-    // With its mark it is read as a list, which has no white space of Unicode at an end.
+    // With its mark the address is read as a list, and white space of Unicode at an end would be lost.
     let has_space = text.contains(|character: char| character.is_whitespace() && !character.is_ascii());
     if is_plain || !has_space && Mailbox::parse(&text).is_some() { text } else { format!("<{text}>") }
 }
@@ -542,7 +547,7 @@ fn in_domain(mailbox: Mailbox, domain: Option<&Domain>) -> Result<Mailbox, Strin
     }
 }
 
-/// The mailbox without the prefix that another agent has put in front of its local part.
+/// The mailbox without the prefix that another agent has added to its local part.
 fn without_prefix(mailbox: Mailbox, prefix: Option<&str>) -> Mailbox {
     let rest = prefix.and_then(|prefix| mailbox.local().strip_prefix(prefix)).filter(|rest| !rest.is_empty());
     let original =
@@ -550,7 +555,7 @@ fn without_prefix(mailbox: Mailbox, prefix: Option<&str>) -> Mailbox {
     original.unwrap_or(mailbox)
 }
 
-/// The recipient with the parameters of its `X-ODMR-Recipient`.
+/// The recipient with the parameters of its `X-ODMR-Recipient` field.
 fn with_parameters(mailbox: Mailbox, parameters: &[u8]) -> Recipient {
     let mut recipient = Recipient::plain(mailbox);
     for parameter in parameters.split(|octet| *octet == b' ') {

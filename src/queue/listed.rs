@@ -1,12 +1,13 @@
 //! Which messages of a queue a session offers next.
 //!
-//! A queue may have a million messages, so it is listed in pieces: a pass over its directories keeps the first messages by
-//! their [`Rank`] that the session has not offered yet. When these are offered, there is another pass, which also finds what
-//! has arrived meanwhile. A pass is divided too: a bounded number of files is read at a time.
+//! A queue may have a million messages, more than memory should hold. So it is listed in passes: each pass over the
+//! directories keeps the first [`PIECE`] messages, by their [`Rank`], that the session has not offered yet. When these
+//! are offered, the next pass also finds messages that have arrived meanwhile. A pass reads a bounded number of file
+//! names at a time, so that a large directory does not block other sessions.
 //!
-//! Held mail is ordered by size too: of the messages that a pass keeps, the smaller come first within an hour of arrival. The
-//! size does not decide which messages are kept: so files of one unique name, whose sizes may differ, stay together, and a
-//! large message waits for [`PIECE`] smaller ones at most.
+//! Of the held messages that a pass has kept, the smaller come first within an hour of arrival. The size does not
+//! decide which messages are kept: files of one unique name, whose sizes may differ, stay together, and a large message
+//! waits for [`PIECE`] smaller ones at most.
 
 use std::collections::{BinaryHeap, HashSet, VecDeque};
 use std::ffi::OsStr;
@@ -16,52 +17,54 @@ use std::io;
 use crate::clock::Timestamp;
 use crate::maildir::{Entry, IN_DOUBT};
 
-/// Messages that a pass keeps.
+/// How many messages a pass keeps.
 pub(super) const PIECE: usize = if cfg!(test) { 1000 } else { 8192 };
 
-/// The work that is done at a time: files whose names are read. Some milliseconds, if the disk is quick.
+/// The work of one step: this many file names are read. On a quick disk that takes some milliseconds.
 pub(super) const STEP_WORK: usize = if cfg!(test) { 500 } else { 4096 };
 
-/// What it costs to open a file, and to begin with a queue, in files whose names are read.
+/// The work of opening a file, and of beginning a pass over a queue, in file names read.
 pub(super) const OPEN_WORK: usize = 64;
 pub(super) const QUEUE_WORK: usize = 128;
 
-/// When a session goes on to its next queue, it keeps so many messages in this one that are not to be offered yet.
+/// How many listed messages of a queue a session remembers at least when it goes on to its next queue.
 const LEAST_KEPT: usize = 16;
 
-/// What a file costs whose time is read too.
+/// The work of reading the time of a file, in file names read.
 pub(super) const TIME_WORK: usize = 8;
 
-/// A message in doubt that has ended so many sessions may end each one: it comes last.
+/// A message in doubt comes last if it has ended this many sessions: it may end every one.
 const SESSIONS_IN_DOUBT: u32 = 2;
 
 const HOUR: i64 = 60 * 60;
 
-/// How long a held message comes last that has ended a session. Then it comes as if it had arrived at the end of this time:
-/// what strangers send meanwhile may be more than a thin line carries, and would keep it back for ever. It is long, because the
-/// message may end one more session, and what has arrived later waits for another call.
+/// Seconds for which a held message comes last after it has ended a session. Then it is ordered as if it had arrived at
+/// the end of this time; without that, new mail, of which there may be more than a thin line carries, would delay it
+/// for ever. The time is long because the message may end one more session, and then later mail waits for another call.
 const LAST_FOR: i64 = 7 * 24 * HOUR;
 
-/// The size of a message whose name does not tell it, because another agent has written it: that of an ordinary message.
+/// The size assumed for a message of another agent whose name does not have it: that of an ordinary message.
 const ASSUMED_SIZE: u64 = 64 << 10;
 
 /// How the messages of a queue are ordered.
 #[derive(Clone, Copy)]
 pub(super) enum QueueOrder {
-    /// Those in doubt first, then by the hour of arrival, the smaller first, those that have ended sessions last. `now`: by
-    /// it, a time of arrival may be impossible.
+    /// Messages in doubt first; then by the hour of arrival, the smaller first; last those that have ended sessions.
+    /// `now` decides whether a time of arrival is possible.
     Held { now: Timestamp },
-    /// The oldest first, then those in doubt, or that have ended sessions.
+    /// The oldest first; last those in doubt and those that have ended sessions.
     Retries,
 }
 
-/// The messages of a phase come after those of the phases before it in all queues, so that these need not wait for them.
+/// All queues of a session finish a phase before the next one begins, so that no message waits for one of a later
+/// phase.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub(super) enum Phase {
-    /// In queues of held mail: the customer may have them, and knows that best while they are new.
+    /// In queues of held mail: the customer may already have these, and recognizes a duplicate best while it is new.
     InDoubt,
     Ordinary,
-    /// In queues with retries: messages without a sender. Mail of customers does not wait for the DSNs that strangers cause.
+    /// In queues with retries: messages without a sender, so that customers' mail does not wait for DSNs that strangers
+    /// cause.
     Dsn,
     /// Messages that may end this session.
     Last,
@@ -71,25 +74,25 @@ impl Phase {
     pub(super) const FIRST: Phase = Phase::InDoubt;
 }
 
-/// Where a message comes in the order of its queue. Of messages of equal rank the oldest comes first.
+/// The place of a message in the order of its queue. Of messages of equal rank the oldest comes first.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Rank {
     phase: Phase,
-    /// The sessions that it has ended.
+    /// The number of sessions that it has ended.
     sessions: u32,
-    /// Of held mail: the hour of its arrival.
+    /// The hour of arrival, of held mail.
     hour: i64,
 }
 
 impl Rank {
-    /// `is_dsn`: it comes after those with a sender.
+    /// `is_dsn`: the message has no sender, and comes after those with one.
     pub(super) fn of(entry: &Entry, order: QueueOrder, is_dsn: bool) -> Rank {
         let (ended, in_doubt) = (entry.ended(), entry.has(IN_DOUBT));
         let sessions = ended.map_or(0, |ended| ended.sessions);
         if let (QueueOrder::Held { now }, Some(ended), false) = (order, ended, in_doubt && sessions < SESSIONS_IN_DOUBT)
         {
             let until = ended.at.seconds().saturating_add(LAST_FOR);
-            // If the session has ended in the future, a clock was wrong.
+            // If the session ended in the future, a clock was wrong: the record does not count.
             let hour = if ended.at > now { hour(entry, now) } else { until / HOUR };
             if ended.at > now || until < now.seconds() {
                 return Rank { phase: Phase::Ordinary, sessions: 0, hour };
@@ -106,23 +109,23 @@ impl Rank {
         Rank { phase, sessions, hour }
     }
 
-    /// The rank of a message that is to be the next.
+    /// The rank of a message that was put back: it is offered next.
     const NEXT: Rank = Rank { phase: Phase::FIRST, sessions: 0, hour: 0 };
 }
 
-/// The hour of arrival, according to the name. Messages whose time is impossible come first, because they are all that waits
-/// from the time before the clock was set.
+/// The hour of arrival, according to the file's name. Messages whose time is impossible come first: they are from the
+/// time before the clock was set, and so the oldest.
 fn hour(entry: &Entry, now: Timestamp) -> i64 {
     let is_possible = |time: &Timestamp| time.is_possible(now);
     let arrived = entry.named().filter(is_possible).or_else(|| entry.record().first_seen.filter(is_possible));
     arrived.map_or(0, |arrived| arrived.seconds() / HOUR)
 }
 
-/// A message with its rank. The order is that in which messages are kept; see [`Kept::into_sorted`].
+/// A message with its rank. [`Kept`] keeps messages in this order; [`Kept::into_sorted`] has the order of offering.
 #[derive(PartialEq, Eq)]
 pub(super) struct RankedEntry {
     rank: Rank,
-    /// Octets of the unique name, with which the file's name begins: comparisons need not look for its end.
+    /// Octets of the unique name, with which the file's name begins, so that comparisons need not look for its end.
     unique: usize,
     pub(super) entry: Entry,
 }
@@ -136,7 +139,7 @@ impl RankedEntry {
         &self.entry.name.as_encoded_bytes()[..self.unique]
     }
 
-    /// Files of one unique name may be one message, so they come one after the other.
+    /// Files of one unique name may be one message: they must be next to each other.
     fn key(&self) -> (Rank, &[u8], &Entry) {
         (self.rank, self.unique(), &self.entry)
     }
@@ -157,27 +160,28 @@ impl Ord for RankedEntry {
 /// What a session has listed of a queue.
 #[derive(Default)]
 pub(super) struct Listed {
-    /// In order.
+    /// The messages to be offered, in order.
     waiting: VecDeque<RankedEntry>,
     pub(super) pass: Option<Pass>,
-    /// The phase of the first of the messages that were forgotten: the next pass finds them again.
+    /// The phase of the first message that was forgotten; the next pass finds it again.
     pub(super) forgotten: Option<Phase>,
-    /// The messages that this session has offered and that are still there: each is offered once.
+    /// Messages that this session has offered and that are still in the queue: each is offered once.
     pub(super) offered: NameSet,
-    /// Messages that were not found where they were listed.
+    /// Messages that were not found under the name that was listed.
     pub(super) missed: NameSet,
     /// A pass has ended.
     once: bool,
-    /// How many messages this session skips.
+    /// The number of messages that this session skips.
     pub(super) skipped: usize,
-    /// Those for which it was not counted yet.
+    /// Skipped messages for which this session was not counted as a call yet.
     pub(super) uncounted: Vec<Entry>,
-    /// How many files have no recipient that can be sent to.
+    /// The number of files without a recipient that this queue could send to.
     pub(super) not_mail: usize,
 }
 
-/// A set of unique names. The set is for one queue, because other agents may give files in two Maildirs the same name. Only a
-/// hash of each name is kept, with a key that nobody knows: a customer may defer a million messages in one session.
+/// A set of unique names in one queue; other agents may give files in two Maildirs the same name. To save memory it has
+/// only a hash of each name: a customer may defer a million messages in one session. The key of the hash is random, so
+/// that no sender can choose names that collide.
 #[derive(Default)]
 pub(super) struct NameSet {
     hashes: HashSet<u64>,
@@ -199,9 +203,9 @@ impl NameSet {
     }
 }
 
-/// A pass over the directories of a queue, and the messages that it has found so far for each phase.
+/// A pass over the directories of a queue, with the messages found so far for each phase.
 pub(super) struct Pass {
-    /// Those that were not read yet.
+    /// The files that were not read yet.
     pub(super) files: Box<dyn Iterator<Item = io::Result<Entry>> + Send>,
     order: QueueOrder,
     in_doubt: Kept,
@@ -211,13 +215,13 @@ pub(super) struct Pass {
 }
 
 impl Pass {
-    /// `files`: those of the queue.
+    /// Begins a pass over these files.
     pub(super) fn new(files: impl Iterator<Item = io::Result<Entry>> + Send + 'static, order: QueueOrder) -> Pass {
         let [in_doubt, ordinary, dsns, last] = Default::default();
         Pass { files: Box::new(files), order, in_doubt, ordinary, dsns, last }
     }
 
-    /// Adds a message that is to be offered. `is_dsn`: it comes after those with a sender.
+    /// Adds a message that is to be offered. `is_dsn`: it has no sender.
     pub(super) fn add(&mut self, entry: Entry, is_dsn: bool) {
         let found = RankedEntry::new(Rank::of(&entry, self.order, is_dsn), entry);
         match found.rank.phase {
@@ -228,8 +232,8 @@ impl Pass {
         }
     }
 
-    /// The messages that were found, in order, and how many of them are to be offered before the next pass: those of a phase
-    /// only if there are no more of the phases before it.
+    /// The messages that were found, in order, and how many of them are to be offered before the next pass. If a phase
+    /// had more messages than were kept, those of later phases wait for the next pass.
     pub(super) fn finish(self) -> (Vec<RankedEntry>, usize) {
         let (mut found, mut offered, mut more) = (Vec::new(), 0, false);
         for kept in [self.in_doubt, self.ordinary, self.dsns, self.last] {
@@ -242,16 +246,16 @@ impl Pass {
     }
 }
 
-/// The first of some messages.
+/// The first messages of a phase.
 #[derive(Default)]
 struct Kept {
     messages: BinaryHeap<RankedEntry>,
-    /// The first of the others.
+    /// The first message that is not among them.
     left: Option<RankedEntry>,
 }
 
 impl Kept {
-    /// Adds a message; keeps `limit`.
+    /// Adds a message; keeps the first `limit` of all.
     fn add(&mut self, found: RankedEntry, limit: usize) {
         let is_full = self.messages.len() >= limit;
         let left = match self.messages.peek_mut() {
@@ -267,13 +271,13 @@ impl Kept {
         }
     }
 
-    /// The messages in the order in which they are offered. Those of equal rank and the same unique name are all among them,
-    /// or none is.
+    /// The messages in the order in which they are offered. Of those with equal rank and the same unique name, all are
+    /// returned or none, so that two names of one message are seen together.
     fn into_sorted(self, order: QueueOrder) -> Vec<RankedEntry> {
         let mut messages = self.messages.into_sorted_vec();
         if let Some(left) = self.left {
             let is_whole = |found: &RankedEntry| found.rank != left.rank || found.unique() != left.unique();
-            // If all have one name, each is offered.
+            // If all have one unique name, each is returned: otherwise no pass would return any.
             let whole = messages.iter().rposition(is_whole).map_or(messages.len(), |at| at + 1);
             messages.truncate(whole);
         }
@@ -287,12 +291,12 @@ impl Kept {
 }
 
 impl Listed {
-    /// Whether there is a message that is to be offered in this phase.
+    /// Whether a listed message is to be offered in this phase.
     pub(super) fn has(&self, phase: Phase) -> bool {
         self.waiting.front().is_some_and(|next| next.rank.phase <= phase)
     }
 
-    /// Takes the next message, if it is to be offered in this phase.
+    /// Removes and returns the next message, if it is to be offered in this phase.
     pub(super) fn pop(&mut self, phase: Phase) -> Option<Entry> {
         if self.has(phase) { self.waiting.pop_front().map(|next| next.entry) } else { None }
     }
@@ -303,7 +307,7 @@ impl Listed {
         self.waiting.extend(found);
     }
 
-    /// Takes back a message, to be offered next.
+    /// Puts a message back, to be offered next.
     pub(super) fn put_back(&mut self, entry: Entry) {
         self.offered.remove(entry.unique());
         self.waiting.push_front(RankedEntry::new(Rank::NEXT, entry));
@@ -318,20 +322,20 @@ impl Listed {
         self.waiting.front().map(|next| next.rank.phase).or(self.forgotten)
     }
 
-    /// Forgets the messages that wait: the next pass finds them again.
+    /// Forgets the listed messages, to save memory. The next pass finds them again.
     pub(super) fn forget(&mut self) {
         (self.forgotten, self.waiting) = (self.phase(), VecDeque::new());
     }
 
-    /// How many messages wait at least: one, if that is not known.
+    /// The number of listed messages; before the first pass has ended, 1.
     pub(super) fn waiting(&self) -> usize {
         if self.once { self.waiting.len() } else { 1 }
     }
 
-    /// Forgets most messages that wait; `queues`: the queues of the session.
+    /// Forgets the last of the listed messages, so that those of all `queues` of the session need bounded memory.
     pub(super) fn trim(&mut self, queues: usize) {
         let kept = (PIECE / queues.max(1)).max(LEAST_KEPT);
-        // Not each time: that would copy them.
+        // To shrink copies the messages: do it only if it saves half of the memory.
         if self.waiting.len() > kept || self.waiting.capacity() > 2 * kept {
             self.waiting.truncate(kept);
             self.waiting.shrink_to_fit();

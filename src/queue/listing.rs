@@ -1,4 +1,4 @@
-//! The messages of a queue as an administrator sees them: read without the lock, and without changing anything.
+//! The messages of a queue as `odmr queue` shows them. They are read without the lock, and nothing is changed.
 
 use std::fs::{File, Metadata};
 use std::io::{self, Seek, SeekFrom};
@@ -14,32 +14,34 @@ use super::summary::arrival;
 use crate::clock::Timestamp;
 use crate::maildir::{AttemptRecord, Entry, IN_DOUBT};
 
-/// A message of a queue.
+/// A file of a queue: a message, or what other agents have left there.
 pub struct ListedMessage {
+    /// The name of the file.
     pub entry: Entry,
-    /// The id in the log; if the file is no mail, its unique name.
+    /// The id in the log; if the file is not a message, its unique name.
     pub id: String,
-    /// When it has arrived, or if that time is impossible when it was first seen.
+    /// When the message arrived; if that time is impossible, when it was first seen.
     pub arrived: Timestamp,
     /// Octets of the file.
     pub bytes: u64,
-    /// What the name of the file records.
+    /// What the name of the file records of attempts.
     pub record: AttemptRecord,
+    /// Some recipients may already have the message.
     pub in_doubt: bool,
     /// When the next attempt is due; only in a queue with retries.
     pub next_attempt: Option<Timestamp>,
-    /// Its envelope, with the recipients that are open; or why it is no mail.
+    /// The envelope with the open recipients, or why the file is not a message.
     pub envelope: Result<QueuedEnvelope, String>,
-    /// The recipients that are settled, each with what became of it.
+    /// The addresses of the settled recipients, each with `done` or `rejected`.
     pub settled: Vec<(String, &'static str)>,
-    /// The recipients that cannot be read.
+    /// The recipients that cannot be read, as the file has them.
     pub unread: Vec<String>,
     /// Where the content begins in the file, in octets.
     content: u64,
 }
 
 impl ListedMessage {
-    /// Reads a message; `None`: it is gone.
+    /// Reads a file; `None`: it is gone.
     ///
     /// # Errors
     /// The file cannot be read.
@@ -52,7 +54,7 @@ impl ListedMessage {
         })
     }
 
-    /// What is no mail, for this reason.
+    /// A file that is not a message, for this reason.
     fn unread(entry: Entry, reason: String) -> ListedMessage {
         ListedMessage {
             id: entry.shown_unique(),
@@ -71,7 +73,8 @@ impl ListedMessage {
 
     fn read_file(name: &QueueName, entry: Entry, now: Timestamp) -> io::Result<Option<ListedMessage>> {
         let Some(file) = open(name, &entry)? else { return Ok(None) };
-        // A hundred thousand messages are listed in less than a second: no call of the system that is not needed.
+        // A hundred thousand messages should be listed in less than a second: save the system calls that are not
+        // needed.
         let known = !name.retries && entry.file_size().is_some() && arrival(&entry, now).is_some();
         let mut metadata = if known { None } else { Some(file.metadata()?) };
         let mut parsed = parse(&file, &entry, name, metadata.as_ref())?;
@@ -103,17 +106,17 @@ impl ListedMessage {
         Ok(Some(message))
     }
 
-    /// The last reply to a recipient that stays.
+    /// The last reply to a recipient that stayed open.
     pub fn last_reply(&self) -> Option<String> {
         self.record.last_reply.as_deref().map(readable_reply)
     }
 
-    /// Whether an administrator means it by this id.
+    /// Whether this is its id in the log, or its unique name.
     pub fn is(&self, id: &str) -> bool {
         self.id == id || self.entry.unique().to_str() == Some(id)
     }
 
-    /// Its content, from the first octet after the envelope; `None`: it is gone, or no plain file.
+    /// Opens the content, at the first octet after the envelope; `None`: the file is gone, or not a plain file.
     ///
     /// # Errors
     /// The file cannot be read.

@@ -1,4 +1,4 @@
-//! The lock on some queues, and the messages that it offers.
+//! The lock on the queues of one session, and the order in which their messages are offered.
 
 use std::fs::File;
 use std::io;
@@ -15,25 +15,25 @@ use crate::mail::address::Domain;
 use crate::maildir::{AttemptRecord, Entry, Maildir, with_path};
 use crate::smtp::status::DeliveryResult;
 
-/// Directories that a session keeps locked when their messages are offered.
+/// How many directories a session keeps locked after their messages were offered. Each lock is a descriptor.
 const MOST_LOCKED: usize = 64;
 
-/// Messages of one queue that are offered before the next queue has its turn, if the messages of both are known.
+/// How many messages of one queue are offered before the next queue has its turn, if both are listed.
 const TURN_MESSAGES: usize = 8;
 
-/// The lock on some queues, for one session.
+/// The lock on the queues of one session. It is released when it is dropped.
 pub struct QueueLock {
     pub(super) queues: Vec<LockedQueue>,
-    /// The queue whose messages are offered.
+    /// The number of the queue whose messages are offered.
     current: usize,
     phase: Phase,
-    /// Messages of it that were offered in this turn of it.
+    /// The number of messages that were offered in this turn of the current queue.
     offered: usize,
-    /// Queues that were looked at since the last message was found.
+    /// The number of queues that were looked at since the last message was found.
     looked: usize,
-    /// As [`QueueLock::is_short`].
+    /// See [`QueueLock::is_short`].
     short: bool,
-    /// As [`QueueLock::is_unreadable`].
+    /// See [`QueueLock::is_unreadable`].
     unreadable: bool,
     /// The locks of the accounts. They are released last.
     accounts: Vec<LockFile>,
@@ -42,7 +42,7 @@ pub struct QueueLock {
 /// What [`QueueLock::next_step`] has found.
 pub enum NextStep {
     Message(Box<QueuedMessage>),
-    /// Nothing yet.
+    /// No message yet: the listing goes on with the next call.
     Listing,
     /// Every message has been offered, or [`QueueLock::is_short`].
     End,
@@ -50,7 +50,7 @@ pub enum NextStep {
 
 impl QueueLock {
     pub(super) fn new(queues: Vec<LockedQueue>, accounts: Vec<LockFile>) -> QueueLock {
-        // The queue after the last is the first one that was asked for.
+        // The first step goes on to the queue after the current one: the first one of `queues`.
         let current = queues.len().saturating_sub(1);
         QueueLock {
             queues,
@@ -64,18 +64,18 @@ impl QueueLock {
         }
     }
 
-    /// The session ends, and was a call of the customer: it counts for the messages that it has skipped. A session that only
-    /// a limit has ended does not count, as the customer calls again at once.
+    /// Counts this session as a call for the messages that it has skipped. A session that a limit has ended is not
+    /// counted: the customer calls again at once, and the messages would be offered too soon.
     pub fn count_call(&mut self) {
         self.queues.iter_mut().for_each(LockedQueue::count_call);
     }
 
-    /// How many messages this session skips because they have ended sessions.
+    /// The number of messages that this session skips because they have ended sessions.
     pub fn skipped(&self) -> usize {
         self.queues.iter().map(|queue| queue.listed.skipped).sum()
     }
 
-    /// How many files this session has found that are no mail, or of which no recipient can be read.
+    /// The number of files found so far that are not messages, or of which no recipient can be read.
     pub fn not_mail(&self) -> usize {
         self.queues.iter().map(|queue| queue.listed.not_mail).sum()
     }
@@ -85,7 +85,7 @@ impl QueueLock {
         self.queues.iter().filter_map(|queue| queue.name.domain.as_ref())
     }
 
-    /// Whether there is no file at all in the queues, but for those that are known to be no mail.
+    /// Whether the queues have no files, except those that are known not to be messages.
     ///
     /// # Errors
     /// A directory cannot be read.
@@ -93,8 +93,8 @@ impl QueueLock {
         Ok(self.count_if(1, |_| true)? == 0)
     }
 
-    /// How many files there are in the queues, up to `limit`, without those that are known to be no mail or are skipped by
-    /// this session.
+    /// The number of files in the queues, except those that are known not to be messages and those that this session
+    /// skips. Counting stops at `limit`.
     ///
     /// # Errors
     /// A directory cannot be read.
@@ -111,9 +111,9 @@ impl QueueLock {
         Ok(count)
     }
 
-    /// The next message, in the order of [`queue`](super); the queues take turns within each [`Phase`]. Messages that
-    /// arrive after the lock are offered too. A file that cannot be read is logged and left out; so is one that another process
-    /// has locked. `None`: every message has been offered, or [`QueueLock::is_short`].
+    /// The next message, in the order that the module doc of [`queue`](super) describes. Messages that arrive after the
+    /// lock are offered too. A file that cannot be read, or that another process has locked, is logged and left out.
+    /// `None`: every message has been offered, or [`QueueLock::is_short`].
     pub fn next_message(&mut self) -> Option<QueuedMessage> {
         loop {
             match self.next_step() {
@@ -124,24 +124,25 @@ impl QueueLock {
         }
     }
 
-    /// The same in steps: a large directory, or many files that are no mail, take several.
+    /// Like [`QueueLock::next_message`], in short steps: a large directory, or many files that are not messages, take
+    /// several, so that one queue does not keep the thread from the others.
     pub fn next_step(&mut self) -> NextStep {
         let step = self.try_next_step();
         self.short = step.is_err();
         if self.short {
-            // The queue that could not be listed is looked at again, after the others.
+            // Look again at all queues, so that the one that could not be listed is listed too.
             self.looked = 0;
         }
         step.unwrap_or(NextStep::End)
     }
 
-    /// Whether the last message that was asked for cannot be opened because this process has no descriptors left: it can when
-    /// some are closed.
+    /// Whether the last step failed because this process has no descriptors or no memory left. When some are free
+    /// again, the next call offers the message.
     pub fn is_short(&self) -> bool {
         self.short
     }
 
-    /// Whether a directory could not be locked or listed: nobody knows what mail is in it.
+    /// Whether a directory could not be locked or listed, so that it may have mail that was not offered.
     pub fn is_unreadable(&self) -> bool {
         self.unreadable
     }
@@ -175,7 +176,7 @@ impl QueueLock {
             } else if self.looked < queues {
                 queue.listed.trim(queues);
                 if self.locks_many() {
-                    // What waits in it is found again when the other queues have been looked at.
+                    // The next pass finds its messages again, after the other queues were looked at.
                     self.queues[self.current].listed.forget();
                     self.queues[self.current].release_if_idle();
                 }
@@ -187,11 +188,11 @@ impl QueueLock {
                 begun.or_else(|error| queue.report(&error))?;
                 work = work.saturating_sub(QUEUE_WORK);
             } else if let Some(next) = self.queues.iter().filter_map(|queue| queue.listed.phase()).min() {
-                // The last queue that had a message of this phase is not the first of the next one.
+                // The next phase begins with the next queue, so that no domain is always first.
                 (self.phase, self.looked, self.offered) = (next, 0, 0);
                 self.current = (self.current + 1) % queues;
             } else {
-                // The next call looks for what has arrived meanwhile.
+                // The next call looks for messages that have arrived meanwhile.
                 (self.phase, self.looked) = (Phase::FIRST, 0);
                 return Ok(NextStep::End);
             }
@@ -199,9 +200,9 @@ impl QueueLock {
         Ok(NextStep::Listing)
     }
 
-    /// Goes on to the next queue with a message of this phase, if this one has had its turn. So a domain with much mail does
-    /// not delay the others of the account. Those that must be listed first have their turn when the messages of one are used
-    /// up. In queues with retries, the order is that of one after the other.
+    /// If the current queue has had its turn, goes on to the next one that has listed messages of this phase, so that a
+    /// domain with much mail does not delay the others of the account. A queue that is not listed has its turn when the
+    /// current one has none left. Queues with retries do not take turns.
     fn take_turns(&mut self) {
         let had_turn = |queue: &LockedQueue| self.offered >= TURN_MESSAGES && !queue.name.retries;
         let Some(queue) = self.queues.get(self.current).filter(|queue| had_turn(queue)) else { return };
@@ -217,33 +218,34 @@ impl QueueLock {
         self.offered = 0;
     }
 
-    /// Whether more directories are locked than a session of many queues keeps.
+    /// Whether more than [`MOST_LOCKED`] directories are locked.
     fn locks_many(&self) -> bool {
         let locked = self.queues.iter().filter(|queue| queue.lock.is_some());
         self.queues.len() > MOST_LOCKED && locked.take(MOST_LOCKED + 1).count() > MOST_LOCKED
     }
 
-    /// Releases the lock on a directory, if nothing of it waits or is under way and there are many others.
+    /// Releases the lock on an idle directory if [`QueueLock::locks_many`].
     fn release_if_many(&mut self, at: usize) {
         if self.locks_many() {
             self.queues[at].release_if_idle();
         }
     }
 
-    /// How many messages wait at least, as far as is known: of a queue that was not listed yet, one.
+    /// The number of messages that wait at least: those listed, and one for each queue that was not listed yet.
     pub fn waiting(&self) -> usize {
         self.queues.iter().map(|queue| queue.listed.waiting()).sum()
     }
 
-    /// What is settled from now on is recorded in the index of the shared directory, and messages are listed by it.
+    /// Lists shared queues by this index from now on, and records in it what is settled.
     pub(super) fn set_index(&mut self, index: &Arc<SharedIndex>) {
         self.queues.iter_mut().for_each(|queue| queue.index = queue.name.shared.then(|| index.clone()));
     }
 
-    /// Locks one message of a shared directory, for one call about it that follows. Returns whether it is still there.
+    /// Locks one message of a shared directory, so that a following call can open, remove or change it. In other queues
+    /// the session has the lock already. Returns whether the message is still there.
     ///
     /// # Errors
-    /// `WouldBlock`: another session has it; the system's.
+    /// `WouldBlock`: another session has the message; otherwise the system's.
     pub fn lock_message(&mut self, name: &QueueName, entry: &Entry) -> io::Result<bool> {
         let Some(queue) = self.queues.iter_mut().find(|queue| queue.name == *name && name.shared) else {
             return Ok(true);
@@ -264,7 +266,8 @@ impl QueueLock {
         Ok(false)
     }
 
-    /// Closes a message that was offered, and does not offer it again. [`QueueLock::open_message`] opens it once more.
+    /// Closes a message that was offered, to save descriptors. This session does not offer it again, but
+    /// [`QueueLock::open_message`] opens it.
     pub fn leave(&mut self, message: QueuedMessage) {
         if let Some(at) = self.queues.iter().position(|queue| queue.name == *message.queue()) {
             drop(message);
@@ -273,15 +276,15 @@ impl QueueLock {
         }
     }
 
-    /// Opens one message of a queue, which is then not offered again. `None`: it is gone, or the queue is not locked, or another
-    /// session has it by now.
+    /// Opens one message of a queue; the session then does not offer it again. `None`: the message is gone, or the
+    /// queue is not locked, or another session has locked it by now.
     ///
     /// # Errors
     /// The file cannot be read; `WouldBlock`: it is in a shared directory, and another session has it.
     pub fn open_message(&mut self, name: &QueueName, entry: Entry) -> io::Result<Option<QueuedMessage>> {
         let Some(queue) = self.queues.iter_mut().find(|queue| queue.name == *name) else { return Ok(None) };
         queue.listed.offered.insert(entry.unique());
-        // Its directory may have been released meanwhile.
+        // `release_if_many` may have released the directory.
         match queue.lock_if_mail(None) {
             Ok(()) => {}
             Err(LockError::Busy(_)) => return Ok(None),
@@ -290,7 +293,7 @@ impl QueueLock {
         queue.open(entry).inspect(|opened| queue.under_way += usize::from(opened.is_some()))
     }
 
-    /// Removes a message with all its recipients, by order of an administrator. Returns whether it was still there.
+    /// Removes a message with all its recipients, for an administrator. Returns whether it was still there.
     ///
     /// # Errors
     /// The file cannot be removed.
@@ -298,7 +301,7 @@ impl QueueLock {
         self.with_entry(name, entry, |maildir, entry| maildir.remove(entry))
     }
 
-    /// Makes a message due at once, and lets the next call not skip it. Returns whether it is still there.
+    /// Makes a message due at once; the next call does not skip it. Returns whether it is still there.
     ///
     /// # Errors
     /// The file cannot be changed.
@@ -315,8 +318,8 @@ impl QueueLock {
         })
     }
 
-    /// Does something with a file by its name, and does it again by the new one if a mail reader has moved the file
-    /// meanwhile. Returns whether it is still there.
+    /// Calls `act` with a file by its name; if a mail reader has moved it meanwhile, calls `act` again with the new
+    /// name. Returns whether the file is still there.
     fn with_entry(
         &self, name: &QueueName, mut entry: Entry, act: impl Fn(&Maildir, &Entry) -> io::Result<()>,
     ) -> io::Result<bool> {
@@ -335,7 +338,8 @@ impl QueueLock {
         Ok(false)
     }
 
-    /// Whether [`QueueLock::next_message`] will offer a message. If there is one, a large directory is not read to its end.
+    /// Whether [`QueueLock::next_message`] will offer a message. If there is one, a large directory is not read to its
+    /// end.
     pub fn has_next(&mut self) -> bool {
         let mut looked = false;
         loop {
@@ -354,7 +358,7 @@ impl QueueLock {
         }
     }
 
-    /// Takes back a message that was offered, to be offered next.
+    /// Puts a message back that was offered: it is the next one to be offered.
     pub fn put_back(&mut self, message: QueuedMessage) {
         if let Some(queue) = self.queue_of(message.queue()) {
             queue.under_way = queue.under_way.saturating_sub(1);
@@ -362,10 +366,11 @@ impl QueueLock {
         }
     }
 
-    /// Records what became of the recipients of a message, and removes the message if no recipient is left.
+    /// Records the result of an attempt, and removes the message if no recipient is open.
     ///
     /// # Errors
-    /// The disk fails. No recipient is lost, but some may receive the message twice. This session does not offer it again.
+    /// The disk fails. No recipient is lost, but some may receive the message twice. This session does not offer it
+    /// again.
     pub fn settle(&mut self, mut message: QueuedMessage, result: &DeliveryResult) -> io::Result<()> {
         let Some(at) = self.queues.iter().position(|queue| queue.name == *message.queue()) else { return Ok(()) };
         let queue = &mut self.queues[at];
@@ -375,7 +380,7 @@ impl QueueLock {
         queue.record(&message);
         match settled {
             Ok(true) => queue.listed.offered.remove(message.unique()),
-            // A name that was too long may have changed.
+            // If the name would have been too long, the file has another unique part now.
             _ => drop(queue.listed.offered.insert(message.unique())),
         }
         self.release_if_many(at);
@@ -392,7 +397,8 @@ impl QueueLock {
         self.queues.iter_mut().find(|queue| queue.name == *name)
     }
 
-    /// Shows sessions that wait for these locks that this session makes progress.
+    /// Shows to sessions that wait for these locks that this one makes progress, so that they do not ask for a
+    /// takeover.
     pub fn heartbeat(&self) {
         self.lock_files().for_each(LockFile::heartbeat);
     }

@@ -1,4 +1,5 @@
-//! A file that a session locks, across processes, and how another session takes the lock over.
+//! A file that a session locks, across processes (flock(2)), and the takeover of its lock by another session: a stalled
+//! session must not keep a customer from its mail.
 
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io;
@@ -21,7 +22,8 @@ pub(super) const TAKEOVER_WAIT: Duration = Duration::from_secs(5);
 /// How often a session that waits for a lock tries to get it.
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
-/// How often a session looks whether a holder makes progress that does not yield.
+/// How often a session looks again before it finds a queue busy: a holder that yields may have set its heartbeat just
+/// now.
 const LOOKS_AT_HOLDER: u32 = 5;
 
 /// A lock file that no session has used for this long is removed.
@@ -30,13 +32,13 @@ const UNUSED_AGE: Duration = Duration::from_secs(36 * 60 * 60);
 /// Why a queue cannot be locked.
 #[derive(Debug)]
 pub enum LockError {
-    /// Another session has this queue.
+    /// Another session has locked this queue.
     Busy(QueueName),
     /// The directory or its lock file cannot be made or locked.
     Failed(io::Error),
 }
 
-/// A file that this session has locked. It releases the lock when it is dropped.
+/// A file that this session has locked. The lock is released when this is dropped.
 pub(super) struct LockFile {
     path: PathBuf,
     pub(super) file: File,
@@ -44,7 +46,8 @@ pub(super) struct LockFile {
 
 impl Drop for LockFile {
     fn drop(&mut self) {
-        // A child process has a copy of the descriptor between fork and exec: the next session must not find the queue locked.
+        // Closing is not enough: between fork and exec a child process has a copy of the descriptor, which keeps the
+        // lock.
         let _ = self.file.unlock();
     }
 }
@@ -55,8 +58,8 @@ fn takeover_file(lock: &Path) -> PathBuf {
 }
 
 impl LockFile {
-    /// Locks the file of this queue, which is created if it does not exist. A holder that has made no progress for `takeover`
-    /// is asked to release it, and gets 5 seconds for that; `None`: it is not asked.
+    /// Locks the file of this queue; creates it if it does not exist. A session that has the lock and has made no
+    /// progress for `takeover` is asked to release it, and gets 5 seconds for that; `None`: it is not asked.
     ///
     /// # Errors
     /// See [`LockError`]; `NotFound` if the directory is missing.
@@ -65,7 +68,7 @@ impl LockFile {
             let file = open(path).map_err(|error| LockError::Failed(write_error(path, error)))?;
             let lock = LockFile { path: path.to_owned(), file };
             lock.wait(takeover, name)?;
-            // The lock of a file that was removed meanwhile excludes nobody.
+            // A file that was removed meanwhile may have a successor, which another session locks: try again.
             if lock.file.metadata().map_err(LockError::Failed)?.nlink() > 0 {
                 let _ = fs::remove_file(takeover_file(path));
                 lock.heartbeat();
@@ -85,10 +88,9 @@ impl LockFile {
                 Err(TryLockError::WouldBlock) => {}
             }
             match give_up {
-                // A holder that makes progress keeps its lock; one that has made none for long is asked to release it.
                 None if takeover.is_none() => return Err(LockError::Busy(name.clone())),
                 None if takeover.is_some_and(|takeover| self.is_alive(takeover)) => {
-                    // One that yields says so just after it has got the lock.
+                    // A holder that yields resets its heartbeat just after it has locked the file.
                     if looks >= LOOKS_AT_HOLDER {
                         return Err(LockError::Busy(name.clone()));
                     }
@@ -104,13 +106,13 @@ impl LockFile {
                     let _ = fs::remove_file(&wanted);
                     return Err(LockError::Busy(name.clone()));
                 }
-                // The kernel reports the release of a lock only to a wait that has no deadline.
+                // flock(2) can wait for a lock, but not with a deadline.
                 Some(_) => std::thread::sleep(POLL_INTERVAL),
             }
         }
     }
 
-    /// Whether the holder of the lock has made progress lately.
+    /// Whether the holder of the lock has made progress within `takeover`.
     fn is_alive(&self, takeover: Duration) -> bool {
         let heartbeat = self.file.metadata().and_then(|metadata| metadata.modified());
         heartbeat.is_ok_and(|heartbeat| heartbeat.elapsed().is_ok_and(|age| age < takeover))
@@ -120,12 +122,12 @@ impl LockFile {
         &self.path
     }
 
-    /// Shows sessions that wait for this lock that its holder makes progress.
+    /// Shows to sessions that wait for this lock that its holder makes progress.
     pub(super) fn heartbeat(&self) {
         let _ = self.file.set_modified(SystemTime::now());
     }
 
-    /// Lets a session that wants this lock ask for it at once, as if its holder made no progress.
+    /// Lets a session that needs this lock ask for it at once, as if its holder made no progress.
     pub(super) fn yield_to_sessions(&self) {
         let _ = self.file.set_modified(SystemTime::UNIX_EPOCH);
     }
@@ -135,7 +137,7 @@ impl LockFile {
         takeover_file(&self.path).exists()
     }
 
-    /// Removes the file. Its lock is released.
+    /// Removes the file, and releases its lock.
     pub(super) fn remove(self) {
         let _ = fs::remove_file(&self.path);
         let _ = fs::remove_file(takeover_file(&self.path));
@@ -166,12 +168,13 @@ pub fn remove_unused_lock(path: &Path) -> io::Result<()> {
     remove().map_err(|error: io::Error| with_path(path, error))
 }
 
-/// Removes a lock file that was opened, unless a session has it.
+/// Removes an open lock file, unless a session has locked it.
 fn remove_unlocked(path: &Path, file: File) -> io::Result<()> {
     match file.try_lock() {
         Ok(()) => {
             let lock = LockFile { path: path.to_owned(), file };
-            // If a session has removed it meanwhile, the file of that name is another one, which the next session has.
+            // If a session has removed the file meanwhile, another file may have its name, which another session has
+            // locked.
             if lock.file.metadata()?.nlink() > 0 {
                 lock.remove();
             }

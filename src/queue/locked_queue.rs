@@ -19,45 +19,47 @@ use crate::ids::Ids;
 use crate::maildir::{Entry, Maildir, log_sweep_failed, with_remedy};
 use crate::net::trace::quoted;
 
-/// How often a message is looked for that a mail reader moves again and again.
+/// How often a message is looked for again whose name a mail reader changes all the time.
 pub(super) const OPEN_ATTEMPTS: usize = 5;
 
-/// How often a queue is made again that other processes remove while it is locked.
+/// How often a directory is made again that other processes remove before it is locked.
 const LOCK_ATTEMPTS: usize = 100;
 
+/// A queue that a session has locked, or will lock when there is mail in it.
 pub(super) struct LockedQueue {
     pub(super) name: QueueName,
     pub(super) maildir: Maildir,
-    /// The lock on the directory; `None`: there was no mail in it yet, or it is shared, and each message is locked for itself.
+    /// The lock on the directory; `None`: it had no mail yet, or it is shared, and each message has its own lock.
     pub(super) lock: Option<LockFile>,
     pub(super) ids: Ids,
     pub(super) notes: Arc<Notes>,
     pub(super) set_aside: Arc<SetAsideLimits>,
-    /// The index of the shared directory.
+    /// The index of the shared directory; `None`: it is not shared, or has no index in this process.
     pub(super) index: Option<Arc<SharedIndex>>,
-    /// Messages of it that are locked already, by their unique names.
+    /// Messages of the shared directory that are locked already, by their unique names.
     pub(super) locked: HashMap<OsString, MessageLock>,
     pub(super) listed: Listed,
-    /// Messages that were offered and are neither settled nor put back.
+    /// The number of messages that were offered and are neither settled nor put back.
     pub(super) under_way: usize,
 }
 
-/// There are no descriptors, or there is no memory: that says nothing about the message.
+/// This process has no descriptors or no memory left. The message is not the reason: it is offered again later.
 pub(super) struct Shortage;
 
-/// Files that were named in the log: each is named once by a process, and counted apart if it is no mail.
+/// The files that this process has logged as `not-mail` or `recipients-left`, so that each is logged once, and files
+/// that are not messages do not count as waiting.
 #[derive(Default)]
 pub(super) struct Notes(Mutex<HashMap<PathBuf, (Note, Option<FileStamp>)>>);
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Note {
-    /// No recipient can be sent to.
+    /// The file has no recipient that this queue could send to.
     NotMail,
     /// Some recipients cannot be read.
     RecipientsLeft,
 }
 
-/// Files that are remembered; then all are forgotten, and named once more.
+/// The number of files at which all are forgotten, to bound the memory; they are logged once more.
 const NOTES_LIMIT: usize = 10_000;
 
 impl Notes {
@@ -65,7 +67,7 @@ impl Notes {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// `stamp`: of the file before it was read. Returns whether that is new.
+    /// Notes a file, with its stamp from before it was read. Returns whether the note is new.
     fn add(&self, maildir: &Maildir, entry: &Entry, note: Note, stamp: Option<FileStamp>) -> bool {
         let mut notes = self.lock();
         if notes.len() >= NOTES_LIMIT {
@@ -74,7 +76,7 @@ impl Notes {
         notes.insert(maildir.path().join(entry.unique()), (note, stamp)).is_none_or(|(before, _)| before != note)
     }
 
-    /// The file is a message by now.
+    /// Forgets a file, which is a message now.
     fn remove(&self, maildir: &Maildir, entry: &Entry) {
         let mut notes = self.lock();
         if !notes.is_empty() {
@@ -82,7 +84,7 @@ impl Notes {
         }
     }
 
-    /// Whether a file may be mail: it is not known to be none, or has changed since.
+    /// Whether a file may be a message: it is not noted as `not-mail`, or it has changed since.
     pub(super) fn is_mail(&self, maildir: &Maildir, entry: &Entry) -> bool {
         let notes = self.lock();
         if notes.is_empty() {
@@ -105,7 +107,8 @@ impl Drop for LockedQueue {
 }
 
 impl LockedQueue {
-    /// Releases the lock on the directory. A directory of an account without mail has no lock.
+    /// Releases the lock on the directory. Removes the lock file of an account's directory without mail, so that the
+    /// directory can be removed.
     fn release(&mut self) {
         if let Some(lock) = self.lock.take()
             && self.name.account_lock.is_some()
@@ -115,8 +118,8 @@ impl LockedQueue {
         }
     }
 
-    /// Releases the lock on a directory of an account until there is a pass over it again, if no message of it waits or is under
-    /// way: an account may have more domains with mail than this process may have descriptors.
+    /// If no message of a directory of an account waits or is under way, releases the lock until the next pass over it.
+    /// An account may have more domains with mail than this process may have descriptors.
     pub(super) fn release_if_idle(&mut self) {
         let is_idle = self.under_way == 0 && self.listed.is_empty() && !self.listed.is_passing();
         if self.name.account_lock.is_some() && is_idle {
@@ -124,7 +127,7 @@ impl LockedQueue {
         }
     }
 
-    /// Makes and locks the directory.
+    /// Makes and locks the directory, and removes files of dead writers.
     ///
     /// # Errors
     /// See [`LockError`].
@@ -132,7 +135,7 @@ impl LockedQueue {
         for attempt in 0.. {
             self.maildir.create().map_err(|error| LockError::Failed(with_remedy(&self.name.path, error)))?;
             match LockFile::lock(&self.name.path.join(QUEUE_LOCK_FILE), takeover, &self.name) {
-                // It was removed just now.
+                // Another process has removed the directory between `create` and `lock`.
                 Err(LockError::Failed(error)) if error.kind() == io::ErrorKind::NotFound && attempt < LOCK_ATTEMPTS => {
                 }
                 locked => {
@@ -145,13 +148,13 @@ impl LockedQueue {
         Ok(())
     }
 
-    /// Removes files of writers that died. A failure is logged.
+    /// Removes files of dead writers. A failure is logged.
     pub(super) fn sweep(&self) {
         message::sweep(&self.maildir).unwrap_or_else(|error| log_sweep_failed(&self.name, &error));
     }
 
-    /// Locks the directory, unless it is locked, shared, or has no mail. Another session may have it: one of another account, which has
-    /// begun before the domain became this account's, or one of an earlier version.
+    /// Locks the directory, unless it is locked, shared, or has no mail. It may be busy although the account is locked:
+    /// the domain was another account's when that one's session began, or an earlier version runs.
     ///
     /// # Errors
     /// See [`LockError`].
@@ -162,7 +165,7 @@ impl LockedQueue {
         }
     }
 
-    /// The messages of the queue, in no order.
+    /// The files of the queue, in no order.
     pub(super) fn files(&self) -> Box<dyn Iterator<Item = io::Result<Entry>> + Send> {
         match (&self.index, &self.name.domain) {
             (Some(index), Some(domain)) => Box::new(index.entries(domain).into_iter().map(Ok)),
@@ -177,7 +180,8 @@ impl LockedQueue {
         }
     }
 
-    /// Records in the index where a message is now. If that is `.refused`, keeps that within its limits.
+    /// Records in the index where a message is now. If it was moved to `.refused`, applies the limits of that
+    /// directory.
     pub(super) fn record(&self, message: &QueuedMessage) {
         if let Some(octets) = message.octets_set_aside()
             && let Err(error) = self.set_aside.added(&self.name, octets)
@@ -189,7 +193,11 @@ impl LockedQueue {
         }
     }
 
-    /// Opens a message that was listed just now.
+    /// Opens a message. If a mail reader has moved it since it was listed, looks for its new name. `None`: it is gone,
+    /// or not a message with an open recipient.
+    ///
+    /// # Errors
+    /// The file cannot be read; `WouldBlock`: it is in a shared directory, and another session has it.
     pub(super) fn open(&mut self, mut entry: Entry) -> io::Result<Option<QueuedMessage>> {
         for _ in 0..OPEN_ATTEMPTS {
             let locked = self.locked.remove(entry.unique());
@@ -205,15 +213,19 @@ impl LockedQueue {
         Ok(None)
     }
 
-    /// Opens the next message of the list. If a mail reader has moved it, the next pass finds it again; a message that is
-    /// moved once more meanwhile is looked for alone.
+    /// Opens the next message of the list. If a mail reader has moved it, leaves it to the next pass: to look for each
+    /// one alone would take long if a reader moves a whole directory. If it is moved again, looks for it alone. `None`:
+    /// as [`Self::open`].
+    ///
+    /// # Errors
+    /// The file or directory cannot be read.
     pub(super) fn open_listed(&mut self, entry: &Entry) -> io::Result<Option<QueuedMessage>> {
         self.listed.offered.insert(entry.unique());
         match self.open_file(entry, None)? {
             Opened::Gone if self.listed.missed.insert(entry.unique()) => {
                 self.listed.offered.remove(entry.unique());
                 if let Some(index) = &self.index {
-                    // Another process has renamed it, and may have renamed all of them.
+                    // Another process has renamed the message, and may have renamed all.
                     index.read(&self.name)?;
                     self.listed.forget();
                 }
@@ -227,7 +239,7 @@ impl LockedQueue {
         }
     }
 
-    /// `locked`: the file, if it is in a shared directory and was locked before.
+    /// See [`QueuedMessage::open`].
     pub(super) fn open_file(&self, entry: &Entry, locked: Option<MessageLock>) -> io::Result<Opened> {
         QueuedMessage::open(&self.name, entry.clone(), locked, self.ids.clock().now())
     }
@@ -236,7 +248,8 @@ impl LockedQueue {
         match opened {
             Opened::Gone | Opened::Busy => Ok(None),
             Opened::NotMail(_) => {
-                // Another agent may have been writing it; read again after its stamp, it is looked at when that changes.
+                // Another agent may be writing the file. Read it again after its stamp: what is written later changes
+                // the stamp, and the file counts as mail again.
                 let stamp = stamp(&self.maildir, entry);
                 match self.open_file(entry, None)? {
                     Opened::NotMail(reason) => self.note(entry, Note::NotMail, &reason, stamp),
@@ -249,8 +262,9 @@ impl LockedQueue {
         }
     }
 
-    /// If the message's time of arrival is impossible, records that it was first seen now. If a crash came between the
-    /// settlement of its last recipient and its removal, removes it.
+    /// Completes what other sessions and agents have left undone. If a crash came between the settlement of the last
+    /// recipient and the removal, removes the message. If its time of arrival is impossible, records when it was first
+    /// seen.
     fn check(&mut self, mut message: QueuedMessage) -> io::Result<Option<QueuedMessage>> {
         let (no_recipients, unread) = (message.envelope.recipients.is_empty(), message.unread());
         if !unread.is_empty() {
@@ -273,7 +287,7 @@ impl LockedQueue {
         Ok(Some(message))
     }
 
-    /// Names a file in the log, once, and counts it if it is no mail.
+    /// Logs a file once, and counts it if it is not a message.
     fn note(&mut self, entry: &Entry, note: Note, reason: &str, stamp: Option<FileStamp>) {
         self.listed.not_mail += usize::from(note == Note::NotMail);
         if self.notes.add(&self.maildir, entry, note, stamp) {
@@ -286,7 +300,7 @@ impl LockedQueue {
         }
     }
 
-    /// Whether its messages may be offered.
+    /// Whether the queue's messages may be offered: the directory is locked, or each message has its own lock.
     pub(super) fn has_lock(&self) -> bool {
         self.lock.is_some() || self.name.shared
     }
@@ -294,7 +308,7 @@ impl LockedQueue {
     /// Logs an error of a file or a directory.
     ///
     /// # Errors
-    /// It is a shortage.
+    /// [`Shortage`], if the error is one.
     pub(super) fn report(&self, error: &io::Error) -> Result<(), Shortage> {
         log_unreadable(&self.name, error);
         if error.kind() == io::ErrorKind::OutOfMemory { Err(Shortage) } else { Ok(()) }

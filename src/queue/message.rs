@@ -26,77 +26,79 @@ use crate::smtp::command::{Envelope, Recipient};
 use crate::smtp::content::WireSize;
 use crate::smtp::status::{DecidedBy, DeliveryResult, RecipientStatus};
 
-/// Names tried for a message in `.refused`: an earlier version may have kept copies there for other recipients.
+/// Names tried for a message in `.refused`: an earlier version put copies there, one for each rejection.
 const SET_ASIDE_NAMES: usize = 1000;
 
-/// Octets of a header that are read for what it needs at most: a few threads do it for all turned sessions,
-/// and a longer list of addresses would delay the others.
+/// Octets of a header that are read at most to find whether it needs SMTPUTF8. A few threads do this for all turned
+/// sessions: without the limit, a header with a long list of addresses would delay the others.
 const HEADER_LIMIT: usize = 64 << 10;
 
 /// Octets of a header that are read at a time.
 const HEADER_BLOCK: usize = 16 << 10;
 
-/// A message is offered after this many ended sessions in a row as before, but last; then calls skip it.
+/// After this many ended sessions in a row a message is still offered in each call, but last; after more, calls skip
+/// it.
 const SESSIONS_WITHOUT_SKIP: u32 = 2;
 
-/// How many calls skip a message at most, after one more ended session each: 1, 2, 4, 8, 8 and so on.
+/// How many calls in a row skip a message at most: 1, 2, 4, 8, 8 and so on, after one more ended session each.
 const SKIPPED_CALLS_LIMIT: u32 = 8;
 
-/// No call skips a message when this time has passed since it ended a session.
+/// No call skips a message if it ended its last session longer ago than this: a customer may call once a day.
 const SKIP_LIMIT: Duration = Duration::from_secs(24 * 60 * 60);
 
-/// One message, and the recipients that it is offered for.
+/// One message of a locked queue, with its open recipients.
 pub struct QueuedMessage {
     queue: QueueName,
     maildir: Maildir,
     entry: Entry,
-    /// The file was removed, or has gone to `.refused`.
+    /// The file was removed, or moved to `.refused`.
     gone: bool,
     /// Open for reading, and for writing if the system permits that.
     file: File,
-    /// The lock on it, in a shared directory.
+    /// The lock on the file, if it is in a shared directory.
     lock: Option<MessageLock>,
-    /// Where the content begins, in octets.
+    /// Where the content begins in the file, in octets.
     content: u64,
     /// The id of the message in the log and in its `Received` field.
     pub id: String,
-    /// When it has arrived, or if that time is impossible when it was first seen.
+    /// When the message arrived; if that time is impossible, when it was first seen.
     pub arrived: Timestamp,
-    /// Its time of arrival is impossible, and it was not seen before.
+    /// The time of arrival is impossible, and no earlier session has seen the message.
     unseen: bool,
+    /// The sender and the open recipients.
     pub envelope: Envelope,
-    /// For each recipient, where its mark goes; see [`Mark`].
+    /// For each open recipient, the octets in the file that its [`Mark`] overwrites.
     marks: Vec<Vec<u64>>,
-    /// The marks of recipients that are settled.
+    /// The marks of the settled recipients.
     settled: Vec<Mark>,
     /// Recipients that cannot be read, for which the file stays: see [`ParsedEnvelope::unread`].
     unread: Vec<UnreadRecipient>,
-    /// As [`QueuedMessage::leave_out`].
+    /// [`QueuedMessage::leave_out`] has left out a recipient, for whom the file stays.
     left_out: bool,
-    /// Octets of the content on the wire.
+    /// Octets of the content on the wire, with CRLF line ends and without added dots.
     pub size: u64,
     /// The content has octets above 127.
     pub eight_bit: bool,
     /// When the next attempt at deferred recipients is due; only a queue with retries uses it.
     pub next_attempt: Option<SystemTime>,
-    /// When a rejection was a deferral first (`soft-bounce`).
+    /// When a rejection was first turned into a deferral (`soft-bounce`).
     pub first_rejected: Option<Timestamp>,
-    /// The sender has received a DSN about the rejected recipients, or wants none; or nothing is to be kept for them.
+    /// Nothing has to be set aside for the rejected recipients: the sender has a DSN about them, or wants none.
     pub rejections_reported: bool,
 }
 
-/// What is found under a name in a queue.
+/// What [`QueuedMessage::open`] has found under a name.
 pub(super) enum Opened {
     Message(Box<QueuedMessage>),
-    /// No message that could be sent from this queue, for this reason.
+    /// The entry is not a message that this queue could send, for this reason.
     NotMail(String),
     /// There is no such file.
     Gone,
-    /// It is in a shared directory, and another session has it.
+    /// The message is in a shared directory, and another session has it.
     Busy,
 }
 
-/// The content, from where the last call ended.
+/// Reads the content, from where the last call ended.
 impl Read for QueuedMessage {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         self.file.read(buffer).map_err(|error| with_path(&self.maildir.file(&self.entry), error))
@@ -110,12 +112,12 @@ impl Content for QueuedMessage {
 }
 
 impl QueuedMessage {
-    /// Opens a message. `locked`: its file, if it is in a shared directory and was locked before. `now`: the time, by which its
-    /// time of arrival may be impossible. It has no recipients if all of them are settled, or if those that are open cannot be
+    /// Opens a message. `locked`: its file, if it is in a shared directory and was locked before. `now` decides whether
+    /// the time of arrival is possible. The message has no recipients if all are settled, or if the open ones cannot be
     /// read.
     ///
     /// # Errors
-    /// The file cannot be read; the error names it.
+    /// The file cannot be read; the error names its path.
     pub(super) fn open(
         name: &QueueName, entry: Entry, locked: Option<MessageLock>, now: Timestamp,
     ) -> io::Result<Opened> {
@@ -149,7 +151,7 @@ impl QueuedMessage {
         let unseen = retry::arrival(stated, first_seen, now).is_none() && now.is_possible(now);
         let arrived = retry::arrival_or_now(stated, first_seen, now);
         let (content, wire_size) = (parsed.octets as u64, entry.wire_size().filter(|_| parsed.ours));
-        // An address in UTF-8 is no reason to require 8BITMIME for content that is not.
+        // An address in UTF-8 must not require 8BITMIME for content without octets above 127.
         let wire_size = wire_size.filter(|_| !(entry.eight_bit() && parsed.eight_bit));
         let mut message = QueuedMessage {
             queue: name.clone(),
@@ -175,7 +177,7 @@ impl QueuedMessage {
         };
         message.rewind().map_err(failed)?;
         match wire_size {
-            // The name tells the size of the whole file, with a CR for each of its lines.
+            // Our names have the size of the whole file, with a CR for each of its lines.
             Some(size) => {
                 let size = size.saturating_sub(content + parsed.lines as u64);
                 message.size = if message.lacks_line_end().map_err(failed)? { size + 2 } else { size };
@@ -186,14 +188,14 @@ impl QueuedMessage {
         Ok(Opened::Message(Box::new(message)))
     }
 
-    /// Why the file has recipients that cannot be read; empty: it has none.
+    /// Why some recipients cannot be read; empty: all can.
     pub(super) fn unread(&self) -> String {
         let reasons: Vec<_> = self.unread.iter().map(|unread| unread.reason.as_str()).collect();
         reasons.join("; ")
     }
 
-    /// Makes sure that a message with several recipients can be marked. If another agent has written a file that this user
-    /// may not write, a copy takes its place. `unique`: a name for it.
+    /// Makes sure that a message with several recipients can be marked, so that no recipient gets it again because of
+    /// another. If this user may not write the file of another agent, a copy with the name `unique` replaces it.
     ///
     /// # Errors
     /// The copy cannot be made.
@@ -203,7 +205,7 @@ impl QueuedMessage {
             let copy = self.maildir.replace_by_copy(&self.entry, &self.file, unique)?;
             self.remove_other_names()?;
             if self.queue.shared {
-                // Whoever has opened the copy since it had its name gets the message.
+                // A session that has opened and locked the copy since it has its name gets the message.
                 let path = self.maildir.file(&self.entry);
                 let gone = || with_path(&path, io::Error::new(io::ErrorKind::NotFound, "a session has settled it"));
                 self.lock = Some(lock_opened(&copy, &path)?.ok_or_else(gone)?);
@@ -214,7 +216,7 @@ impl QueuedMessage {
         Ok(())
     }
 
-    /// Whether the last line of the content has no line end. It gets one on the wire.
+    /// Whether the last line of the content lacks its line end. On the wire it gets one: two octets more.
     fn lacks_line_end(&self) -> io::Result<bool> {
         let length = self.file.metadata()?.len();
         let mut last = [b'\n'];
@@ -236,34 +238,34 @@ impl QueuedMessage {
         self.rewind()
     }
 
-    /// Reads and writes the message by another descriptor of its file.
+    /// Replaces the descriptor of the file.
     #[cfg(test)]
     pub(super) fn use_file(&mut self, file: File) {
         self.file = file;
     }
 
-    /// The name that stays the same when the file is moved or flagged.
+    /// The part of the file's name that stays when the file is moved or flagged.
     pub fn unique(&self) -> &OsStr {
         self.entry.unique()
     }
 
-    /// The file's name now.
+    /// The present name of the file.
     pub fn entry(&self) -> &Entry {
         &self.entry
     }
 
-    /// The queue that it was opened in.
+    /// The queue in which the message was opened.
     pub fn queue(&self) -> &QueueName {
         &self.queue
     }
 
-    /// The octets of its file, if it was moved to `.refused`.
+    /// The octets of the file, if it was moved to `.refused`.
     pub(super) fn octets_set_aside(&self) -> Option<u64> {
         let is_set_aside = self.gone && self.settled.contains(&Mark::Rejected);
         is_set_aside.then(|| self.file.metadata().map_or(0, |metadata| metadata.len()))
     }
 
-    /// Whether it is still in its queue.
+    /// Whether the file is still in its queue.
     pub(super) fn is_there(&self) -> bool {
         !self.gone
     }
@@ -272,13 +274,13 @@ impl QueuedMessage {
         self.entry
     }
 
-    /// The envelope of the message for these recipients.
+    /// The envelope of the message, with these recipients instead of its own.
     pub fn with_recipients(&self, recipients: Vec<Recipient>) -> QueuedEnvelope {
         let envelope = self.envelope.with_recipients(recipients);
         QueuedEnvelope { id: self.id.clone(), arrived: self.arrived, envelope }
     }
 
-    /// Leaves out recipients that this session must not send to. They stay in the file.
+    /// Leaves out recipients to whom this session must not send. They stay open in the file.
     pub fn leave_out(&mut self, is_left_out: impl Fn(&Recipient) -> bool) {
         let keep: Vec<_> = self.envelope.recipients.iter().map(|recipient| !is_left_out(recipient)).collect();
         self.left_out |= keep.contains(&false);
@@ -287,18 +289,19 @@ impl QueuedMessage {
         self.marks.retain(|_| marks.next() == Some(&true));
     }
 
-    /// The message as an SMTP client sends it.
+    /// What an SMTP client needs to know to send the message.
     pub fn outgoing_message(&self) -> OutgoingMessage {
         let mut envelope = self.envelope.clone();
-        // If the header cannot be read, the sender's declaration holds.
+        // If the header cannot be read, the sender's SMTPUTF8 counts: without it, UTF-8 would be sent undeclared (RFC
+        // 6531).
         let utf8_header = self.eight_bit && self.header_needs_utf8().unwrap_or(envelope.utf8);
         envelope.drop_needless_utf8(utf8_header);
         let attempts = usize::try_from(self.entry.record().attempts).unwrap_or(0);
         OutgoingMessage { envelope, size: self.size, eight_bit: self.eight_bit, utf8_header, attempts }
     }
 
-    /// Whether an address in the header needs SMTPUTF8. If the header is longer than [`HEADER_LIMIT`], the sender's
-    /// declaration holds too.
+    /// Whether an address in the header needs SMTPUTF8. In a header longer than [`HEADER_LIMIT`] the sender's SMTPUTF8
+    /// is a sufficient reason.
     fn header_needs_utf8(&self) -> io::Result<bool> {
         let mut octets = Vec::new();
         loop {
@@ -306,7 +309,7 @@ impl QueuedMessage {
             octets.resize(before + HEADER_BLOCK, 0);
             let read = self.file.read_at(&mut octets[before..], self.content + before as u64)?;
             octets.truncate(before + read);
-            // Half a line could be taken for the begin of the body.
+            // Parse whole lines only: half a line could look like the begin of the body.
             let lines = octets.iter().rposition(|octet| *octet == b'\n').map_or(0, |at| at + 1);
             let lines = if read == 0 { octets.len() } else { lines };
             let header = Header::parse(&octets[..lines]);
@@ -319,8 +322,9 @@ impl QueuedMessage {
         }
     }
 
-    /// If the time of arrival is impossible, records in the file's name when the message was first seen. A failure is
-    /// logged: the message is offered all the same, and the next session tries again.
+    /// If the time of arrival is impossible, records in the file's name when the message was first seen; otherwise the
+    /// message would never expire. A failure is logged: the message is offered all the same, and the next session tries
+    /// again.
     pub(super) fn ensure_arrival(&mut self) {
         if !self.unseen {
             return;
@@ -332,22 +336,23 @@ impl QueuedMessage {
         }
     }
 
-    /// When the message was first offered, and stayed. `None`: it has not been offered yet, or the clock was wrong then.
+    /// When the first attempt was made after which the message stayed. `None`: there was none, or the clock was wrong
+    /// then.
     pub fn first_offered(&self, now: Timestamp) -> Option<Timestamp> {
         self.entry.record().first_offered.filter(|time| time.is_possible(now))
     }
 
-    /// The last reply to one of its recipients that stayed.
+    /// The last reply to a recipient that stayed open.
     pub fn last_reply(&self) -> Option<String> {
         self.entry.record().last_reply.as_deref().map(readable_reply)
     }
 
-    /// Records what became of each recipient, in the order that the module doc of [`queue`](super) describes. This is the
-    /// only function that removes mail. `result` has a status for each recipient in order; recipients without one were not
-    /// tried. Returns whether this session may offer a message of this name again.
+    /// Records the result of an attempt, in the order that the module doc of [`queue`](super) describes. Sessions
+    /// remove mail by this function only. `result` has the recipients' statuses in order; recipients without one were
+    /// not tried. Returns whether this session may offer a message of this name again.
     ///
     /// # Errors
-    /// The disk fails. No recipient is lost, but some may receive the message twice.
+    /// The system's: the disk fails. No recipient is lost, but some may receive the message twice.
     pub(super) fn settle(&mut self, result: &DeliveryResult, now: Timestamp) -> io::Result<bool> {
         let (mut marks, mut open) = (Vec::new(), Vec::new());
         for (number, places) in self.marks.iter().enumerate() {
@@ -370,8 +375,8 @@ impl QueuedMessage {
         let all_settled = open.is_empty() && self.unread.is_empty() && !self.left_out;
         if all_settled && !self.settled.contains(&Mark::Rejected) {
             let finished = self.finish();
-            // If it cannot be removed, or has another name, the marks keep the next session from sending it again. No fsync:
-            // the removal of a message has none either.
+            // If the file cannot be removed, or a mail reader has given it another name, marks keep the next session
+            // from sending it again. They are not fsynced: the removal of a message is not either.
             let named = finished.is_err() || self.file.metadata().is_ok_and(|file| file.nlink() > 0);
             if named && self.write_marks(&marks).is_err() && finished.is_ok() {
                 self.remove_other_names()?;
@@ -391,7 +396,7 @@ impl QueuedMessage {
             self.file.set_modified(if offer_again { SystemTime::now() } else { next_attempt })?;
         }
         match result.decided_by {
-            // The connection was lost with the message before it, or by this side: that says nothing about this one.
+            // The connection was lost during the message before, or by this side: this message is not the reason.
             DecidedBy::UnrelatedConnectionLoss if in_doubt => self.rename(Some(IN_DOUBT), |_| {})?,
             DecidedBy::UnrelatedConnectionLoss => {}
             _ => self.record_attempt(result, in_doubt, now)?,
@@ -399,24 +404,24 @@ impl QueuedMessage {
         Ok(offer_again)
     }
 
-    /// Marks recipients as settled. The file keeps its time of modification: it is the time of arrival, or that of the next
-    /// attempt.
+    /// Marks recipients as settled. The file's time of modification is restored: it is the time of arrival of other
+    /// agents' files, or that of the next attempt.
     fn write_marks(&self, marks: &[(u64, Mark)]) -> io::Result<()> {
         let write = || {
             let modified = self.file.metadata()?.modified()?;
             marks.iter().try_for_each(|(place, mark)| self.file.write_all_at(&[mark.octet()], *place))?;
-            // The system may permit only the owner to do that.
+            // An error is not one of the marks: the system may permit only the owner to set times.
             let _ = self.file.set_modified(modified);
             Ok(())
         };
         write().map_err(|error| with_path(&self.maildir.file(&self.entry), error))
     }
 
-    /// Removes the file, whose recipients are all settled. If one was rejected and its sender cannot be told, the file goes to
-    /// `.refused`.
+    /// Removes the file, whose recipients are all settled. If no DSN could report the rejection of one, moves it to
+    /// `.refused` instead.
     ///
     /// # Errors
-    /// The disk fails.
+    /// The system's: the file cannot be removed or moved.
     pub(super) fn finish(&mut self) -> io::Result<()> {
         if self.settled.contains(&Mark::Rejected) {
             self.move_aside()?;
@@ -430,8 +435,8 @@ impl QueuedMessage {
         Ok(())
     }
 
-    /// Removes the other names that the file has in this queue. One file with two names is one message: a mail reader that
-    /// moves it by link and unlink may have been killed between.
+    /// Removes the other names of the file in this queue, so that the message is not sent again under one of them. A
+    /// mail reader that moves a file by link and unlink may be killed in between.
     fn remove_other_names(&self) -> io::Result<()> {
         let id = FileId::of_file(&self.file)?;
         for _ in 0..FIND_ATTEMPTS {
@@ -447,7 +452,7 @@ impl QueuedMessage {
         Ok(())
     }
 
-    /// Moves the message to `.refused`.
+    /// Moves the file to `.refused`.
     fn move_aside(&mut self) -> io::Result<()> {
         let maildir = set_aside_maildir(&self.maildir);
         for number in 0..SET_ASIDE_NAMES {
@@ -478,7 +483,7 @@ impl QueuedMessage {
         })
     }
 
-    /// Records the reply of a message that goes to `.refused`.
+    /// Records the reply in the name of a file that will be moved to `.refused`.
     fn record_reply(&mut self, result: &DeliveryResult, now: Timestamp) -> io::Result<()> {
         let reply = result.recipients.iter().find(|status| status.is_rejected()).map(ToString::to_string);
         self.rename(None, |record| {
@@ -487,19 +492,19 @@ impl QueuedMessage {
         })
     }
 
-    /// Records that what became of the message cannot be recorded, as if it had ended the session. A failure is not reported:
-    /// the reason for this is.
+    /// Makes a message that could not be settled come last, as if it had ended the session: it must not block the
+    /// queue. An error here is ignored, because that of `settle` is reported.
     pub(super) fn record_failure(&mut self, now: Timestamp) {
         let waits = self.waits();
         let _ = self.rename(None, |record| record.ended = Some(ended_once_more(record.ended, waits, now)));
     }
 
-    /// Whether it waits for its next attempt, so that no call need skip it besides.
+    /// Whether the message waits for its next attempt, so that no call needs to skip it.
     fn waits(&self) -> bool {
         self.next_attempt.is_some_and(|next| next > SystemTime::now() + Duration::from_secs(1))
     }
 
-    /// Gives the file a flag, if there is one, and a record that `change` has changed.
+    /// Renames the file: adds the flag, and applies `change` to the record of attempts.
     fn rename(&mut self, flag: Option<char>, change: impl FnOnce(&mut AttemptRecord)) -> io::Result<()> {
         let mut record = self.entry.record();
         change(&mut record);
@@ -507,8 +512,8 @@ impl QueuedMessage {
         Ok(())
     }
 
-    /// Does something with the file by its name, and does it again by the new one if a mail reader has moved or flagged the
-    /// file meanwhile. A message that is gone is an error.
+    /// Calls `act`, which uses the file by its name. If a mail reader has moved or flagged the file meanwhile, finds
+    /// its new name and calls `act` again. If the file is gone, returns the error.
     fn with_entry<T>(&mut self, act: impl Fn(&QueuedMessage) -> io::Result<T>) -> io::Result<T> {
         for _ in 0..FIND_ATTEMPTS {
             match act(self) {
@@ -524,10 +529,10 @@ impl QueuedMessage {
         act(self)
     }
 
-    /// Records `next_attempt` in the file.
+    /// Records `next_attempt` as the file's time of modification.
     ///
     /// # Errors
-    /// The disk fails.
+    /// The system's: the time cannot be set.
     pub fn record_next_attempt(&self) -> io::Result<()> {
         self.next_attempt.map_or(Ok(()), |next_attempt| self.file.set_modified(next_attempt))
     }
@@ -537,25 +542,26 @@ impl QueuedMessage {
         self.entry.has(DELAY_REPORTED)
     }
 
-    /// Records that the sender has received a DSN about the delay.
+    /// Records that the sender has received a DSN about the delay, so that there is no second one.
     ///
     /// # Errors
-    /// The file is gone, or the disk fails.
+    /// The file is gone or cannot be renamed.
     pub fn mark_delay_reported(&mut self) -> io::Result<()> {
         self.rename(Some(DELAY_REPORTED), |_| {})
     }
 }
 
-/// How often a name is looked for that a mail reader changes again and again.
+/// How often a file is looked for again whose name a mail reader changes all the time.
 const FIND_ATTEMPTS: usize = 5;
 
-/// Counts an attempt. A first one at an impossible time is forgotten: the clock was wrong then.
+/// Counts an attempt. If the recorded time of the first attempt is impossible, because the clock was wrong then,
+/// replaces it.
 fn count_attempt(record: &mut AttemptRecord, now: Timestamp) {
     record.first_offered = record.first_offered.filter(|time| time.is_possible(now)).or(Some(now));
     record.attempts = record.attempts.saturating_add(1);
 }
 
-/// One session more that a message has ended. `waits`: see [`QueuedMessage::waits`].
+/// The record of a message after it has ended one more session. `waits`: see [`QueuedMessage::waits`].
 fn ended_once_more(before: Option<EndedSessions>, waits: bool, now: Timestamp) -> EndedSessions {
     let sessions = before.map_or(0, |before| before.sessions).saturating_add(1);
     let skip = match sessions.checked_sub(SESSIONS_WITHOUT_SKIP + 1) {
@@ -565,13 +571,13 @@ fn ended_once_more(before: Option<EndedSessions>, waits: bool, now: Timestamp) -
     EndedSessions { sessions, skip, at: now }
 }
 
-/// Whether this call skips a message, because it has ended sessions.
+/// Whether the calls of this time skip a message, because it has ended sessions.
 pub(super) fn is_skipped(entry: &Entry, now: Timestamp) -> bool {
     entry.ended().is_some_and(|ended| ended.skip > 0 && retry::age(ended.at, now) < SKIP_LIMIT && ended.at <= now)
 }
 
-/// Opens a plain file, also for writing if the system permits that. The inner error is what it is instead: a link, which may
-/// lead anywhere, or a pipe, which would block for ever.
+/// Opens a plain file, also for writing if the system permits that. The inner error names what else the entry is: a
+/// symbolic link could lead to any file of the system, and a pipe would block the session for ever.
 ///
 /// # Errors
 /// The system's.
@@ -580,7 +586,7 @@ pub(super) fn open_file(path: &Path) -> io::Result<Result<File, &'static str>> {
     let open = |write| OpenOptions::new().read(true).write(write).custom_flags(flags.bits().cast_signed()).open(path);
     let opened = open(true).or_else(|error| match error.kind() {
         io::ErrorKind::NotFound => Err(error),
-        // The user may not write it, or the disk takes nothing now: it can be sent all the same.
+        // This user may not write the file, or the disk is read-only: the message can be sent all the same.
         _ => open(false),
     });
     let file_type = match &opened {
@@ -592,7 +598,7 @@ pub(super) fn open_file(path: &Path) -> io::Result<Result<File, &'static str>> {
         Err(error) if file_type.is_file() => Err(error),
         _ if file_type.is_symlink() => Ok(Err("it is a symbolic link")),
         _ if file_type.is_dir() => Ok(Err("it is a directory")),
-        _ => Ok(Err("it is no plain file")),
+        _ => Ok(Err("it is not a plain file")),
     }
 }
 
@@ -601,15 +607,16 @@ pub(super) struct MessageLock(File);
 
 impl Drop for MessageLock {
     fn drop(&mut self) {
-        // A child process has a copy of the descriptor between fork and exec.
+        // Closing is not enough: between fork and exec a child process has a copy of the descriptor, which keeps the
+        // lock.
         let _ = self.0.unlock();
     }
 }
 
-/// Locks a file of a shared directory that was opened by this name. `None`: it does not have the name any more.
+/// Locks a file of a shared directory that was opened by this name. `None`: the file no longer has the name.
 ///
 /// # Errors
-/// `WouldBlock`: another session has it; the system's.
+/// `WouldBlock`: another session has the message; otherwise the system's.
 pub(super) fn lock_opened(file: &File, path: &Path) -> io::Result<Option<MessageLock>> {
     let copy = file.try_clone().map_err(|error| with_path(path, error))?;
     match file.try_lock() {
@@ -618,22 +625,22 @@ pub(super) fn lock_opened(file: &File, path: &Path) -> io::Result<Option<Message
         Err(TryLockError::Error(error)) => return Err(with_path(path, error)),
     }
     let lock = MessageLock(copy);
-    // Another session may have settled it between.
+    // Another session may have settled the message between open and lock: it must not be sent again.
     let named = FileId::of_path(path).ok();
     let has_name = named.is_some_and(|named| FileId::of_file(file).is_ok_and(|opened| opened == named));
     Ok(has_name.then_some(lock))
 }
 
-/// Another session has the message in this file.
+/// The error that another session has the message of this file.
 pub(super) fn is_busy(path: &Path) -> io::Error {
     with_path(path, io::Error::new(io::ErrorKind::WouldBlock, "a session has this message"))
 }
 
-/// Opens and locks the file of a message in a shared directory. `None`: there is no such file, or it is no plain file, which no
-/// session has.
+/// Opens and locks the file of a message in a shared directory. `None`: there is no such file, or it is not a plain
+/// file.
 ///
 /// # Errors
-/// `WouldBlock`: another session has it; the system's.
+/// `WouldBlock`: another session has the message; otherwise the system's.
 pub(super) fn lock_file(path: &Path) -> io::Result<Option<MessageLock>> {
     match open_file(path) {
         Ok(Ok(file)) => lock_opened(&file, path),
@@ -643,7 +650,8 @@ pub(super) fn lock_file(path: &Path) -> io::Result<Option<MessageLock>> {
     }
 }
 
-/// Reads the envelope at the front of a file that was opened just now. The inner error is why it is no message.
+/// Reads the envelope at the front of a file, from its present position. The inner error is why the file is not a
+/// message.
 ///
 /// # Errors
 /// The file cannot be read.
@@ -658,7 +666,7 @@ pub(super) fn read_envelope(
     read_envelope_of(file, entry, name, arrived)
 }
 
-/// The same; `arrived`: the time of arrival, if the envelope has none.
+/// Like [`read_envelope`]; `arrived` is the time of arrival if the envelope has none.
 pub(super) fn read_envelope_of(
     mut file: &File, entry: &Entry, name: &QueueName, arrived: Timestamp,
 ) -> io::Result<Result<ParsedEnvelope, String>> {
@@ -680,15 +688,15 @@ pub(super) fn read_envelope_of(
     }
 }
 
-/// A reply as the name of a file has it, with spaces again.
+/// A reply as recorded in the name of a file, with its spaces restored.
 pub(super) fn readable_reply(recorded: &str) -> String {
     recorded.replace('_', " ").trim().to_owned()
 }
 
-/// Where messages whose rejection nobody can be told wait for the postmaster, within the queue.
+/// The directory of a queue for rejected mail that no DSN can report. The postmaster may look at it.
 pub(super) const SET_ASIDE_DIRECTORY: &str = ".refused";
 
-/// Removes files of writers that died, also in `.refused`.
+/// Removes files of dead writers in a queue and in its `.refused`.
 ///
 /// # Errors
 /// A directory cannot be read, or a file cannot be removed.
@@ -697,7 +705,7 @@ pub(super) fn sweep(maildir: &Maildir) -> io::Result<()> {
     set_aside_maildir(maildir).sweep()
 }
 
-/// The Maildir of these messages.
+/// The Maildir `.refused` of a queue.
 pub(super) fn set_aside_maildir(maildir: &Maildir) -> Maildir {
     Maildir::new(maildir.path().join(SET_ASIDE_DIRECTORY))
 }

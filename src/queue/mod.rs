@@ -1,9 +1,9 @@
 //! Mail that waits. A queue is one directory, a Maildir, with an envelope in front of each message.
 //!
-//! One session at a time has the [`QueueLock`] of a queue, across processes; if an account has several queues, one session
-//! has all of them, and the directories of those that have mail. It gets the messages one by one, tries to send each, and
-//! settles it: recipients that are sent or rejected are settled, the others are open. Where a message is after a power cut,
-//! by the last step that was completed:
+//! One session at a time has the [`QueueLock`] of a queue, across processes. If an account has several queues, one
+//! session has all of them that have mail. The session gets the messages one by one, tries to send each, and settles
+//! it: recipients to whom it was sent, or who were rejected, are settled; the others stay open. Where a message is
+//! after a power cut, by the last step that was completed:
 //!
 //! ```text
 //! last completed step                          the message is         afterwards
@@ -19,49 +19,49 @@
 //!                                                                     every recipient has a mark, removed or moved
 //! ```
 //!
-//! Nothing that is recorded needs disk space: a mark overwrites one octet of the file ([`envelope::Mark`]), attempts are in
-//! its name ([`AttemptRecord`](crate::maildir::AttemptRecord)), the next one is its time of modification, and `.refused`,
-//! for rejections of which no sender can be told, gets the file itself. If the disk fails all the same, the message stays as
-//! it was, and the session goes on with the next one.
+//! So a message may be sent twice, but after the commit point it is never lost. The DSN about a recipient is committed
+//! before `settle` begins (see `report`). The removal of a message is not fsynced: that would cost as much as a
+//! message, and the message could still be sent twice.
 //!
-//! A file is known by the unique part of its name and by its inode: mail readers may move and flag it at any time. If a file
-//! that is removed has another name, because a mail reader was moving it by link and unlink, or in another directory, the
-//! marks of its recipients tell under that name too that they are settled. Only a name that would be too long for the record
-//! gets another unique part.
+//! **Full disk.** No record needs disk space: a mark overwrites one octet of the file ([`envelope::Mark`]), attempts
+//! are counted in the file's name ([`AttemptRecord`](crate::maildir::AttemptRecord)), and the time of the next attempt
+//! is its time of modification. Rejected mail that no DSN can report is moved to `.refused`, not copied. If the disk
+//! fails all the same, the message stays as it was, and the session goes on with the next one.
 //!
-//! Held mail is offered in this order; within each step the domains of the account take turns:
+//! **Mail readers.** A mail reader may move or flag a file at any time, so a session knows it by the unique part of its
+//! name and by its inode. A reader that moves a file by link and unlink may be killed in between: then the file that
+//! the session removes still has another name, or is in another directory, but its recipients have their marks there
+//! too. Only a name that would be too long with the record gets another unique part.
+//!
+//! **Order.** Held mail is offered in three phases; in each, the domains of the account take turns:
 //!
 //! ```text
-//! in doubt       the customer most likely has them, and can best tell while they are new
-//! the others     by the hour of arrival, within an hour the smaller first; then the oldest first
-//! ended sessions those that may end this one too, by how many they have ended; in doubt: from two sessions on
+//! in doubt       the customer may already have these, and recognizes a duplicate best while it is new
+//! the others     by the hour of arrival; within an hour the smaller first, then the oldest
+//! ended sessions they may end this session too; by how many they have ended. Those in doubt: from two sessions on
 //! ```
 //!
-//! A message that has ended a session comes last for a week; then it is one of the others, as if it had arrived at the end of
-//! that week. So what strangers send does not keep a message back for ever, also on a line that never carries all of it.
+//! In a queue with retries the oldest message comes first; those in doubt and those that have ended sessions come last.
 //!
-//! In a queue with retries the oldest comes first, then those in doubt and those that have ended sessions.
+//! A message ends its session if the connection is lost while it is under way, or if it gets the reply 421. One such
+//! message must not block the queue: the next sessions offer it last; if it is in doubt, first once more. After three
+//! such sessions in a row the next call skips it, after four the next 2 calls, then 4, then 8, but no message is
+//! skipped for more than a day. If a limit of messages ends a session, the customer calls again at once: only the last
+//! of these sessions counts as a call. A message comes last for a week after it has ended a session; then it is ordered
+//! as if it had arrived at the end of that week, so that a steady stream of new mail cannot delay it for ever.
 //!
-//! A message that ends its session (the connection is lost while it is under way, or 421 is the reply to it) is offered last
-//! in the next ones; if it is in doubt, once more first. After three such sessions in a row the next call skips it, after four the next 2, then 4, then 8 calls,
-//! but no call for more than a day. If a limit of messages ends a session, the customer calls again at once: only the last of
-//! these sessions counts as a call.
+//! **Other agents' files.** A recipient that cannot be read is always open: the file stays for it. A file without a
+//! readable recipient, and an entry that is not a plain file, is logged once as `not-mail`, and does not count as
+//! waiting.
 //!
-//! A recipient that cannot be read, in a file of another delivery agent, is always open: the file stays for it. A file
-//! without any other recipient, and what is no plain file, is named in the log once, and does not count as waiting.
+//! **Age.** The age of a message counts from the time of arrival in its envelope; that of another agent's file from its
+//! time of modification or, in a queue with retries, from the time in its name (maildir(5)). If that time is
+//! impossible, because a clock was wrong, the first session that opens the message adds the present time to the file's
+//! name, and the age counts from then.
 //!
-//! An administrator may remove a message ([`QueueLock::remove`]), and have it tried at once; both need the lock.
-//!
-//! So a message may be sent twice, but after the commit point it is never lost. A file that is left in `tmp` is removed by
-//! the first session after 36 hours. The removal of a message is not fsynced: that would cost as much as a message, and it
-//! could still be sent twice. The DSN about a recipient is committed before `settle` begins (see `report`).
-//!
-//! The age of a message counts from the time of arrival in its envelope; of a file of another agent, from its time of
-//! modification or, in a queue with retries, from the time in its name (maildir(5)). If a clock was wrong then, so that the
-//! time is impossible, the first session that opens the message adds the time to the file's name, and the age counts from it.
-//!
-//! In a queue with retries each message waits for its next attempt; that time is the file's time of modification. Which
-//! directories there are is decided by `provider/spool` and `customer/store`. The queue does not know connections.
+//! An administrator may remove a message ([`QueueLock::remove`]), and make it due at once; both need the lock. A file
+//! that a dead writer has left in `tmp` is removed by the first session after 36 hours. `provider/spool` and
+//! `customer/store` decide which directories there are. The queue knows nothing of connections.
 
 pub mod retry;
 mod name;
@@ -107,7 +107,7 @@ use locked_queue::{LockedQueue, Notes, log_unreadable};
 use message::SET_ASIDE_DIRECTORY;
 use set_aside::SetAsideLimits;
 
-/// How often a list looks for messages that it lacks.
+/// How often [`Queue::list`] reads the directories, if sessions rename files meanwhile.
 const LIST_ATTEMPTS: usize = 5;
 
 /// Stores messages in queues, and locks queues.
@@ -115,35 +115,37 @@ const LIST_ATTEMPTS: usize = 5;
 pub struct Queue {
     hostname: String,
     ids: Ids,
-    /// A holder without progress for this time releases its lock to a session that asks.
+    /// A session that has made no progress for this time is asked to release its lock.
     takeover: Duration,
     notes: Arc<Notes>,
     set_aside: Arc<SetAsideLimits>,
 }
 
 impl Queue {
-    /// `hostname` is part of the names of new files.
+    /// `hostname` becomes part of the names of new files. `takeover`: a session that has made no progress for this time
+    /// is asked to release its lock when another one needs it.
     pub fn new(hostname: &str, ids: Ids, takeover: Duration) -> Queue {
         Queue { hostname: hostname.to_owned(), ids, takeover, notes: Arc::default(), set_aside: Arc::default() }
     }
 
-    /// Begins a message, a copy for each queue; [`MessageWriter::commit`] makes it durable. `head` is the beginning of
-    /// the content: our `Received` field, with LF line ends.
+    /// Begins a message, with a copy in each queue; [`MessageWriter::commit`] makes it durable. `head` is the beginning
+    /// of the content: our `Received` field, with LF line ends.
     ///
     /// # Errors
-    /// `InvalidInput` if an envelope is too long to be read again; otherwise the disk fails.
+    /// `InvalidInput` if an envelope would be longer than [`envelope::ENVELOPE_LIMIT`], so that it could not be read
+    /// again; the system's, if a file cannot be written.
     pub fn begin_message(&self, copies: &[(QueueName, QueuedEnvelope)], head: &str) -> io::Result<MessageWriter> {
         let mut writer = MessageWriter::default();
         copies.iter().try_for_each(|(name, envelope)| self.add_copy(&mut writer, name, envelope, head))?;
         Ok(writer)
     }
 
-    /// A name for a new file that no other file has.
+    /// A new unique name for a file (maildir(5)).
     pub fn unique(&self) -> String {
         self.ids.file_name(&self.hostname)
     }
 
-    /// Adds a copy to a message of which no content was written yet.
+    /// Adds a copy in another queue to a message, before its content is written.
     ///
     /// # Errors
     /// Those of [`Queue::begin_message`].
@@ -163,15 +165,15 @@ impl Queue {
         Ok(())
     }
 
-    /// A file in the queue's `tmp` without a name: it is gone when it is closed.
+    /// Makes a file without a name on the disk of the queue. It vanishes when it is closed, even by a crash.
     ///
     /// # Errors
-    /// The disk fails.
+    /// The system's: the file cannot be made.
     pub fn unnamed_file(&self, name: &QueueName) -> io::Result<File> {
         name.maildir().unnamed_file(&self.unique())
     }
 
-    /// How many messages a queue has, up to `limit`.
+    /// The number of files in a queue; counting stops at `limit`.
     ///
     /// # Errors
     /// The directory cannot be read.
@@ -179,7 +181,7 @@ impl Queue {
         name.maildir().count(limit)
     }
 
-    /// When the next attempt at a message of the queue is due; `None`: the queue is empty.
+    /// When the next attempt in a queue with retries is due; `None`: the queue is empty.
     ///
     /// # Errors
     /// The directory cannot be read.
@@ -189,8 +191,8 @@ impl Queue {
         dues.filter_map(Result::transpose).try_fold(None, |first, due| Ok(first.into_iter().chain([due?]).min()))
     }
 
-    /// The same for messages with a sender, and for those without. If many without one are due first, those with one after
-    /// them are not found before. Of a shared directory `index` tells the messages.
+    /// When the next attempts are due at a message with a sender, and at one without (a DSN). If the first 100 due have
+    /// no sender, `mail` is `None` until some of them are sent. The messages of a shared directory come from `index`.
     ///
     /// # Errors
     /// The directory cannot be read.
@@ -203,7 +205,7 @@ impl Queue {
         Ok(due::next(&maildir, entries))
     }
 
-    /// How much waits in a queue, from the names of its files.
+    /// Counts what waits in a queue, by the names of its files.
     ///
     /// # Errors
     /// A directory cannot be read.
@@ -211,7 +213,7 @@ impl Queue {
         summary::summarize(name, self.ids.clock().now())
     }
 
-    /// The same for a shared directory, by domain.
+    /// Counts what waits in a shared directory, by domain.
     ///
     /// # Errors
     /// A directory cannot be read.
@@ -219,8 +221,9 @@ impl Queue {
         summary::summarize_shared(name, self.ids.clock().now())
     }
 
-    /// The messages of a queue for which something is due by their age, by their names, without its lock: see [`AgedMessages`].
-    /// `limit`: how many of them at most, and after which.
+    /// The messages of a queue for which something is due by their age. Only file names are read, and no lock is
+    /// needed. `limit`: how many messages at most, and after which one. `due`: when something is due for a message that
+    /// arrived at the given time; `None`: never.
     ///
     /// # Errors
     /// The directory cannot be read.
@@ -230,14 +233,14 @@ impl Queue {
         aged::list(name, self.ids.clock().now(), limit, &|entry| self.notes.is_mail(&name.maildir(), entry), due)
     }
 
-    /// Shows each message of a queue, and each file that is no mail, the oldest first, without its lock. A message that is
-    /// removed meanwhile is left out; a file that cannot be read is logged.
+    /// Calls `show` for each message of a queue, and for each file that is not a message, the oldest first. No lock is
+    /// needed: a message that is removed meanwhile is left out, and a file that cannot be read is logged.
     ///
     /// # Errors
-    /// The directory cannot be read; those of `show`.
+    /// The directory cannot be read, or `show` fails.
     pub fn list(&self, name: &QueueName, show: &mut dyn FnMut(ListedMessage) -> io::Result<()>) -> io::Result<()> {
         let (mut shown, now) = (HashSet::new(), self.ids.clock().now());
-        // A file that is renamed meanwhile, by a session say, may not be where it was, or be listed under neither name.
+        // A file that a session renames during the listing may be listed under neither name.
         for _ in 0..LIST_ATTEMPTS {
             let begun = SystemTime::now();
             let mut entries = name.maildir().entries()?;
@@ -261,8 +264,8 @@ impl Queue {
         Ok(())
     }
 
-    /// Locks all these queues, or none of them; of an account, those that have mail. A holder that makes no progress is asked
-    /// to release its lock, and gets 5 seconds for that.
+    /// Locks all these queues, or none of them; of an account's queues, those that have mail. A session that has a lock
+    /// and makes no progress is asked to release it, and gets 5 seconds for that.
     ///
     /// # Errors
     /// See [`LockError`].
@@ -270,8 +273,8 @@ impl Queue {
         self.lock_all(names, Some(self.takeover))
     }
 
-    /// Locks an account, and the first of its queues with mail that no other session has. The others are locked when the
-    /// session comes to them; one that another session has then is left out.
+    /// Locks an account, and the first of its queues that has mail and is not locked. The session locks each of the
+    /// others when it comes to it, and leaves it out if another session has it then.
     ///
     /// # Errors
     /// See [`LockError`].
@@ -290,7 +293,7 @@ impl Queue {
         busy.map(|()| QueueLock::new(queues, accounts))
     }
 
-    /// Does the same as [`Queue::lock`] for queues of which some are in a shared directory with this index.
+    /// Like [`Queue::lock`], for queues of which some are in a shared directory with this index.
     ///
     /// # Errors
     /// See [`LockError`].
@@ -300,7 +303,7 @@ impl Queue {
         Ok(lock)
     }
 
-    /// Locks one queue without waiting.
+    /// Locks one queue without waiting: a lock that another session has is `LockError::Busy`.
     ///
     /// # Errors
     /// See [`LockError`].
@@ -308,8 +311,8 @@ impl Queue {
         self.lock_all(std::slice::from_ref(name), None)
     }
 
-    /// Locks a queue of an account without waiting, for work that yields: a session that comes asks for the lock at once
-    /// ([`QueueLock::takeover_requested`]), and does not find the account busy.
+    /// Locks a queue of an account without waiting, for work in the background. A session that needs the lock does not
+    /// find the account busy: it asks for the lock at once ([`QueueLock::takeover_requested`]).
     ///
     /// # Errors
     /// See [`LockError`].
@@ -322,22 +325,22 @@ impl Queue {
         Ok(QueueLock::new(vec![queue], accounts))
     }
 
-    /// Removes the directory of a queue if it has no mail, and nobody has its lock. A writer who needs it meanwhile makes it
+    /// Removes the directory of a queue if it has no mail and is not locked. A writer that needs it meanwhile makes it
     /// again. Returns whether it was removed.
     ///
     /// # Errors
-    /// The disk fails.
+    /// The system's: a directory or file cannot be read or removed.
     pub fn remove_empty(&self, name: &QueueName) -> io::Result<bool> {
         self.remove_unused(name, false)
     }
 
-    /// `stale`: only if it was not used for 36 hours.
+    /// `stale`: only if no session has used the queue for 36 hours.
     fn remove_unused(&self, name: &QueueName, stale: bool) -> io::Result<bool> {
         let maildir = name.maildir();
         if !maildir.path().exists() || !maildir.is_empty()? {
             return Ok(false);
         }
-        // Not as a session, which makes what is missing: another process may be removing it too.
+        // `LockedQueue::lock_directory` would make the directory again that another process is removing.
         match LockFile::lock(&name.path.join(QUEUE_LOCK_FILE), None, name) {
             Ok(_lock) => maildir.remove_unused(&[QUEUE_LOCK_FILE, TAKEOVER_FILE, SET_ASIDE_DIRECTORY], stale),
             Err(LockError::Busy(_)) => Ok(false),
@@ -346,15 +349,15 @@ impl Queue {
         }
     }
 
-    /// Removes what is left over after 36 hours: files of writers that died, and, if the queue is `unwanted`, its directory
-    /// once it holds no mail; and what is in `.refused` for too long or is too much. A failure is logged.
+    /// Removes what is left over: files of dead writers after 36 hours; what `.refused` has beyond its limits; if the
+    /// queue is `unwanted`, its directory once it has no mail and was not used for 36 hours. A failure is logged.
     pub fn tidy(&self, name: &QueueName, unwanted: bool) {
         let maildir = name.maildir();
         let tidy = || -> io::Result<()> {
             message::sweep(&maildir)?;
             set_aside::apply_limits(name, SystemTime::now())?;
             if name.account_lock.is_some() && maildir.is_empty()? {
-                // Of a session that was killed, or of an earlier version.
+                // A session that was killed has left its lock file, or an earlier version has.
                 remove_unused_lock(&name.path.join(QUEUE_LOCK_FILE))?;
             }
             if unwanted { self.remove_unused(name, true).map(drop) } else { Ok(()) }
@@ -371,7 +374,7 @@ impl Queue {
                 false => queue.lock_directory(takeover)?,
             }
         }
-        // All of a session are in the same directory.
+        // All shared queues of a session are in the same directory: one sweep is enough.
         if let Some(queue) = queues.iter().find(|queue| queue.name.shared) {
             queue.sweep();
         }

@@ -1,4 +1,4 @@
-//! Which queue: its directory, and the domain of its recipients.
+//! The name of a queue: its directory, the domain of its recipients, and how it is locked.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -7,24 +7,24 @@ use std::sync::Arc;
 use crate::mail::address::Domain;
 use crate::maildir::{Maildir, UsageLimit};
 
-/// The name of one queue.
+/// The name and the properties of one queue.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct QueueName {
     /// The Maildir.
     pub path: PathBuf,
     /// Only recipients of this domain are sent to; `None`: all recipients of a message.
     pub domain: Option<Domain>,
-    /// What another agent puts in front of the local part in `Delivered-To`: qmail writes `acme-eva@example.org` for a
-    /// domain that its virtualdomains gives to `acme`.
+    /// A prefix that another agent adds to the local part in `Delivered-To`: qmail writes `acme-eva@example.org` for a
+    /// domain that its virtualdomains assigns to `acme`.
     pub prefix: Option<String>,
-    /// Each message waits for its next attempt; otherwise all of them wait for a call.
+    /// Each message waits for its own next attempt; otherwise all wait for a call.
     pub retries: bool,
-    /// The file that a session of the account locks, which has several queues. Then the directory is locked too, but neither
-    /// made nor locked before there is mail in it.
+    /// The lock file of the account, which may have several queues. The directory is locked too, but it is neither made
+    /// nor locked while it has no mail.
     pub account_lock: Option<PathBuf>,
-    /// The directory has mail for other domains too, without a lock for all of it: see [`shared`](super::shared).
+    /// The directory has mail for other domains too, and each message its own lock: see [`shared`](super::shared).
     pub shared: bool,
-    /// What its messages count in, with those of other queues.
+    /// The limit in which the queue's messages count, together with those of other queues.
     pub limit: Option<Arc<UsageLimit>>,
 }
 

@@ -15,7 +15,7 @@ use crate::maildir::{Entry, FileId};
 use crate::net::trace::quoted;
 
 impl LockedQueue {
-    /// Begins a pass, if all messages that the last one has found are offered.
+    /// Begins a pass, if all messages of the last one were offered.
     ///
     /// # Errors
     /// The directory cannot be locked.
@@ -26,7 +26,7 @@ impl LockedQueue {
         self.listed.forgotten = None;
         match self.lock_if_mail(None) {
             Ok(()) => {}
-            // Another session offers it.
+            // Another session offers its messages.
             Err(LockError::Busy(_)) => return Ok(()),
             Err(LockError::Failed(error)) => return Err(error),
         }
@@ -45,7 +45,7 @@ impl LockedQueue {
         !self.name.retries || retry::due(&self.maildir.file(entry)).is_none_or(|due| due <= time)
     }
 
-    /// Whether one of the files, whichever comes first, is a message that this session may offer.
+    /// Whether the queue has a message that this session may offer. Stops at the first one found.
     pub(super) fn has_any(&self) -> bool {
         if !self.has_lock() {
             return false;
@@ -64,10 +64,10 @@ impl LockedQueue {
         self.files().filter_map(Result::ok).any(|entry| may_be_offered(&entry) && is_message(&entry))
     }
 
-    /// Goes on with the pass. `work`: how many files may be read; reduced by those that were.
+    /// Goes on with the pass. `work`: how many file names may be read; it is reduced by those that were.
     ///
     /// # Errors
-    /// A directory cannot be read; the pass has ended without a message.
+    /// A directory cannot be read; the pass ends without a message.
     pub(super) fn go_on_listing(&mut self, work: &mut usize) -> io::Result<()> {
         let Some(mut pass) = self.listed.pass.take() else { return Ok(()) };
         let (now, time) = (self.ids.clock().now(), SystemTime::now());
@@ -123,13 +123,13 @@ impl LockedQueue {
             }
             match self.maildir.rename(&entry, None, &record) {
                 Ok(renamed) => drop(self.listed.offered.insert(renamed.unique())),
-                // The time since it ended the last session bounds the calls too.
+                // Without this record the message is skipped for a day at most (`SKIP_LIMIT`).
                 Err(error) => log::warn!("event=skip-not-recorded queue={} error={}", self.name, quoted(error)),
             }
         }
     }
 
-    /// The entries among these that are not offered, because another entry is the same message.
+    /// The entries that must not be offered, because another entry is the same message: it would be sent twice.
     fn left_out(&self, found: &[RankedEntry]) -> HashSet<Entry> {
         let mut left_out = HashSet::new();
         let mut entries: Vec<_> = found.iter().map(|found| &found.entry).collect();
@@ -137,14 +137,14 @@ impl LockedQueue {
         for pair in entries.windows(2).filter(|pair| pair[0].unique() == pair[1].unique()) {
             let id = |entry: &Entry| FileId::of_path(&self.maildir.file(entry)).ok();
             match (id(pair[0]), id(pair[1])) {
-                // A mail reader has moved it while the directories were read.
+                // A mail reader has moved the file while the directories were read.
                 (None, _) => drop(left_out.insert(pair[0].clone())),
                 (_, None) => drop(left_out.insert(pair[1].clone())),
-                // It is moving it, or was killed between link and unlink.
+                // A mail reader is moving the file, or was killed between link and unlink.
                 (Some(one), Some(other)) if one == other => drop(left_out.insert(pair[0].clone())),
                 _ => match self.remove_superseded(pair[0], pair[1]) {
                     Ok(removed) => left_out.extend(removed.cloned()),
-                    // If these may be the two files of one message, either would be sent to recipients that have it already.
+                    // If these are two files of one message, either would be sent to recipients that have it already.
                     Err(error) => {
                         log_unreadable(&self.name, &error);
                         left_out.extend(pair.iter().copied().cloned());
@@ -155,14 +155,14 @@ impl LockedQueue {
         left_out
     }
 
-    /// A crash of an earlier version in `settle` has left a message twice, as it was before and after. Removes and returns the
-    /// file from before, which has recipients that are settled; `None`: neither file is the rest of the other.
+    /// Removes and returns the older of two files of one message, which a crash of an earlier version in `settle` has
+    /// left: it has recipients that are settled in the newer one. `None`: these are two messages.
     ///
     /// # Errors
     /// A file cannot be read or removed.
     fn remove_superseded<'a>(&self, one: &'a Entry, other: &'a Entry) -> io::Result<Option<&'a Entry>> {
         let (Some(first), Some(second)) = (self.parse(one)?, self.parse(other)?) else { return Ok(None) };
-        // Only a file that we have written can be the rest of another.
+        // Only a file that we have written can be the newer one, with some recipients of the older.
         let is_rest = |few: &ParsedEnvelope, many: &ParsedEnvelope| {
             let (some, all) = (few.recipients(), many.recipients());
             let all_by_mailbox: HashMap<_, _> = all.iter().map(|recipient| (&recipient.mailbox, recipient)).collect();

@@ -1,4 +1,4 @@
-//! When a message that could not be sent is tried again, and for how long (RFC 5321 section 4.5.4.1).
+//! When a deferred message is tried again, and for how long (RFC 5321 section 4.5.4.1); and the age of a message.
 
 use std::fs;
 use std::path::Path;
@@ -11,7 +11,7 @@ use crate::clock::Timestamp;
 /// pauses are about 5, 5, 5, 7, 11, 17 and 25 min, and so on up to 4 h: more attempts while the failure is young.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Retry {
-    /// From the first failure to the next attempt; the pause grows with each failure. Default 5 min.
+    /// The pause after the first attempt; pauses grow with the message's age. Default 5 min.
     pub first: Duration,
     /// The longest pause. Default 4 h, or half of `give_up` if that is not more than 4 h. At least `first`, at most
     /// [`LONGEST_PAUSE`].
@@ -22,7 +22,7 @@ pub struct Retry {
     pub delay_warning: Option<Duration>,
 }
 
-/// The longest pause between attempts. A message that is due later was deferred while the clock was wrong.
+/// The longest pause between attempts. If a message is due later than that, the clock was wrong when it was deferred.
 pub const LONGEST_PAUSE: Duration = Duration::from_secs(30 * 24 * 60 * 60);
 
 impl Default for Retry {
@@ -34,8 +34,8 @@ impl Default for Retry {
 }
 
 impl Retry {
-    /// The pause before the next attempt, 1 ms at least: half the message's `age`, between `first` and `max`, then a fifth
-    /// more or less by the random number `chance`, so that messages which failed together are not tried together.
+    /// The pause before the next attempt, 1 ms at least: half the message's `age`, between `first` and `max`, then a
+    /// fifth more or less by the random number `chance`, so that messages which failed together are not tried together.
     pub fn pause(&self, age: Duration, chance: u64) -> Duration {
         let pause = (age / 2).clamp(self.first, self.max);
         let permille = 800 + u32::try_from(chance % 401).unwrap_or(0);
@@ -48,24 +48,26 @@ pub(super) fn due(path: &Path) -> Option<SystemTime> {
     fs::metadata(path).and_then(|metadata| metadata.modified()).ok().map(due_at)
 }
 
-/// When a message is due whose file has this time of modification: long ago if that is later than [`LONGEST_PAUSE`] from now.
+/// When a message is due whose file has this time of modification. A time later than [`LONGEST_PAUSE`] from now is from
+/// a wrong clock: the message is due at once, instead of waiting for years.
 pub(super) fn due_at(modified: SystemTime) -> SystemTime {
     if modified > SystemTime::now() + LONGEST_PAUSE { SystemTime::UNIX_EPOCH } else { modified }
 }
 
-/// The age of a message; zero if it arrives in the future.
+/// The age of a message; zero if its time of arrival is in the future.
 pub fn age(arrived: Timestamp, now: Timestamp) -> Duration {
     let seconds = now.seconds().saturating_sub(arrived.seconds());
     Duration::from_secs(u64::try_from(seconds).unwrap_or(0))
 }
 
-/// When a message has arrived: at `stated`, or if that is impossible when it was first seen. If both are possible the later
-/// one counts: a clock that was behind must not make the message older than it is. `None`: it has not been seen yet.
+/// When a message arrived: at `stated` or, if that is impossible, when it was first seen. If both are possible, the
+/// later one counts: a slow clock must not make the message older than it is, or it would expire too soon. `None`:
+/// neither is possible.
 pub(super) fn arrival(stated: Timestamp, first_seen: Option<Timestamp>, now: Timestamp) -> Option<Timestamp> {
     [Some(stated), first_seen].into_iter().flatten().filter(|time| time.is_possible(now)).max()
 }
 
-/// The same; of a message that has not been seen yet, now. While the clock itself is wrong, what is stated must not be lost.
+/// Like [`arrival`]; if neither time is possible, `now`. While `now` itself is impossible, `stated`.
 pub(super) fn arrival_or_now(stated: Timestamp, first_seen: Option<Timestamp>, now: Timestamp) -> Timestamp {
     let unseen = if now.is_possible(now) { now } else { stated };
     arrival(stated, first_seen, now).unwrap_or(unseen)

@@ -1,5 +1,5 @@
-//! Limits of `.refused`, the directory of a queue for rejected mail that no DSN can report: 30 days and 32 MiB. Without them
-//! strangers could fill the disk. The oldest messages are removed first.
+//! Limits of `.refused`, the directory of a queue for rejected mail that no DSN can report: 30 days and 32 MiB. Without
+//! them strangers could fill the disk. The oldest messages are removed first.
 
 use std::collections::HashMap;
 use std::io;
@@ -51,7 +51,8 @@ fn on_disk(octets: u64) -> u64 {
     octets.div_ceil(DISK_BLOCK).max(1).saturating_mul(DISK_BLOCK)
 }
 
-/// Applies the limits to `.refused` of a queue. A message's age counts from its time of change (ctime), which the move set.
+/// Applies the limits to `.refused` of a queue. A message's age counts from its time of change (ctime), which the move
+/// set.
 ///
 /// # Errors
 /// The disk fails.

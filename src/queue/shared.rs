@@ -1,12 +1,12 @@
-//! One directory for the mail of many domains, and the index of what is in it.
+//! One directory for the mail of many domains, and the index of its messages.
 //!
-//! Mail for domains elsewhere must leave nothing behind, as strangers choose the domains that DSNs go to. So there is no
-//! directory and no lock for a domain: a message is one file, whose name tells its domain, and a session has the lock of this
-//! file (flock(2)) as long as it has the message.
+//! Strangers choose the domains to which DSNs are sent. A directory for each domain would remain after its mail, and
+//! strangers could fill the disk with directories. So mail for domains elsewhere is in one directory: the name of a
+//! message's file has its domain, and a session locks this file (flock(2)) as long as it has the message.
 //!
-//! The relay would list the whole directory for each domain. It has an index instead, which is told what arrives and what is
-//! settled. What other processes do, it sees when it reads the directory again: from time to time, and if a message is not
-//! found under its name.
+//! Without an index the relay would list the whole directory for each domain. The relay records in the index what
+//! arrives and what is settled. What other processes do is found when the directory is read again: from time to time,
+//! and if a message is not found under its name.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::ffi::{OsStr, OsString};
@@ -20,26 +20,28 @@ use crate::maildir::{Entry, with_path};
 use crate::net::trace::quoted;
 use crate::smtp::command::Envelope;
 
-/// A longer name of a file would leave too little room for what is recorded of attempts; then it does not tell the domain.
+/// Octets of a file's name at most with the domain. A longer one would leave too little room for the record of
+/// attempts: then the name does not have the domain.
 const NAME_LIMIT: usize = 150;
 
-/// The name for a new file in such a directory: `unique`, with the domain of the recipients. `D=`: mail with a sender, `B=`
-/// (bounce): without one.
+/// The name for a new file in a shared directory: `unique`, with the domain of the recipients after `D=`, or after `B=`
+/// (bounce) if the message has no sender.
 pub(super) fn file_name(unique: String, domain: &Domain, envelope: &Envelope) -> String {
     let key = if envelope.from == ReversePath::Null { "B" } else { "D" };
     let name = format!("{unique},{key}={}", domain.file_name());
     if name.len() > NAME_LIMIT { unique } else { name }
 }
 
-/// The domain that the name of a file tells.
+/// The domain in the name of a file.
 pub(super) fn named_domain(entry: &Entry) -> Option<Domain> {
     entry.destination().and_then(|(name, _)| Domain::of_file_name(name))
 }
 
-/// The domain of a message in such a directory, by its name or by its recipients. `None`: it is no mail, which is logged.
+/// The domain of a message in a shared directory, by its name or by its recipients. `None`: the file is not a message,
+/// which is logged.
 ///
 /// # Errors
-/// `NotFound`: it is gone, or has another name; the file cannot be read.
+/// `NotFound`: the file is gone, or has another name; otherwise it cannot be read.
 pub(super) fn domain_of(name: &QueueName, entry: &Entry) -> io::Result<Option<Domain>> {
     if let Some(domain) = named_domain(entry) {
         return Ok(Some(domain));
@@ -67,21 +69,22 @@ pub(super) fn domain_of(name: &QueueName, entry: &Entry) -> io::Result<Option<Do
     }
 }
 
-/// What is in such a directory, by domain.
+/// The messages of a shared directory, by domain.
 #[derive(Default)]
 pub struct SharedIndex(Mutex<State>);
 
 #[derive(Default)]
 struct State {
     by_domain: HashMap<Domain, BTreeSet<Entry>>,
-    /// The domains of the files whose names do not tell them; `None`: it is no mail.
+    /// The domains of files whose names do not have them, so that these are read once; `None`: the file is not a
+    /// message.
     unnamed: HashMap<OsString, Option<Domain>>,
-    /// As [`SharedIndex::take_news`].
+    /// See [`SharedIndex::take_news`].
     news: HashSet<Domain>,
 }
 
 impl SharedIndex {
-    /// Reads the directory. A file that cannot be read is logged and left out until the next time.
+    /// Reads the directory. A file that cannot be read is logged, and left out until the next call.
     ///
     /// # Errors
     /// The directory cannot be read.
@@ -90,7 +93,7 @@ impl SharedIndex {
     }
 
     fn read_by(&self, name: &QueueName, domain_of: &dyn Fn(&Entry) -> io::Result<Option<Domain>>) -> io::Result<()> {
-        // Locked until the end: what is added or settled meanwhile is recorded after that.
+        // The lock is held until the end: what is added or settled meanwhile is recorded after it, and not overwritten.
         let (mut state, mut read) = (self.lock(), State::default());
         read.news = state.news.clone();
         name.maildir().each_file(&mut |entry, _| {
@@ -128,7 +131,7 @@ impl SharedIndex {
         state.by_domain.entry(domain).or_default().insert(entry);
     }
 
-    /// Records under which name a message is now; `None`: it is gone.
+    /// Records the present name of a message; `None`: it is gone.
     pub(super) fn replace(&self, domain: &Domain, unique: &OsStr, entry: Option<&Entry>) {
         let mut state = self.lock();
         let entries = state.by_domain.entry(domain.clone()).or_default();
@@ -155,7 +158,8 @@ impl SharedIndex {
         entries
     }
 
-    /// The domains for which messages, or new names of them, were found by reading the directory, since the last call.
+    /// The domains for which [`SharedIndex::read`] has found new messages, or new names of messages, since the last
+    /// call.
     pub fn take_news(&self) -> HashSet<Domain> {
         std::mem::take(&mut self.lock().news)
     }

@@ -1,6 +1,5 @@
-//! What waits in a queue, from the names of its files: no file is opened, so a hundred thousand take less than a second.
-//!
-//! Files that are no mail count too: only [`Queue::list`](super::Queue::list) opens them.
+//! Counts what waits in a queue, by the names of its files. No file is opened: a hundred thousand take less than a
+//! second. So files that are not messages count too; only [`Queue::list`](super::Queue::list) opens them.
 
 use std::collections::BTreeMap;
 use std::fs::DirEntry;
@@ -15,33 +14,35 @@ use crate::clock::Timestamp;
 use crate::mail::address::Domain;
 use crate::maildir::{Entry, IN_DOUBT, Maildir};
 
-/// Replies that are shown.
+/// How many replies are shown.
 const REPLIES_LIMIT: usize = 20;
 
 /// How much waits in one queue, or in several.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct QueueSummary {
+    /// The number of files.
     pub messages: u64,
-    /// Octets of their files.
+    /// Octets of the files.
     pub bytes: u64,
-    /// When the oldest has arrived, according to its name. `None`: there is none.
+    /// When the oldest message arrived, according to its name. `None`: the queue is empty.
     pub oldest: Option<Timestamp>,
-    /// Messages that may or may not have been sent.
+    /// The number of messages that some recipients may already have.
     pub in_doubt: u64,
-    /// Messages that were offered, and stayed.
+    /// The number of messages that stayed after an attempt.
     pub deferred: u64,
-    /// Messages that have ended sessions.
+    /// The number of messages that have ended sessions.
     pub ended_sessions: u64,
-    /// Messages that a customer has rejected, and that stay for the time of `soft-bounce`.
+    /// The number of messages that a customer has rejected, and that stay for the time of `soft-bounce`.
     pub soft_bounced: u64,
-    /// Of those, when the first was rejected, and the last reply to it.
+    /// When the first of those was rejected, and the last reply to it.
     pub first_soft_bounce: Option<(Timestamp, String)>,
-    /// The last replies to the messages that stay, and how many have each.
+    /// The last replies to messages that stay, each with the number of messages.
     pub replies: BTreeMap<String, u64>,
     /// When the next attempt is due; only for a queue with retries.
     pub next_attempt: Option<Timestamp>,
-    /// Messages in `.refused`: rejected, and no sender can be told.
+    /// The number of messages in `.refused`: rejected mail that no DSN can report.
     pub set_aside: u64,
+    /// Octets of the files in `.refused`.
     pub set_aside_bytes: u64,
 }
 
@@ -65,12 +66,12 @@ impl QueueSummary {
         }
     }
 
-    /// Whether there is nothing to tell.
+    /// Whether the queue has no messages, also in `.refused`.
     pub fn is_empty(&self) -> bool {
         self.messages == 0 && self.set_aside == 0
     }
 
-    /// The last replies, the most frequent one first; 20 of them at most.
+    /// The last replies with their numbers of messages, the most frequent first; at most 20.
     pub fn frequent_replies(&self) -> Vec<(&str, u64)> {
         let mut rest: Vec<_> = self.replies.iter().map(|(reply, messages)| (reply.as_str(), *messages)).collect();
         let mut replies = Vec::new();
@@ -83,7 +84,7 @@ impl QueueSummary {
         replies
     }
 
-    /// Counts a file of a queue, unless it is gone.
+    /// Counts a file of a queue. Ignores one that is gone.
     fn count_file(&mut self, name: &QueueName, entry: &Entry, file: &DirEntry, now: Timestamp) {
         let (size, named) = (entry.file_size(), arrival(entry, now));
         let (bytes, arrived) = match size.zip(named).filter(|_| !name.retries) {
@@ -136,7 +137,7 @@ pub(super) fn summarize(name: &QueueName, now: Timestamp) -> io::Result<QueueSum
     Ok(summary)
 }
 
-/// Counts what waits in a shared directory, by domain. What is no mail, or cannot be read, is left out.
+/// Counts what waits in a shared directory, by domain. A file that is not a message, or cannot be read, is left out.
 ///
 /// # Errors
 /// A directory cannot be read.
@@ -151,12 +152,12 @@ pub(super) fn summarize_shared(name: &QueueName, now: Timestamp) -> io::Result<B
     Ok(summaries)
 }
 
-/// When a message has arrived, as far as the name of its file tells.
+/// When a message arrived, according to the name of its file. `None`: it has no possible time.
 pub(super) fn arrival(entry: &Entry, now: Timestamp) -> Option<Timestamp> {
     entry.record().first_seen.or_else(|| entry.named()).filter(|time| time.is_possible(now))
 }
 
-/// How many messages there are in `.refused`, and their octets.
+/// The number of messages in `.refused`, and their octets.
 fn set_aside(rejected: &Maildir) -> io::Result<(u64, u64)> {
     let (mut messages, mut bytes) = (0, 0);
     rejected.each_file(&mut |entry, file| {

@@ -1,4 +1,4 @@
-//! What is on disk before, during and after settlements.
+//! The files of a queue before, during and after settlements.
 
 use std::collections::HashMap;
 use std::fs;
@@ -27,7 +27,7 @@ fn domain(name: &str) -> Domain {
     Domain::parse(name).unwrap()
 }
 
-/// A spool of its own, and the Maildir of example.org in it.
+/// A spool, with the Maildir of example.org.
 pub(super) struct Spool {
     directory: tempfile::TempDir,
     pub(super) queue: Queue,
@@ -145,13 +145,14 @@ fn a_message_is_offered_as_it_was_stored() {
     message.rewind().unwrap();
     assert_eq!(content(&mut message), CONTENT);
     assert_eq!(message.size, CONTENT.replace('\n', "\r\n").len() as u64);
-    assert!(lock.next_message().is_none(), "each once");
+    assert!(lock.next_message().is_none(), "each message is offered once");
     drop(message);
     drop(lock);
     assert_eq!(offered(&mut spool.lock()), ["eva", "bob"], "without a settlement nothing is removed");
 }
 
-/// RFC 6152 section 3: without 8BITMIME a message could not be sent. A domain in an envelope is sent with A-labels.
+/// A domain in an envelope is sent with A-labels. If its UTF-8 counted as content, the message could not be sent to a
+/// server without 8BITMIME (RFC 6152 section 3).
 #[test]
 fn a_domain_in_utf_8_does_not_make_the_content_8_bit() {
     for (from, content, eight_bit) in [
@@ -190,7 +191,7 @@ fn every_mix_of_statuses_leaves_the_right_files() {
                     .collect()
             };
             let (left, rejected, doubt) = (with("~?"), with("!"), statuses.contains('?'));
-            // Of several recipients those that are settled are marked.
+            // A recipient is marked only if there are several.
             let marks = |status: char| match status {
                 '=' if total > 1 => '\u{6}',
                 '!' if total > 1 => '\u{15}',
@@ -280,7 +281,7 @@ fn the_oldest_comes_first_and_domains_take_turns() {
 }
 
 #[test]
-fn recipients_rejected_one_after_the_other_are_all_kept() {
+fn recipients_rejected_in_several_sessions_are_all_set_aside() {
     let spool = Spool::new();
     spool.put(&["eva", "bob", "zoe"]);
     settle(&mut spool.lock(), "!~~");
@@ -294,9 +295,9 @@ fn recipients_rejected_one_after_the_other_are_all_kept() {
     }
 }
 
-/// An earlier version has kept copies under the same name.
+/// An earlier version stored copies under the same name.
 #[test]
-fn a_message_in_refused_overwrites_no_other() {
+fn a_message_that_is_set_aside_overwrites_no_other() {
     let spool = Spool::new();
     let text = "Delivered-To: eva@example.org\n\nx\n";
     spool.write("new/100.mx", text);
@@ -310,7 +311,7 @@ fn a_message_in_refused_overwrites_no_other() {
     assert_eq!(spool.files(".refused/new").len(), 4);
 }
 
-/// Killed after the settlement of the last recipient and before the removal.
+/// The program was killed after the settlement of the last recipient and before the removal.
 #[test]
 fn a_settlement_that_was_interrupted_is_finished() {
     for (mark, kept) in [('\u{6}', 0), ('\u{15}', 1)] {
@@ -320,13 +321,13 @@ fn a_settlement_that_was_interrupted_is_finished() {
             &format!("Delivered-To: eva\u{6}example.org\nDelivered-To: bob{mark}example.org\n\nx\n"),
         );
         assert!(!spool.lock().is_empty().unwrap());
-        assert!(spool.lock().next_message().is_none(), "nobody gets it again");
+        assert!(spool.lock().next_message().is_none(), "no recipient gets it again");
         assert!(spool.lock().is_empty().unwrap());
         assert_eq!(spool.files(".refused/new").len(), kept);
     }
 }
 
-/// The size, the inode and the time of modification stay: only one octet for each recipient is written.
+/// The size, the inode and the time of modification stay.
 #[test]
 fn a_settlement_writes_one_octet_into_the_same_file() {
     let exim = "Return-path: <a@b.example>\nEnvelope-to: eva@example.org,\n bob@example.org\n\nx\n";
@@ -345,7 +346,7 @@ fn a_settlement_writes_one_octet_into_the_same_file() {
     assert_eq!((same, file.metadata().unwrap().modified().unwrap()), (text, modified));
 }
 
-/// Another agent's file that this user may read but not write: a copy of it takes its place before it is offered.
+/// This user may read but not write another agent's file: a copy replaces it before it is offered.
 #[test]
 fn a_file_that_cannot_be_written_is_replaced_if_it_must_be_marked() {
     for (to, copied) in [("Delivered-To: eva@example.org\n", false), (TWO_RECIPIENTS, true)] {
@@ -398,9 +399,9 @@ fn a_message_left_twice_by_an_earlier_version_is_removed_once() {
     }
 }
 
-/// What a message of many recipients costs when it is stored, opened, settled and found twice grows with its size only.
+/// The work of storing, opening and settling a message, and of finding it twice, grows in proportion to its recipients.
 #[test]
-fn a_message_of_many_recipients_costs_no_more_than_its_size() {
+fn the_work_for_a_message_grows_in_proportion_to_its_recipients() {
     let compared = |recipients: usize| {
         let (spool, before) = (Spool::new(), COMPARED.get());
         let names: Vec<_> = (0..recipients).map(|number| format!("u{number}")).collect();
@@ -423,9 +424,9 @@ fn a_message_of_many_recipients_costs_no_more_than_its_size() {
     assert!(many <= 30 * few, "{few} for 100 recipients, {many} for 2,000");
 }
 
-/// Equal names prove nothing: only a file that was certainly superseded is removed.
+/// Only a file that is certainly the older one of a message is removed.
 #[test]
-fn two_messages_of_one_name_are_both_kept() {
+fn two_messages_of_one_unique_name_both_stay() {
     let spool = Spool::new();
     spool.write("new/100,A", "Delivered-To: eva@example.org\n\na\n");
     spool.write("new/100,B", "Delivered-To: bob@example.org\n\nb longer\n");
@@ -436,7 +437,7 @@ fn two_messages_of_one_name_are_both_kept() {
 }
 
 #[test]
-fn files_of_other_agents_and_other_things() {
+fn files_of_other_agents_are_offered_and_entries_that_are_not_messages_stay() {
     let spool = Spool::new();
     let postfix = "Return-Path: <>\nX-Original-To: l@example.org\nDelivered-To: eva@example.org\nReceived: by mx\n\nx";
     let exim = "Return-path: <a@b.example>\nEnvelope-to: eva@example.org,bob@example.org\nDelivery-date: now\n\n.y\r\n";
@@ -464,13 +465,13 @@ fn files_of_other_agents_and_other_things() {
         assert_eq!(message.size as usize, connection.len() - 3 - dots, "measured, not read from a name");
         lock.settle(message, &result(&"=".repeat(recipients.len()))).unwrap();
     }
-    assert!(lock.next_message().is_none(), "nothing else is mail");
-    assert_eq!(spool.files("new").len(), 9, "and nothing else is touched");
+    assert!(lock.next_message().is_none(), "nothing else is a message");
+    assert_eq!(spool.files("new").len(), 9, "the other entries stay");
     assert!(spool.files("cur").is_empty());
-    assert_eq!((lock.not_mail(), lock.is_empty().unwrap()), (8, true), "counted apart");
-    // Its agent was still writing it, or an administrator has mended it.
+    assert_eq!((lock.not_mail(), lock.is_empty().unwrap()), (8, true), "they do not count as waiting");
+    // Its agent was still writing the file, or an administrator has corrected it.
     spool.write("new/6.empty", postfix);
-    assert!(!lock.is_empty().unwrap(), "it is looked at again");
+    assert!(!lock.is_empty().unwrap(), "a file that has changed is read again");
     drop(lock);
     assert_eq!(offered(&mut spool.lock()), ["eva"]);
 }
@@ -478,7 +479,7 @@ fn files_of_other_agents_and_other_things() {
 const EXIM: &str = "Return-path: <a@b.example>\nEnvelope-to: eva@example.org,\n b b@example.org,\n bob@example.org,\n\
                     \u{20}ann@example.net\nDelivery-date: now\nReceived: by mx\n\nx\n";
 
-/// The readable recipients are settled; the file stays for the others, and nobody gets the message twice.
+/// The readable recipients are settled; the file stays for the others, and no recipient gets the message twice.
 #[test]
 fn a_file_stays_for_the_recipients_that_cannot_be_read() {
     for (statuses, left) in [("==", &[][..]), ("=~", &["bob"]), ("=?", &["bob"]), ("!=", &[]), ("!!", &[])] {
@@ -499,7 +500,7 @@ fn a_file_stays_for_the_recipients_that_cannot_be_read() {
         }
         let mut lock = spool.lock();
         assert!(lock.next_message().is_none());
-        assert_eq!((lock.not_mail(), lock.is_empty().unwrap()), (1, true), "counted apart");
+        assert_eq!((lock.not_mail(), lock.is_empty().unwrap()), (1, true), "it does not count as waiting");
         let [(_, text)] = [spool.files("new"), spool.files("cur")].concat().try_into().unwrap();
         assert!(
             text.ends_with(
@@ -510,7 +511,7 @@ fn a_file_stays_for_the_recipients_that_cannot_be_read() {
     }
 }
 
-/// Without the reverse path nobody would get the DSN.
+/// Without the reverse path no sender would get the DSN.
 #[test]
 fn a_file_whose_return_path_cannot_be_read_stays() {
     let spool = Spool::new();
@@ -529,16 +530,16 @@ fn a_file_whose_return_path_cannot_be_read_stays() {
 }
 
 #[test]
-fn the_size_in_a_name_of_another_agent_is_not_believed() {
+fn the_size_in_the_file_name_of_another_agent_is_ignored() {
     let spool = Spool::new();
     spool.write("new/1,S=3,W=3", "Delivered-To: eva@example.org\nSubject: x\n\nlonger\n");
     assert_eq!(spool.lock().next_message().unwrap().size, "Subject: x\r\n\r\nlonger\r\n".len() as u64);
 }
 
-/// A client announces the size with BDAT, and must send exactly so many octets (RFC 3030 section 2). A batch or a DSN may bring
-/// line ends of CRLF into a file of ours.
+/// With BDAT a client announces the size, and must send exactly that number of octets (RFC 3030 section 2). A batch or
+/// a DSN may bring line ends of CRLF into our files.
 #[test]
-fn the_size_in_our_name_is_that_on_the_wire() {
+fn the_size_in_our_file_names_is_that_on_the_wire() {
     for text in ["", "a", "a\n", "a\r\nb\r\n", "a\rb\n\r\n", "a\r"] {
         let spool = Spool::new();
         let content = format!("Received: x\n\n{text}");
@@ -551,7 +552,7 @@ fn the_size_in_our_name_is_that_on_the_wire() {
 }
 
 #[test]
-fn the_header_tells_whether_smtputf8_is_needed() {
+fn the_header_decides_whether_smtputf8_is_needed() {
     let check = |fields: &str, declared: bool, needed: bool, in_header: bool| {
         let spool = Spool::new();
         let envelope = format!(
@@ -573,13 +574,13 @@ fn the_header_tells_whether_smtputf8_is_needed() {
         check(text, declared, false, false);
         check(address, declared, declared, true);
     }
-    // The header is read in blocks, which end anywhere in it.
+    // The header is read in blocks, which may end anywhere in it.
     for length in (16 << 10) - 40..(16 << 10) + 10 {
         let field = format!("X: {}\n", "x".repeat(length - 4));
         check(&format!("{field}{address}"), true, true, true);
         check(&format!("{field}{text}"), true, false, false);
     }
-    // Beyond its limit the declaration holds.
+    // In a header longer than the limit, the sender's declaration decides.
     let long = "X: y\n".repeat(20_000);
     check(&format!("{long}{text}"), true, true, true);
     check(&format!("{long}{text}"), false, false, false);
@@ -591,7 +592,7 @@ fn one_session_at_a_time_has_a_queue() {
     let spool = Spool::new();
     spool.put(&["eva"]);
     let lock = spool.lock();
-    // flock belongs to the open file, so a second handle here is what a second process is.
+    // flock(2) belongs to the open file: a second open file in this process is locked out like another process.
     let other = Queue::new("host", Ids::fixed(), Duration::from_secs(300));
     for queue in [&spool.queue, &other] {
         match queue.lock(&[spool.name("example.com"), spool.name("example.org")]) {
@@ -599,8 +600,8 @@ fn one_session_at_a_time_has_a_queue() {
             _ => panic!("two sessions have one queue"),
         }
     }
-    assert!(!lock.takeover_requested(), "a holder at work is left alone");
-    // All or none: example.com is free again.
+    assert!(!lock.takeover_requested(), "a holder that makes progress is not asked");
+    // All queues were locked or none: example.com is free again.
     drop(spool.queue.lock(&[spool.name("example.com")]).unwrap());
     drop(lock);
     assert_eq!(offered(&mut other.lock(&[spool.name("example.org")]).unwrap()), ["eva"]);
@@ -641,7 +642,7 @@ fn a_holder_without_progress_is_asked_to_release() {
         let mut lock = taker.join().unwrap().expect("the domain");
         assert!(!lock.takeover_requested());
         assert_eq!(offered(&mut lock), ["eva"]);
-        // The new holder is at work.
+        // The new holder has made progress just now.
         assert!(matches!(spool.queue.lock(&[spool.name("example.org")]), Err(LockError::Busy(_))));
     });
 }
@@ -657,7 +658,7 @@ fn a_holder_that_does_not_release_its_lock_keeps_it() {
 }
 
 #[test]
-fn a_queue_that_cannot_be_locked_says_why() {
+fn the_error_about_a_queue_that_cannot_be_locked_names_the_file() {
     let spool = Spool::new();
     fs::create_dir_all(spool.path("odmr.lock")).unwrap();
     match spool.queue.lock(&[spool.name("example.org")]) {
@@ -685,7 +686,7 @@ fn a_disk_that_fails_loses_nothing() {
     assert_eq!(spool.files(".refused/new").len(), 1);
 }
 
-/// What a mail reader does between the offer and the settlement.
+/// A mail reader moves or links the file between the offer and the settlement.
 #[test]
 fn a_message_that_a_mail_reader_moves_is_the_same_message() {
     let move_file = |what: &str, from: &Path, to: &Path| {
@@ -719,7 +720,7 @@ fn a_message_that_a_mail_reader_moves_is_the_same_message() {
             if !left.is_empty() {
                 settle(&mut spool.lock(), &"=".repeat(left.len()));
             }
-            // What it was linked to is removed by the next session that sees it.
+            // The next session removes the other name.
             let mut lock = spool.lock();
             assert!(
                 lock.next_message().is_none() && lock.is_empty().unwrap(),
@@ -731,9 +732,8 @@ fn a_message_that_a_mail_reader_moves_is_the_same_message() {
     }
 }
 
-/// It is moved after it was listed and before it is opened.
 #[test]
-fn a_message_that_is_moved_after_it_was_listed_is_offered() {
+fn a_message_that_is_moved_after_it_was_listed_and_before_it_is_opened_is_offered() {
     let spool = Spool::new();
     spool.write("new/100.mx", "Delivered-To: eva@example.org\n\nx\n");
     spool.write("new/200.mx", "Delivered-To: bob@example.org\n\nx\n");
@@ -745,10 +745,10 @@ fn a_message_that_is_moved_after_it_was_listed_is_offered() {
     assert!(lock.next_message().is_none());
 }
 
-/// A mail reader opens the mailbox, and somebody removes half of it: that costs a few readings of the directory, and not one
-/// for each message.
+/// A mail reader moves half of the messages and removes the other half. The directory is read a few times for that, not
+/// once for each message.
 #[test]
-fn a_queue_of_which_all_is_moved_or_removed_is_listed_once_more() {
+fn a_queue_whose_messages_are_all_moved_or_removed_is_listed_once_more() {
     let spool = Spool::new();
     let count: usize = 2000;
     for number in 0..count {
@@ -769,7 +769,7 @@ fn a_queue_of_which_all_is_moved_or_removed_is_listed_once_more() {
     assert!(begun.elapsed() < Duration::from_secs(3), "{:?}", begun.elapsed());
 }
 
-/// The files of a queue may have names elsewhere, such as in a backup. That is no reason to look for them here.
+/// The files of a queue may have other names elsewhere, in a backup say. The queue is not searched for these.
 #[test]
 fn messages_with_links_elsewhere_are_removed_without_a_search() {
     let spool = Spool::new();
@@ -792,7 +792,7 @@ fn messages_with_links_elsewhere_are_removed_without_a_search() {
 
 /// A mail reader was killed between link and unlink, and the file must be copied to be marked.
 #[test]
-fn a_copy_takes_the_place_of_both_names() {
+fn a_copy_replaces_both_names() {
     let spool = Spool::new();
     spool.write("new/100.mx", &format!("{TWO_RECIPIENTS}\nx\n"));
     fs::create_dir_all(spool.path("cur")).unwrap();
@@ -810,7 +810,7 @@ fn a_copy_takes_the_place_of_both_names() {
 
 /// A mail reader moves and flags messages all the time, some by rename and some by link and unlink.
 #[test]
-fn a_mail_reader_at_work_loses_and_doubles_nothing() {
+fn no_message_is_lost_or_doubled_while_a_mail_reader_renames_files() {
     let (spool, count) = (Spool::new(), 150);
     for number in 0..count {
         spool.put(&[&format!("a{number}"), &format!("b{number}")]);
@@ -855,7 +855,7 @@ fn a_mail_reader_at_work_loses_and_doubles_nothing() {
     assert!(spool.lock().is_empty().unwrap(), "{:?} {:?}", spool.files("new"), spool.files("cur"));
 }
 
-/// The message is sent, and its file cannot be removed: the mark keeps the next session from sending it again.
+/// The mark keeps the next session from sending it.
 #[test]
 fn a_message_that_cannot_be_removed_is_not_sent_again() {
     let spool = Spool::new();
@@ -870,10 +870,10 @@ fn a_message_that_cannot_be_removed_is_not_sent_again() {
     fs::remove_dir(spool.path("new").join(&spool.files("new")[0].0)).unwrap();
     fs::rename(&kept, &path).unwrap();
     assert!(spool.lock().next_message().is_none());
-    assert!(spool.lock().is_empty().unwrap(), "removed at last");
+    assert!(spool.lock().is_empty().unwrap(), "the next session has removed it");
 }
 
-/// The order of the offers in sessions that the messages of `ends` end, one call after the other.
+/// The order of the offers in each of some calls. Messages to `ends` end their session.
 fn calls(spool: &Spool, calls: usize, ends: &[&str]) -> Vec<String> {
     let call = |_| {
         let mut lock = spool.lock();
@@ -909,10 +909,10 @@ fn a_message_that_ends_sessions_is_offered_last_and_then_skipped() {
     let [(name, _)] =
         spool.files("new").into_iter().filter(|(name, _)| name.contains(",P=")).collect::<Vec<_>>().try_into().unwrap();
     assert!(name.contains(",A=8,P=8-8-"), "{name}");
-    // A session that is no call counts nothing.
+    // A session that is not counted as a call changes nothing.
     assert_eq!(offered(&mut spool.lock()), ["one"]);
     assert!(spool.files("new").iter().any(|(name, _)| name.contains(",P=8-8-")));
-    // After a day it is offered again, and an answer ends the count.
+    // After a day it is offered again, and a reply ends the count.
     let day_ago = Ids::fixed().clock().now().seconds() - 24 * 3600;
     let other = format!("{},P=8-8-{day_ago}", name.split(",P=").next().unwrap());
     fs::rename(spool.path("new").join(&name), spool.path("new").join(other)).unwrap();
@@ -924,7 +924,7 @@ fn a_message_that_ends_sessions_is_offered_last_and_then_skipped() {
     assert!(spool.files("new").iter().all(|(name, _)| !name.contains(",P=")));
 }
 
-/// The name of the only message after as many sessions that it has ended. `pause`: to its next attempt.
+/// The file name of the only message after it has ended this many sessions. `pause`: until its next attempt.
 fn name_after(sessions: usize, pause: Duration, lost: &DeliveryResult) -> String {
     let spool = Spool::new();
     spool.put(&["bad"]);
@@ -937,10 +937,10 @@ fn name_after(sessions: usize, pause: Duration, lost: &DeliveryResult) -> String
     spool.files("new").remove(0).0
 }
 
-/// A customer's message is tried again by the next call, whenever that is: the pause is a moment, which may be over or not
+/// The next call tries a customer's message again, whenever that is: its pause is a moment, which may be over or not
 /// when the end of the session is recorded.
 #[test]
-fn calls_skip_a_message_unless_it_waits_and_only_if_it_was_the_message() {
+fn calls_skip_a_message_that_ends_sessions_unless_it_waits_for_its_next_attempt() {
     let (moment, pause) = (Duration::from_millis(200), Duration::from_secs(300));
     let lost = DeliveryResult::lost("gone", 1);
     assert!(name_after(3, moment, &lost).contains(",P=3-1-"));
@@ -949,9 +949,9 @@ fn calls_skip_a_message_unless_it_waits_and_only_if_it_was_the_message() {
     assert!(!stopped.contains(",A=") && !stopped.contains(",P="), "{stopped}");
 }
 
-/// The connection may be lost while a message follows another one: that one was not tried.
+/// The connection may be lost while a second message waits for the first: the second was not tried.
 #[test]
-fn a_message_behind_one_that_ends_its_session_has_no_share_in_that() {
+fn a_message_after_the_one_that_ends_its_session_is_not_counted() {
     let spool = Spool::new();
     for name in ["bad", "mad", "one"] {
         spool.put(&[name]);
@@ -984,7 +984,6 @@ fn a_message_behind_one_that_ends_its_session_has_no_share_in_that() {
     assert_eq!([count("bad"), count("mad")], [(2, Some(2)), (2, Some(2))]);
 }
 
-/// Not even if it is in the first of several queues.
 #[test]
 fn a_message_that_ended_a_session_is_not_offered_before_those_of_other_queues() {
     let spool = Spool::new();
@@ -1003,7 +1002,7 @@ fn a_message_that_ended_a_session_is_not_offered_before_those_of_other_queues() 
     assert_eq!([offered(&mut second), offered(&mut second)], [["zoe"], ["bad"]]);
 }
 
-/// The record has room in every name that the system permits, and the message stays the same one.
+/// The record has room in every name that the system permits, and the message remains the same one.
 #[test]
 fn a_long_file_name_records_attempts() {
     let ended = DeliveryResult::lost("gone", 2);
@@ -1067,7 +1066,7 @@ fn file_names_are_octets() {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 48, ..ProptestConfig::default() })]
 
-    /// Whatever the statuses and their order: each recipient is sent once or rejected once.
+    /// With all statuses in any order, each recipient is sent once or rejected once.
     #[test]
     fn no_recipient_is_lost_or_doubled(
         messages in proptest::collection::vec(1usize..=3, 1..5),
@@ -1088,7 +1087,7 @@ proptest! {
         }
         let (mut sent, mut with_rejected) = (Vec::new(), std::collections::HashSet::new());
         for turn in 0.. {
-            prop_assert!(turn < 200, "it comes to an end");
+            prop_assert!(turn < 200, "the queue is empty in the end");
             let mut lock = spool.lock();
             if lock.is_empty().unwrap() {
                 break;
@@ -1132,7 +1131,7 @@ fn outgoing_since(name: &QueueName, to: &[&str], arrived: Timestamp) -> Queue {
     queue
 }
 
-/// If every recipient failed, 452 did not mean "too many recipients", and the next attempt is not made at once.
+/// If every recipient failed, 452 did not mean "too many recipients": the next attempt is not made at once.
 #[test]
 fn a_452_for_all_recipients_waits_and_a_452_for_some_does_not() {
     for (statuses, due_at_once) in [("++", false), ("=+", true)] {
@@ -1153,9 +1152,8 @@ fn a_452_for_all_recipients_waits_and_a_452_for_some_does_not() {
     }
 }
 
-/// A message that was deferred while the clock was a year ahead does not wait for a year.
 #[test]
-fn a_clock_that_was_wrong_defers_nothing_for_long() {
+fn a_message_that_was_deferred_while_the_clock_was_a_year_fast_is_due_at_once() {
     for (ahead, due) in [(Duration::from_secs(3600), false), (Duration::from_secs(365 * 24 * 3600), true)] {
         let directory = tempfile::tempdir().unwrap();
         let name = QueueName { path: directory.path().into(), retries: true, ..QueueName::default() };
@@ -1220,9 +1218,8 @@ fn an_impossible_time_of_arrival_is_replaced_by_the_time_of_the_first_session() 
     }
 }
 
-/// The record of the first session stays when the message is settled for some recipients.
 #[test]
-fn the_rest_of_a_message_keeps_the_time_of_the_first_session() {
+fn a_settlement_for_some_recipients_does_not_change_the_time_of_the_first_session() {
     let (directory, now) = (tempfile::tempdir().unwrap(), Ids::fixed().clock().now());
     let name = QueueName { path: directory.path().into(), ..QueueName::default() };
     let queue = outgoing_since(&name, &["a@example.net", "b@example.net"], Timestamp::from_seconds(0));
@@ -1263,7 +1260,6 @@ fn the_age_of_files_of_other_agents_counts_from_a_possible_time() {
     }
 }
 
-/// Listing the queue needs no lock and moves nothing.
 #[test]
 fn a_locked_queue_can_be_listed() {
     let directory = tempfile::tempdir().unwrap();

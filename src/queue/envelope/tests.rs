@@ -1,4 +1,4 @@
-//! Envelopes of ours and of other delivery agents.
+//! Envelopes that this program writes, and those of other delivery agents.
 
 use super::*;
 use crate::mail::address::COMPARED;
@@ -24,7 +24,7 @@ fn recipients(text: &str) -> Vec<String> {
 
 /// Rules: MD-15.
 #[test]
-fn what_is_written_is_read_again() {
+fn an_envelope_is_read_as_it_was_written() {
     let parameters = b"NOTIFY=SUCCESS,DELAY ORCPT=rfc822;X+40y";
     let envelope = Envelope {
         from: reverse_path(b"<a@b.example>").unwrap().0,
@@ -69,7 +69,7 @@ fn a_file_without_a_recipient_in_the_domain_is_not_a_message() {
     assert!(matches!(unfinished, Parsed::More));
 }
 
-/// The recipients to send to, the others, and the reverse path or why it cannot be read.
+/// The recipients that can be read, those that cannot, and the reverse path or why it cannot be read.
 fn summary(text: &[u8]) -> (String, Vec<String>, String) {
     match parse(text, true, options(&domain())) {
         Parsed::Envelope(parsed) => {
@@ -169,7 +169,7 @@ fn a_reverse_path_that_cannot_be_read_is_not_the_null_path() {
     assert_eq!(summary(latin1).2, "Return-Path: it is not in UTF-8");
 }
 
-/// An agent without a `Received` of its own: what the sender has forged begins with a second `Return-Path`.
+/// An agent writes no `Received`: the lines that the sender has forged begin with a second `Return-Path`.
 #[test]
 fn a_second_return_path_ends_the_envelope() {
     let text = "Return-Path: <a@b.example>\nDelivered-To: eva@example.org\nReturn-Path: <forged@b.example>\n\
@@ -178,7 +178,7 @@ fn a_second_return_path_ends_the_envelope() {
     assert!(text[parsed(text).octets..].starts_with("Return-Path: <forged@b.example>\n"));
 }
 
-/// The line is not a field, and it is not sent; further down it is content.
+/// The line is not a field, and is not sent. After other lines it is content.
 #[test]
 fn the_first_line_of_an_mbox_is_skipped() {
     for line in ["From a@b.example  Fri Jan  2 03:04:05 2026\n", ">From a@b.example Fri Jan  2 03:04:05 2026\n"] {
@@ -200,7 +200,7 @@ fn marked(text: &[u8], numbers: &[usize], mark: Mark) -> Vec<u8> {
     marked
 }
 
-/// However the agent has written the address.
+/// In any form in which an agent may write the address.
 #[test]
 fn a_marked_recipient_is_settled_and_the_others_are_open() {
     for fields in [
@@ -221,7 +221,7 @@ fn a_marked_recipient_is_settled_and_the_others_are_open() {
             let unread: Vec<_> = parsed.unread.iter().map(|unread| unread.text.clone()).collect();
             (parsed.recipients().iter().map(local).collect::<Vec<_>>(), parsed.settled, unread)
         };
-        // If `Delivered-To` names somebody, settled or not, other fields do not count.
+        // If `Delivered-To` names a recipient, settled or not, other fields do not count.
         let other = if fields.starts_with(b"Delivered-To") { "X-Original-To: list@example.org\n" } else { "" };
         let text = [fields, other.as_bytes(), b"Received: x\n\nx\n"].concat();
         let unread = left(&text).2;
@@ -239,9 +239,9 @@ fn a_marked_recipient_is_settled_and_the_others_are_open() {
     }
 }
 
-/// Only what could be read before was marked.
+/// Only an address that could be read before is marked.
 #[test]
-fn an_address_with_a_control_character_is_not_settled() {
+fn an_address_that_cannot_be_read_without_its_control_character_is_not_settled() {
     for text in ["eva\u{6}", "\u{6}", "b b\u{6}example.org", "eva@example\u{6}org"] {
         let (recipients, unread, _) =
             summary(format!("Delivered-To: bob@example.org\nDelivered-To: {text}\n\n").as_bytes());
@@ -249,9 +249,10 @@ fn an_address_with_a_control_character_is_not_settled() {
     }
 }
 
-/// qmail's virtualdomains: the prefix is taken off, but not from lines of ours or from a local part that is nothing else.
+/// The prefix of qmail's virtualdomains. It stays in lines that this program has written, and in a local part that is
+/// empty without it.
 #[test]
-fn a_prefix_of_another_agent_is_taken_off() {
+fn a_prefix_of_another_agent_is_removed() {
     let read = |text: &str| {
         let domain = domain();
         let options = ParseOptions { prefix: Some("acme-"), ..options(&domain) };
@@ -264,15 +265,15 @@ fn a_prefix_of_another_agent_is_taken_off() {
     assert_eq!(read("X-Original-To: acme-eva@example.org\n\n"), "acme-eva@example.org");
 }
 
-/// Lines of content that begin with white space are no reason to read on.
+/// To find the end of the envelope, lines of content that begin with white space are not read as its continuation.
 #[test]
-fn the_envelope_ends_before_content_without_end() {
+fn the_envelope_ends_before_endless_content() {
     let text = format!("Delivered-To: eva@example.org\nx\n{}", " y\n".repeat(100));
     let parsed = parse(text.as_bytes(), false, options(&None));
     assert!(matches!(parsed, Parsed::Envelope(parsed) if parsed.octets == 30));
 }
 
-/// How an envelope of ours has an address, which mail readers and other agents may read.
+/// Mail readers and other agents may read the envelope too.
 #[test]
 fn an_address_is_in_angle_brackets_if_it_would_be_read_as_a_list() {
     for (address, expected) in [
@@ -293,7 +294,7 @@ fn an_address_is_in_angle_brackets_if_it_would_be_read_as_a_list() {
     }
 }
 
-/// Recipients elsewhere have the spelling that they came with, in one queue.
+/// A recipient elsewhere keeps the spelling that the client has sent.
 #[test]
 fn a_recipient_elsewhere_keeps_its_spelling() {
     let text = "Return-Path: <A@B.Example>\nDelivered-To: Eva@EXAMPLE.org\nDelivered-To: \"bob\"@example.org.\n";
@@ -351,11 +352,11 @@ fn check_round_trip(from: &str, to: &[String]) {
 
 proptest::proptest! {
     #[test]
-    fn no_file_makes_it_panic(front: Vec<u8>, end: bool) {
+    fn no_file_makes_the_parser_panic(front: Vec<u8>, end: bool) {
         let _ = parse(&front, end, options(&domain()));
     }
 
-    /// Whatever of its recipients are settled, in whatever order: the others stay open, and the rest of the file is the same.
+    /// If any recipients are settled in any order, the others stay open, and the rest of the file is unchanged.
     #[test]
     fn every_set_of_marks_is_read_again(envelope in foreign_envelope(), order: u64, some: u64) {
         let read = |text: &[u8]| match parse(text, true, options(&None)) {
@@ -384,9 +385,8 @@ proptest::proptest! {
         }
     }
 
-    /// Whatever address the server accepts.
     #[test]
-    fn every_address_that_is_accepted_is_read_as_it_was_written(
+    fn every_address_that_the_server_accepts_is_read_as_it_was_written(
         from in r#"[a@.,:;()"\\\[\] \u{a0}ü_%=?/]{0,12}@([a.,_\-/ü]{1,8}|\[[a:.]{1,6}\])"#,
         to in proptest::collection::vec(
             r#"[a@.,:;"\\\u{a0}ü_%=?/ ]{1,12}@([a.,_\-/ü]{1,8}|\[[a:.]{1,6}\])"#, 0..4,
@@ -466,7 +466,7 @@ fn foreign_envelope() -> impl proptest::strategy::Strategy<Value = Vec<u8>> {
                 if number > 0 {
                     text.extend_from_slice(glue);
                 }
-                // Folded anywhere, now and then.
+                // Sometimes folded, at any place.
                 let at = if dice == 0 { fold.index(piece.len() + 1) } else { piece.len() };
                 text.extend_from_slice(&piece[..at]);
                 if dice == 0 {
@@ -481,9 +481,9 @@ fn foreign_envelope() -> impl proptest::strategy::Strategy<Value = Vec<u8>> {
     })
 }
 
-/// An envelope of many recipients, each named twice, costs in proportion to its size.
+/// Each recipient is named twice.
 #[test]
-fn a_long_head_costs_no_more_than_its_size() {
+fn the_work_for_an_envelope_grows_in_proportion_to_its_recipients() {
     let compared = |recipients: usize| {
         let before = COMPARED.get();
         let line = |number| format!("Delivered-To: u{number}@example.org\n");
@@ -496,9 +496,9 @@ fn a_long_head_costs_no_more_than_its_size() {
     assert!(many <= 30 * few, "{few} for 500 recipients, {many} for 10,000");
 }
 
-/// An address with thousands of signs that could be its mark.
+/// The comment has thousands of characters that could be the mark.
 #[test]
-fn the_mark_of_an_address_with_a_long_comment() {
+fn the_mark_of_an_address_with_a_long_comment_is_outside_the_comment() {
     for comment in ["@", "\x06", "x@\x15 "] {
         let comment = comment.repeat(20_000);
         let text = format!("Delivered-To: \"a@b\" <eva@example.org> ({comment})\n\n");

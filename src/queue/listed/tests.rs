@@ -1,4 +1,4 @@
-//! Queues of more messages than are listed at a time.
+//! Queues with more messages than a pass keeps.
 
 use std::fs;
 
@@ -7,7 +7,8 @@ use crate::queue::tests::{Spool, local_parts, result};
 use crate::queue::{NextStep, QueueLock, QueueName, QueuedMessage};
 use crate::smtp::status::{DecidedBy, DeliveryResult};
 
-/// Writes messages to `u0`, `u1` and so on, whose names have the order of the numbers; the files are made in another order.
+/// Writes messages to `u0`, `u1` and so on. Their names have the order of the numbers; the files are made in another
+/// order.
 fn fill(spool: &Spool, count: usize) {
     for number in (0..count).map(|number| number * 7919 % count) {
         spool.write(&format!("new/{number:06}.x"), &format!("Delivered-To: u{number}@example.org\n\nx\n"));
@@ -15,7 +16,7 @@ fn fill(spool: &Spool, count: usize) {
     fs::create_dir_all(spool.path("cur")).unwrap();
 }
 
-/// Offers all messages, and does something with each.
+/// Calls `act` with each message offered. Returns the recipients in order, and the number of steps without a message.
 fn offer_all(lock: &mut QueueLock, mut act: impl FnMut(&mut QueueLock, QueuedMessage)) -> (Vec<String>, usize) {
     let (mut offered, mut steps) = (Vec::new(), 0);
     loop {
@@ -36,7 +37,7 @@ fn numbers(numbers: impl IntoIterator<Item = usize>) -> Vec<String> {
 }
 
 #[test]
-fn a_large_queue_is_offered_in_pieces_the_oldest_first() {
+fn a_large_queue_is_offered_in_several_passes_the_oldest_first() {
     let (spool, count) = (Spool::new(), 2 * PIECE + 500);
     fill(&spool, count);
     for (number, name) in [(1, "000001.x,P=2-0-1767322800"), (2, "000002.x,P=1-0-1767322800"), (3, "000003.x:2,F")] {
@@ -47,7 +48,7 @@ fn a_large_queue_is_offered_in_pieces_the_oldest_first() {
     expected.extend(numbers([2, 1]));
     for statuses in ["=", "~"] {
         let mut lock = spool.lock();
-        assert!(lock.has_next() && lock.waiting() <= 1, "not all is listed for that");
+        assert!(lock.has_next() && lock.waiting() <= 1, "a few files are read for that");
         let mut settled = 0;
         let (offered, steps) = offer_all(&mut lock, |lock, message| {
             // Half of the messages, so that the rest stays for the next session.
@@ -58,7 +59,7 @@ fn a_large_queue_is_offered_in_pieces_the_oldest_first() {
         assert!(steps >= count / STEP_WORK, "{steps}");
         assert!(!lock.has_next() && lock.next_message().is_none());
         expected = expected.into_iter().step_by(2).collect();
-        // What has ended a session is forgotten when it was offered once more and did not.
+        // A message that was offered again and has not ended the session is ordered as before.
         expected.sort_by_key(|name| (name != "u3", name[1..].parse::<usize>().unwrap()));
     }
 }
@@ -75,35 +76,36 @@ fn held_mail_comes_by_doubt_hour_and_size() {
         format!("cur/{}.b,S=900:2,F", time(-2)),
         format!("cur/{}.b,S=100:2,F", time(-1)),
         format!("cur/{}.b,S=100,P=1-0-{}:2,F", time(-5), time(-1)),
-        // The clock was wrong: in years that are over, or still to come.
+        // The clock was wrong: the times are years ago, or in years to come.
         "new/3.a,S=100".to_owned(),
         "new/no-time,S=200".to_owned(),
         format!("new/{}.a,S=300", time(24 * 365)),
-        // By hours, and by size within one.
+        // By the hour, and by size within an hour.
         format!("new/{}.d,S=1000000", time(-2) + 1),
         format!("new/{}.e,S=200", time(-1) + 9),
         format!("new/{}.f,S=200", time(-1) + 10),
         format!("new/{}.a,S=65000", time(-1) + 8),
-        // Another agent's.
+        // The file of another agent.
         format!("new/{}.g", time(-1) + 30),
         format!("new/{}.a,S=66000", time(-1) + 2),
         format!("new/{}.b,S=70000", time(-1) + 1),
         format!("new/4.b,S=1,T={}", time(0)),
         format!("new/{}.a,S=100", time(0) + 1),
-        // They have ended sessions: by how many.
+        // By the number of sessions that they have ended.
         format!("new/{}.a,S=900,P=1-0-{}", time(-2), time(-1)),
         format!("new/{}.c,S=100,P=1-0-{}", time(-1), time(-1)),
         format!("cur/{}.b,S=100,P=2-0-{}:2,F", time(-6), time(-1)),
     ];
-    // Made in another order.
+    // The files are made in another order.
     for at in (0..names.len()).map(|number| number * 7 % names.len()) {
         spool.write(&names[at], &format!("Delivered-To: u{at}@example.org\n\nx\n"));
     }
     assert_eq!(offer_all(&mut spool.lock(), |_, _| {}).0, numbers(0..names.len()));
 }
 
-/// Calls over a line that carries three of the four small messages that strangers send before each. `file`: of a large message
-/// that has arrived first, at [`NOW`]. Returns how many hours later the customer gets it.
+/// Before each call strangers send four small messages, and the line carries three messages in each call. `file`: the
+/// name of a large message that has arrived first, at [`NOW`]. Returns the number of hours after which the customer
+/// gets it.
 fn hours_until_sent(file: String) -> i64 {
     let entry = |name: String| Entry { name: name.into(), seen: false };
     let mut waiting = vec![entry(file)];
@@ -120,23 +122,23 @@ fn hours_until_sent(file: String) -> i64 {
             waiting.retain(|entry| *entry != first);
         }
     }
-    panic!("strangers keep it back for ever")
+    panic!("mail of strangers delays the message for ever")
 }
 
-/// The hour of its arrival, or a week after it has ended a session, bounds what comes before a large message.
+/// Only mail of the same hour comes before a large message; if it has ended a session, only mail of a week.
 #[test]
-fn strangers_do_not_keep_a_large_message_back_on_a_line_that_carries_less_than_they_send() {
+fn mail_of_strangers_does_not_delay_a_large_message_for_ever_if_the_line_is_too_thin_for_all() {
     assert!(hours_until_sent(format!("{NOW}.large,S=1000000")) <= 1);
     let days = |hours| (hours + 23) / 24;
-    // What waits then comes before it.
+    // After a week, the mail that waits then comes before it.
     assert_eq!(days(hours_until_sent(format!("{NOW}.large,S=1000000,P=1-0-{NOW}"))), 10);
     assert_eq!(days(hours_until_sent(format!("{NOW}.large,S=1000000,P=5-0-{NOW}"))), 10);
     assert!(hours_until_sent(format!("{NOW}.large,S=1000000,P=1-0-{}", NOW + 365 * 24 * HOUR)) <= 2);
 }
 
-/// Those of a phase in the second queue do not wait for the others in the first.
+/// A message of the second queue does not wait for those of a later phase in the first.
 #[test]
-fn what_is_in_doubt_comes_first_in_all_queues() {
+fn messages_in_doubt_come_first_in_all_queues() {
     let spool = Spool::new();
     let names = ["a.example", "b.example", "c.example"].map(|name| spool.name(name));
     for name in &names {
@@ -155,7 +157,7 @@ fn what_is_in_doubt_comes_first_in_all_queues() {
     assert_eq!(seen, [of(2), of(1), of(3)].concat());
 }
 
-/// A domain with much mail does not delay the others, also when it must be listed again.
+/// A domain with much mail does not delay the others, even when it must be listed again.
 #[test]
 fn domains_take_turns() {
     let spool = Spool::new();
@@ -180,8 +182,8 @@ fn domains_take_turns() {
     assert!(last(2) < 2 * PIECE + PIECE / 2, "the last of more is number {}", last(2));
 }
 
-/// Calls whose sessions end with each message that kills the customer's server after its content. Returns the call by which
-/// the customer has all others.
+/// Each of the `poison` messages makes the customer's server crash after its content. Returns the number of the call in
+/// which the customer gets the last of the other messages.
 fn calls_until_others_are_sent(poison: usize, in_doubt: bool) -> usize {
     let (spool, others) = (Spool::new(), 5);
     for number in 0..others + poison {
@@ -210,16 +212,16 @@ fn calls_until_others_are_sent(poison: usize, in_doubt: bool) -> usize {
 }
 
 #[test]
-fn a_message_that_kills_the_customer_delays_the_others_by_two_calls_at_most() {
+fn a_message_that_makes_the_customer_crash_delays_the_others_by_two_calls_at_most() {
     for poison in 0..4 {
-        // The content is not whole at the customer, which is not in doubt then.
+        // If the content was not complete, the message is not in doubt.
         assert_eq!(calls_until_others_are_sent(poison, false), poison + 1);
         assert_eq!(calls_until_others_are_sent(poison, true), 2 * poison + 1);
     }
 }
 
 #[test]
-fn two_files_of_one_message_are_not_told_apart_by_the_end_of_a_piece() {
+fn two_files_of_one_message_are_recognized_at_the_limit_of_a_pass() {
     let ours = "X-ODMR-Envelope: id=x; arrived=2026-01-02T03:04:05Z\n";
     let rest = format!("Delivered-To: bob@example.org\n{ours}\nx\n");
     let whole = format!("Delivered-To: eva@example.org\n{rest}");
@@ -236,9 +238,9 @@ fn two_files_of_one_message_are_not_told_apart_by_the_end_of_a_piece() {
     }
 }
 
-/// Another agent has given many files one name.
+/// Another agent has given more files one unique name than a pass keeps.
 #[test]
-fn files_of_one_name_that_fill_a_piece() {
+fn files_of_one_unique_name_that_fill_a_pass_are_all_offered() {
     let spool = Spool::new();
     for number in 0..PIECE + 5 {
         spool.write(&format!("new/1.x,{number:06}"), &format!("Delivered-To: u{number}@example.org\n\nx\n"));
@@ -249,7 +251,7 @@ fn files_of_one_name_that_fill_a_piece() {
 }
 
 #[test]
-fn many_queues_keep_little_of_what_is_not_to_be_offered_yet() {
+fn many_queues_remember_few_messages_of_a_later_phase() {
     let (spool, queues) = (Spool::new(), 20);
     let names: Vec<_> = (0..queues).map(|queue| spool.name(&format!("d{queue}.example"))).collect();
     for (queue, name) in names.iter().enumerate() {
@@ -266,9 +268,8 @@ fn many_queues_keep_little_of_what_is_not_to_be_offered_yet() {
     assert!(offered[..queues].iter().all(|name| name == "first"), "{:?}", &offered[..queues]);
 }
 
-/// No step opens all of them.
 #[test]
-fn many_files_that_are_no_mail_take_several_steps() {
+fn many_files_that_are_not_messages_take_several_steps() {
     let spool = Spool::new();
     for number in 0..100 {
         spool.write(&format!("new/{number:06}.x"), "no recipient\n");
@@ -279,7 +280,7 @@ fn many_files_that_are_no_mail_take_several_steps() {
     assert!(steps >= 100 * OPEN_WORK / STEP_WORK, "{steps}");
 }
 
-/// Many queues, in which messages wait, arrive, are moved by readers and end sessions, while some are under way.
+/// While some messages are under way, others arrive, are moved by mail readers, and have ended sessions.
 #[test]
 fn each_message_of_many_queues_is_offered_once() {
     let spool = Spool::new();
@@ -299,9 +300,9 @@ fn each_message_of_many_queues_is_offered_once() {
         made += 1;
         let (path, to) = (&names[queue].path, format!("u{made}"));
         ["new", "cur"].iter().for_each(|name| fs::create_dir_all(path.join(name)).unwrap());
-        let folder = if flags.contains(':') { "cur" } else { "new" };
+        let directory = if flags.contains(':') { "cur" } else { "new" };
         let text = format!("Delivered-To: {to}@d{queue}.example\n\nx\n");
-        fs::write(path.join(folder).join(format!("{made:06}.x{flags}")), text).unwrap();
+        fs::write(path.join(directory).join(format!("{made:06}.x{flags}")), text).unwrap();
         expected.push(to);
     };
     for queue in 0..90 {

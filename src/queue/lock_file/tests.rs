@@ -34,7 +34,7 @@ fn put(spool: &Spool, domain: &str, to: &str) {
 }
 
 #[test]
-fn an_account_has_one_lock_and_nothing_where_it_has_no_mail() {
+fn an_account_has_one_lock_and_no_directory_for_a_domain_without_mail() {
     let spool = Spool::new();
     fs::create_dir_all(domains(&spool)).unwrap();
     let names: Vec<_> = (0..100).map(|number| of_account(&spool, "acme", &format!("d{number}.example"))).collect();
@@ -42,7 +42,7 @@ fn an_account_has_one_lock_and_nothing_where_it_has_no_mail() {
     assert!(lock.is_empty().unwrap() && next(&mut lock).is_none());
     let files = |path: PathBuf| fs::read_dir(path).unwrap().count();
     assert_eq!((files(domains(&spool)), files(domains(&spool).with_file_name(".odmr"))), (0, 1));
-    // For any of its domains, another session gets nothing.
+    // Another session cannot lock any of its domains.
     assert!(is_busy(&spool, &names[7..8]) && is_busy(&spool, &names));
     assert!(!is_busy(&spool, &[of_account(&spool, "other", "other.example")]));
     put(&spool, "d7.example", "eva");
@@ -54,7 +54,7 @@ fn an_account_has_one_lock_and_nothing_where_it_has_no_mail() {
     assert!(!is_busy(&spool, &names));
 }
 
-/// An administrator has given a domain to another account while a session is under way, or has replaced the program.
+/// An administrator moves a domain to another account while a session is under way, or upgrades the program.
 #[test]
 fn two_sessions_never_have_one_directory() {
     let spool = Spool::new();
@@ -77,7 +77,7 @@ fn two_sessions_never_have_one_directory() {
 }
 
 #[test]
-fn a_directory_that_another_session_has_is_left_out_if_there_is_other_mail() {
+fn a_directory_that_another_session_has_locked_is_left_out_if_there_is_other_mail() {
     let spool = Spool::new();
     let names = ["x.example", "y.example", "z.example"].map(|domain| of_account(&spool, "acme", domain));
     ["x.example", "z.example"].into_iter().for_each(|domain| put(&spool, domain, &domain[..1]));
@@ -92,7 +92,7 @@ fn a_directory_that_another_session_has_is_left_out_if_there_is_other_mail() {
 }
 
 #[test]
-fn the_lock_of_an_account_is_taken_over_as_one_of_a_queue() {
+fn the_lock_of_an_account_is_taken_over_like_that_of_a_queue() {
     let spool = Spool::new();
     put(&spool, "x.example", "eva");
     let name = of_account(&spool, "acme", "x.example");
@@ -114,7 +114,7 @@ fn the_lock_of_an_account_is_taken_over_as_one_of_a_queue() {
         drop(lock);
         assert_eq!(next(&mut taker.join().unwrap().expect("the lock")).as_deref(), Some("eva"));
     });
-    // What nobody has used for long, and nobody has, is removed.
+    // A lock file that no session has used for long is removed, unless it is locked.
     let remove = || remove_unused_lock(&path).map(|()| path.exists()).unwrap();
     assert!(remove());
     since(37 * 60 * 60);
@@ -125,7 +125,7 @@ fn the_lock_of_an_account_is_taken_over_as_one_of_a_queue() {
     assert!(!remove() && remove_unused_lock(&path).is_ok());
 }
 
-/// While an old lock file is being removed, one session ends and removes it, and the next one makes it again.
+/// While an old lock file is being removed, one session ends and removes it, and the next one makes a new one.
 #[test]
 fn a_lock_file_that_a_session_has_made_again_is_not_removed() {
     let spool = Spool::new();
@@ -139,7 +139,7 @@ fn a_lock_file_that_a_session_has_made_again_is_not_removed() {
     assert!(path.exists() && is_busy(&spool, &[of_account(&spool, "other", "x.example")]));
 }
 
-/// As many directories with mail as an account has domains do not take as many descriptors.
+/// An account with many domains that have mail does not need a descriptor for each.
 #[test]
 fn a_directory_whose_mail_was_offered_is_released_if_there_are_many() {
     let spool = Spool::new();
@@ -153,7 +153,7 @@ fn a_directory_whose_mail_was_offered_is_released_if_there_are_many() {
         if under_way.len() > 16 {
             let message = under_way.pop_front().unwrap();
             let name = message.queue().clone();
-            // Each look at a lock that another has takes a tenth of a second.
+            // To find a queue busy takes a tenth of a second, so not for each message.
             assert!(offered % 50 != 0 || is_busy(&spool, &[QueueName { account_lock: None, ..name }]));
             lock.settle(message, &result("~")).unwrap();
         }
@@ -163,7 +163,7 @@ fn a_directory_whose_mail_was_offered_is_released_if_there_are_many() {
     assert!(most < 100, "{most}");
 }
 
-/// So do messages that are settled at the end. Another session may have the directory of one of them by then.
+/// Another session may have locked its directory meanwhile.
 #[test]
 fn a_message_that_was_left_is_opened_again_unless_another_session_has_it() {
     let spool = Spool::new();

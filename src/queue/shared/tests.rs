@@ -1,4 +1,5 @@
-//! One directory for many domains: two sessions, several processes, and directories that are removed under writers.
+//! One directory for many domains: two sessions, several processes, and directories that are removed while mail is
+//! stored.
 
 use std::fs::{self, File};
 use std::path::PathBuf;
@@ -76,7 +77,7 @@ fn put(queue: &Queue, name: &QueueName, from: &str) -> Entry {
     writer.commit().unwrap().remove(0)
 }
 
-/// To whom the next message goes; without `keep`, it is sent.
+/// The sender and the recipient of the next message. It gets this status; `None`: it is put back.
 fn next(lock: &mut QueueLock, status: Option<RecipientStatus>) -> String {
     let Some(message) = lock.next_message() else { return "-".to_owned() };
     let to = format!("{} {}", message.envelope.from, message.envelope.recipients[0].mailbox);
@@ -99,7 +100,7 @@ fn deferred() -> Option<RecipientStatus> {
 }
 
 #[test]
-fn the_name_of_a_file_tells_its_domain() {
+fn the_name_of_a_file_has_its_domain() {
     let place = SharedSpool::new();
     let long = format!("{}.{}.example", "x".repeat(60), "y".repeat(60));
     let odd = "my_host.example";
@@ -114,7 +115,7 @@ fn the_name_of_a_file_tells_its_domain() {
         assert!(name.contains(field) && name.starts_with(entry.unique().to_str().unwrap()), "{name}");
         assert_eq!(domain_of(&place.name(None), &entry).unwrap().unwrap().as_str(), domain);
     }
-    // A mail reader, another agent, and what is no mail.
+    // Files of another agent, one of them moved by a mail reader, and entries that are not messages.
     fs::write(place.path().join("new/1.x"), "Delivered-To: a@x.example\n\nx\n").unwrap();
     fs::write(place.path().join("cur/2.x:2,S"), "Delivered-To: a\u{6}y.example\nDelivered-To: b@y.example\n\n")
         .unwrap();
@@ -129,7 +130,7 @@ fn the_name_of_a_file_tells_its_domain() {
     let summaries = place.queue.summaries(&place.name(None)).unwrap();
     let counts: Vec<_> = summaries.values().map(|summary| summary.messages).collect();
     assert_eq!((summaries.len(), counts.iter().sum::<u64>()), (5, 6));
-    // One message is one file, and one octet of the name does not make it another's.
+    // The domain is the whole value: w.example is not ww.example.
     assert_eq!(place.index.entries(&Domain::parse("w.example").unwrap()).len(), 2);
     assert_eq!(place.index.entries(&Domain::parse("ww.example").unwrap()).len(), 0);
 }
@@ -164,7 +165,7 @@ fn a_deferred_message_is_known_by_its_new_name() {
     assert_eq!(files[0].record().attempts, 1);
     assert!(files[0].destination() == Some(("a.example", false)), "{files:?}");
     assert_eq!(place.index.entries(&Domain::parse("a.example").unwrap()), files);
-    // A mail reader has moved it, under a name that does not tell the domain: it is found all the same.
+    // A mail reader has moved it, to a name without the domain: it is found all the same.
     let renamed = Entry { name: files[0].unique().to_owned(), seen: true };
     let maildir = place.name(None).maildir();
     fs::rename(maildir.file(&files[0]), maildir.file(&renamed)).unwrap();
@@ -175,7 +176,7 @@ fn a_deferred_message_is_known_by_its_new_name() {
 
 /// Another process, such as `odmr queue`, has the lock of one message only.
 #[test]
-fn a_message_is_in_one_session() {
+fn one_session_at_a_time_has_a_message() {
     let (place, other) = (SharedSpool::new(), queue());
     let (first, _) = (place.put("s@s.example", "a.example"), place.put("s@s.example", "a.example"));
     place.read();
@@ -199,14 +200,14 @@ fn a_message_is_in_one_session() {
     assert!(administrator.remove(&all, second).unwrap());
     assert!(!administrator.remove(&all, first).unwrap(), "it was sent");
     assert!(place.files().is_empty());
-    // A session that has opened the file before another one has settled it.
+    // A session opens the file before another one settles it, and locks it afterwards.
     let entry = place.put("s@s.example", "a.example");
     let file = File::open(all.maildir().file(&entry)).unwrap();
     assert!(administrator.remove(&all, entry.clone()).unwrap());
     assert!(message::lock_opened(&file, &all.maildir().file(&entry)).unwrap().is_none());
 }
 
-/// What a process does that is started by [`directories_are_removed_under_writers`].
+/// In a process that [`directories_are_removed_while_mail_is_stored`] starts, the directory in which it stores mail.
 const WRITER: &str = "ODMR_TEST_WRITER";
 
 fn old_name(path: PathBuf) -> QueueName {
@@ -223,14 +224,14 @@ fn write_and_find(name: &QueueName) {
         if let Err(LockError::Failed(error)) = queue.try_lock(name) {
             panic!("{error}");
         }
-        // So that the queue is empty for a while.
+        // The queue is empty for a while, so that it can be removed.
         thread::sleep(Duration::from_millis(1));
     }
 }
 
-/// A queue without mail is removed all the time, while threads and other processes store mail in it and lock it.
+/// An empty queue is removed all the time, while threads and other processes store mail in it and lock it.
 #[test]
-fn directories_are_removed_under_writers() {
+fn directories_are_removed_while_mail_is_stored() {
     if let Some(path) = std::env::var_os(WRITER) {
         return write_and_find(&old_name(path.into()));
     }
@@ -247,7 +248,7 @@ fn directories_are_removed_under_writers() {
         };
         let removers = [scope.spawn(remove), scope.spawn(remove)];
         let process = || {
-            let test = "queue::shared::tests::directories_are_removed_under_writers";
+            let test = "queue::shared::tests::directories_are_removed_while_mail_is_stored";
             let mut process = Command::new(std::env::current_exe().unwrap());
             process.args([test, "--exact"]).env(WRITER, &name.path).spawn().unwrap()
         };
@@ -260,23 +261,23 @@ fn directories_are_removed_under_writers() {
     });
     assert_eq!((written, stored), ([true; 2], [true; 2]));
     assert!(removed.iter().sum::<usize>() > 0, "it was never removed");
-    // Nobody writes any more.
+    // The writers have ended.
     let _ = queue().remove_empty(name).unwrap();
     assert!(!name.path.exists());
 }
 
 #[test]
-fn what_could_not_be_read_once_is_read_again() {
+fn a_file_that_could_not_be_read_once_is_read_again() {
     let place = SharedSpool::new();
     let long = format!("{}.{}.example", "x".repeat(60), "y".repeat(60));
     place.put("a@b.example", &long);
-    // It was renamed between; no descriptors were left.
+    // The file was renamed meanwhile, or no descriptors were left.
     for kind in [std::io::ErrorKind::NotFound, std::io::ErrorKind::OutOfMemory] {
         place.index.read_by(&place.name(None), &|_| Err(kind.into())).unwrap();
         assert!(place.index.domains().is_empty());
         place.read();
         assert_eq!(place.index.domains(), [Domain::parse(&long).unwrap()]);
-        // The next turn begins anew.
+        // The index is empty for the next round.
         fs::rename(place.path(), place.directory.path().join("away")).unwrap();
         place.read();
         fs::rename(place.directory.path().join("away"), place.path()).unwrap();
@@ -284,7 +285,7 @@ fn what_could_not_be_read_once_is_read_again() {
 }
 
 #[test]
-fn the_index_tells_for_which_domains_others_have_stored_mail() {
+fn the_index_finds_the_domains_for_which_other_processes_have_stored_mail() {
     let place = SharedSpool::new();
     place.put("a@b.example", "w.example");
     place.read();
@@ -302,7 +303,7 @@ fn the_index_tells_for_which_domains_others_have_stored_mail() {
         place.put("a@b.example", "w.example");
         place.put("", "y.example");
     }
-    // A session has read it too.
+    // A session has read the directory too.
     place.read();
     place.read();
     assert_eq!(news(&place), ["w.example", "y.example"]);
