@@ -1,7 +1,7 @@
 //! The driver of the SMTP client role: one session over one connection, for a thread that may wait for the peer. The
 //! customer uses it before the turn and for next hops, the provider for the relay.
 //!
-//! It reads replies while it writes content, so two peers that send at the same time do not block each other.
+//! The driver reads while it writes content, so that two peers that send at the same time do not block each other.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -28,29 +28,29 @@ use crate::smtp::limits;
 use crate::smtp::reply::Reply;
 use crate::smtp::status::{DeliveryResult, RecipientStatus, connection_lost, ends_session, may_be_about_sender};
 
-/// If MAIL is rejected for this many messages in a row, the session sends no more.
+/// If MAIL is rejected for this many messages in a row, the session sends no more: the peer accepts none.
 const MAIL_REJECTION_LIMIT: usize = 3;
 
 /// How long the session waits for the reply to QUIT.
 const QUIT_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// What to do about a peer that does not send the greeting of an SMTP server.
+/// The advice about a peer that does not send the greeting of an SMTP server.
 const ANOTHER_SERVICE: &str = "another service? check the port";
 
 /// Why a session cannot go on.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum SessionFailure {
-    /// The peer rejects a command, or does not offer something that the session needs.
+    /// The peer rejects a command, or does not offer an extension that the session needs.
     Aborted(Abort),
     /// The peer violates the protocol, or its certificate is not trusted.
     Broken(String),
-    /// The connection was lost, or was too slow, in the TLS handshake.
+    /// The connection was lost or timed out in the TLS handshake.
     NoTls(String),
     /// The host name has no address.
     NoHost(String),
-    /// No connection to the host.
+    /// The host does not accept a connection.
     Unreachable(String),
-    /// The connection was lost, or was too slow.
+    /// The connection was lost or timed out.
     Lost(String),
     /// The session was cancelled.
     Cancelled,
@@ -86,12 +86,12 @@ fn lost(error: io::Error) -> SessionFailure {
     SessionFailure::Lost(format!("the connection was lost: {error}"))
 }
 
-/// Where a session gets its messages from.
+/// The source of a session's messages.
 pub trait MessageSource {
     /// The next message. `None`: the session sends no more.
     fn next_message(&mut self) -> Option<QueuedMessage>;
 
-    /// Takes back a message that this session cannot send, for another session.
+    /// Puts back a message that this session cannot send, for another session.
     fn put_back(&mut self, message: QueuedMessage);
 }
 
@@ -105,21 +105,22 @@ impl MessageSource for QueueLock {
     }
 }
 
-/// Settles a message, given its result.
+/// Settles a message with its result. The source is passed on, so that the caller need not borrow it.
 pub type Settle<'a, S> = dyn FnMut(QueuedMessage, DeliveryResult, &Client, &mut S) + 'a;
 
-/// A session whose server is the peer.
+/// A session in which this side is the client.
 pub struct ClientSession {
     connection: Connection,
     client: Client,
     replies: ReplyInput,
     timeouts: Timeouts,
     cancel: CancelToken,
-    /// No wait lasts longer.
+    /// The time at which every wait ends.
     limit: Option<Instant>,
-    /// The session was cancelled after it sent the content of a message: it waits for the reply until then.
+    /// The session was cancelled after it had sent the content of a message: it waits for the reply until this time.
+    /// The token is never cancelled.
     grace: Option<(Instant, CancelToken)>,
-    /// The peer's limits have ended the last [`ClientSession::send_queue`]: the rest needs another session.
+    /// See [`ClientSession::is_used_up`].
     used_up: bool,
 }
 
@@ -129,12 +130,12 @@ impl ClientSession {
         self.limit = limit;
     }
 
-    /// The session, which only this token cancels from now on, and each wait of which ends by its own timeout only.
+    /// The session with this token instead of its own, and without a limit: each wait ends by its own timeout only.
     pub fn established(self, cancel: &CancelToken) -> ClientSession {
         ClientSession { cancel: cancel.clone(), limit: None, ..self }
     }
 
-    /// The end of a wait of at most `timeout` that begins now.
+    /// The end of a wait that begins now and lasts at most `timeout`.
     fn deadline_within(&self, timeout: Duration) -> Instant {
         deadline_within(timeout, self.limit)
     }
@@ -149,7 +150,7 @@ impl ClientSession {
         &self.client
     }
 
-    /// What TLS has negotiated; `None`: the session is in clear.
+    /// The negotiated TLS; `None`: the session is in clear.
     pub fn tls_info(&self) -> Option<TlsInfo> {
         self.connection.tls_info()
     }
@@ -159,18 +160,18 @@ impl ClientSession {
         self.connection.is_tls()
     }
 
-    /// Whether the peer accepts no more commands: it has closed the connection, or has said 421.
+    /// Whether the peer accepts no more commands: it has closed the connection, or has sent 421.
     pub fn is_over(&self) -> bool {
         self.connection.ended() || self.client.closing()
     }
 
-    /// Whether the peer's limits (RFC 9422) have ended [`ClientSession::send_queue`]: what its source still has needs another
-    /// session.
+    /// Whether the peer's limits (RFC 9422) have ended the last [`ClientSession::send_queue`]: the messages left in its
+    /// source need another session.
     pub fn is_used_up(&self) -> bool {
         self.used_up
     }
 
-    /// Greeting, EHLO, TLS and AUTH. Returns when mail or ATRN may follow.
+    /// Reads the greeting, then sends EHLO, STARTTLS and AUTH. Returns when mail or ATRN may follow.
     fn handshake(&mut self, tls: Option<(&ClientTls, &str)>) -> Result<(), SessionFailure> {
         loop {
             match self.next_step()? {
@@ -188,10 +189,10 @@ impl ClientSession {
         }
     }
 
-    /// Sends all messages that `source` offers. Calls `settle` for each of them, also if the session fails.
+    /// Sends all messages that `source` offers. Calls `settle` for each of them, even if the session fails.
     ///
     /// # Errors
-    /// The session has ended. The messages that were not offered stay in the queue.
+    /// The session has ended. The messages that the source has not offered stay there.
     pub fn send_queue<S: MessageSource>(
         &mut self, source: &mut S, settle: &mut Settle<'_, S>,
     ) -> Result<(), SessionFailure> {
@@ -250,15 +251,16 @@ impl ClientSession {
                 }
                 ClientStep::MessageDone(result) => {
                     if let Some(message) = under_way.pop_front() {
-                        // If the peer accepts no mail at all, the session sends no more. 550 may be about this sender
-                        // only.
+                        // If the peer accepts no mail at all, send no more: every message would be rejected. But 550
+                        // may be about this sender only.
                         rejections = match result.no_mail_accepted() {
                             Some(reply) if may_be_about_sender(reply) => rejections + 1,
                             Some(_) => MAIL_REJECTION_LIMIT,
                             None => 0,
                         };
                         more &= rejections < MAIL_REJECTION_LIMIT;
-                        // The source may have the message once more (RFC 5321 section 4.5.3.1.10).
+                        // After "too many recipients" the source offers the message again (RFC 5321 section
+                        // 4.5.3.1.10).
                         found_empty &= !result.recipients.iter().any(RecipientStatus::is_one_too_many);
                         settle(message, result, &self.client, source);
                     }
@@ -268,8 +270,8 @@ impl ClientSession {
         }
     }
 
-    /// Begins a transaction whose recipients follow one by one. Returns the peer's reply to MAIL, or the client's own if
-    /// the message cannot be sent to this peer.
+    /// Begins a transaction to which recipients are added one by one. Returns the peer's reply to MAIL, or the client's
+    /// own reply if the message cannot be sent to this peer.
     ///
     /// # Errors
     /// The session is over.
@@ -277,7 +279,7 @@ impl ClientSession {
         self.reply_to(|client, out| client.begin_transaction(message, out))
     }
 
-    /// Adds a recipient to that transaction. Returns the peer's reply to RCPT, or the client's own.
+    /// Adds a recipient to that transaction. Returns the peer's reply to RCPT, or the client's own reply.
     ///
     /// # Errors
     /// The session is over.
@@ -304,7 +306,7 @@ impl ClientSession {
         self.send(Client::abort_transaction);
     }
 
-    /// Tells the peer which client has sent us the next message, if the peer offers XCLIENT or XFORWARD.
+    /// Informs the peer of the client from which the next message came, if the peer offers XCLIENT or XFORWARD.
     ///
     /// # Errors
     /// The session is over.
@@ -316,7 +318,7 @@ impl ClientSession {
     }
 
     /// Sends the content of that transaction, `size` octets on the wire. Returns a status for each recipient that was
-    /// accepted. After a failure the session is over.
+    /// accepted. After a failure the session is over, and undecided recipients are deferred or in doubt.
     pub fn send_data(&mut self, content: &mut dyn Read, size: u64) -> DeliveryResult {
         if let Err(failure) = self.reject_unsolicited() {
             return self.abandon(&failure);
@@ -325,7 +327,8 @@ impl ClientSession {
         self.finish_transaction(step, content, size)
     }
 
-    /// Sends one message from its MAIL on. Returns a status for each recipient. After a failure the session is over.
+    /// Sends one message, from MAIL to the reply to its content. Returns a status for each recipient. After a failure
+    /// the session is over, and undecided recipients are deferred or in doubt.
     pub fn send_message(&mut self, message: &OutgoingMessage, content: &mut dyn Read) -> DeliveryResult {
         let (mut commands, size) = (Vec::new(), message.size);
         let unsolicited = self.reject_unsolicited();
@@ -369,8 +372,9 @@ impl ClientSession {
                 _ => lost(error),
             })?;
         }
-        // The end of the content is not sent yet (RFC 5321 section 4.1.1.4). A peer that is one reply ahead, and drops the
-        // message, would count as one that has accepted it.
+        // The end of the content is not sent yet (RFC 5321 section 4.1.1.4). If a 2yz is here already, the peer is one
+        // reply ahead: read as the reply to the content, it would count as an acceptance, and the message could be
+        // lost.
         let early = !chunk && self.fill().is_ok() && self.connection.received().starts_with(b"2");
         self.send(Client::content_sent);
         match early {
@@ -379,8 +383,8 @@ impl ClientSession {
         }
     }
 
-    /// Waits until a block of content was given to the system. Its time does not run while the peer reads at the required
-    /// pace. The limit of the session holds: the caller must reply to its own client in time.
+    /// Waits until the system has accepted a block of content. The time of the block does not run while the peer reads
+    /// at the required pace, but the limit of the session does: the caller must reply to its own client in time.
     fn flush_content(&mut self, pace: &mut PaceClock) -> io::Result<()> {
         let mut deadline = Instant::now() + self.timeouts.block;
         loop {
@@ -398,7 +402,7 @@ impl ClientSession {
         self.connection.peer_certificate()
     }
 
-    /// Sends EHLO once more. Returns the domains of the account, if the peer lists them after AUTH.
+    /// Sends EHLO again. Returns the domains of the account, if the peer lists them after AUTH.
     ///
     /// # Errors
     /// The session is over.
@@ -409,8 +413,8 @@ impl ClientSession {
         Ok(self.client.extensions().domains.clone())
     }
 
-    /// Sends ATRN; without `domains`, for all mail of the account. Returns both halves for the turn after 250 (RFC 2645
-    /// section 5.2.1).
+    /// Sends ATRN; without `domains`, for all mail of the account. Returns the connection and the client for the turn
+    /// after 250 (RFC 2645 section 5.2.1).
     ///
     /// # Errors
     /// The peer has rejected ATRN, or the session has failed. The connection is closed.
@@ -428,7 +432,8 @@ impl ClientSession {
         }
     }
 
-    /// Closes after a failure: with QUIT if the peer has only rejected or lacks something, otherwise without a command.
+    /// Closes the connection after a failure. If the peer has only rejected a command or lacks an extension, sends QUIT
+    /// first.
     pub fn close_after(self, failure: &SessionFailure) {
         match failure {
             SessionFailure::Aborted(_) => self.quit(),
@@ -436,7 +441,7 @@ impl ClientSession {
         }
     }
 
-    /// Sends QUIT, waits at most 5 seconds for its reply, and closes.
+    /// Sends QUIT, waits at most 5 seconds for its reply, and closes the connection.
     pub fn quit(mut self) {
         self.send(Client::quit);
         self.limit(Some(Instant::now() + QUIT_TIMEOUT));
@@ -445,8 +450,8 @@ impl ClientSession {
         self.connection.close();
     }
 
-    /// Checks that nothing has arrived while no reply is pending. Otherwise an unsolicited reply would be read as the reply
-    /// to the next command, and a rejected message would count as sent.
+    /// Checks that nothing has arrived while no reply is pending. An unsolicited reply would be read as the reply to
+    /// the next command, and a rejected message could count as sent.
     fn reject_unsolicited(&mut self) -> Result<(), SessionFailure> {
         if self.client.awaiting().is_some() {
             return Ok(());
@@ -469,7 +474,7 @@ impl ClientSession {
         match step {
             ClientStep::Abort(abort) => Err(SessionFailure::Aborted(abort)),
             ClientStep::Closed => Err(SessionFailure::Lost("the peer closed the session".to_owned())),
-            // A 421 to the content still decides on its message.
+            // A 421 to the content is still the result of its message.
             ClientStep::MessageDone(_) => Ok(step),
             _ if last => Err(SessionFailure::Lost(format!("the peer ended the session: {reply}"))),
             step => Ok(step),
@@ -487,7 +492,7 @@ impl ClientSession {
             };
             let waited = match self.connection.wait_input(deadline, cancel) {
                 Ok(waited) => waited,
-                // The peer has closed, and may have replied before.
+                // The peer may have sent a reply before it closed the connection.
                 Err(error) => {
                     let _ = self.connection.fill();
                     return self.replies.next_at_end(&mut self.connection).ok_or_else(|| lost(error));
@@ -496,7 +501,8 @@ impl ClientSession {
             match waited {
                 WaitResult::Ready => {}
                 WaitResult::Deadline => return Err(SessionFailure::Lost("the peer does not answer".to_owned())),
-                // The peer may be accepting the message right now: without its reply the message would be sent twice.
+                // The peer may be accepting the message now: without its reply the message would be in doubt, and sent
+                // twice.
                 WaitResult::Cancelled if self.client.awaiting() == Some(Stage::Content) => {
                     let never = CancelToken::new().map_err(lost)?;
                     self.grace = Some((Instant::now() + self.timeouts.shutdown, never));
@@ -517,7 +523,7 @@ impl ClientSession {
         }
     }
 
-    /// Queues the commands that the client writes; returns what it returns.
+    /// Queues the commands that `write` adds; returns its result.
     fn send<T>(&mut self, write: impl FnOnce(&mut Client, &mut Vec<u8>) -> T) -> T {
         let mut commands = Vec::new();
         let result = write(&mut self.client, &mut commands);
@@ -526,13 +532,13 @@ impl ClientSession {
     }
 }
 
-/// The end of a wait of at most `timeout` that begins now, and no later than `limit`.
+/// The end of a wait that begins now and lasts at most `timeout`, but not after `limit`.
 fn deadline_within(timeout: Duration, limit: Option<Instant>) -> Instant {
     let end = Instant::now() + timeout;
     limit.map_or(end, |limit| limit.min(end))
 }
 
-/// Begins TLS; `name`: what the peer's certificate must be for.
+/// Negotiates TLS; `name`: the host that the peer's certificate must be for.
 fn begin_tls(
     connection: &mut Connection, tls: &ClientTls, name: &str, deadline: Instant, cancel: &CancelToken,
 ) -> Result<TlsChannel, SessionFailure> {
@@ -550,15 +556,16 @@ fn begin_tls(
 pub struct Connect<'a> {
     /// The id of the session in the log.
     pub id: &'a str,
-    /// The letter of the peer in the dialogue: `P` is the provider, `S` any other server.
+    /// The peer in the trace: `P` is the provider, `S` any other server.
     pub peer: char,
-    /// If TLS is used: what to trust, and the name that the certificate must be for.
+    /// If TLS is used: the trusted certificates, and the host that the peer's certificate must be for.
     pub tls: Option<(&'a ClientTls, &'a str)>,
     /// TLS begins with the first octet, not by STARTTLS.
     pub implicit_tls: bool,
     pub timeouts: &'a Timeouts,
+    /// Ends the session at once; while it waits for the reply to content, after `timeouts.shutdown`.
     pub cancel: &'a CancelToken,
-    /// No wait lasts longer.
+    /// The time at which every wait ends.
     pub limit: Option<Instant>,
 }
 
@@ -566,16 +573,16 @@ impl Connect<'_> {
     /// The addresses of a host that the configuration names (`host:port`), by the system's resolver.
     ///
     /// # Errors
-    /// It has none, or the system does not answer in time; `Interrupted`: the token was cancelled.
+    /// The host has none, or the resolver does not reply in time. `Interrupted`: the token was cancelled.
     pub fn addresses(&self, address: &str) -> io::Result<Vec<SocketAddr>> {
         system_addresses(address, deadline_within(self.timeouts.connect, self.limit), self.cancel)
     }
 
-    /// Connects by TCP, then sends EHLO, STARTTLS and AUTH as `options` say. Returns a session in which mail or ATRN may
-    /// follow.
+    /// Connects by TCP, then sends EHLO, STARTTLS and AUTH according to `options`. Returns a session in which mail or
+    /// ATRN may follow.
     ///
     /// # Errors
-    /// There is no such session; the connection is closed.
+    /// See [`SessionFailure`]. The connection is closed.
     pub fn to(&self, address: SocketAddr, options: ClientOptions) -> Result<ClientSession, SessionFailure> {
         let deadline = deadline_within(self.timeouts.connect, self.limit);
         let socket = connection::connect(address, deadline, Some(self.cancel)).map_err(|error| match error.kind() {
@@ -585,10 +592,10 @@ impl Connect<'_> {
         self.over(socket, options)
     }
 
-    /// Does the same over a socket that is connected.
+    /// Like [`Connect::to`], over a connected socket.
     ///
     /// # Errors
-    /// There is no such session; the connection is closed.
+    /// See [`SessionFailure`]. The connection is closed.
     pub fn over(&self, socket: OwnedFd, options: ClientOptions) -> Result<ClientSession, SessionFailure> {
         let trace = Trace { id: self.id.to_owned(), us: 'C', them: self.peer };
         let mut connection = Connection::new(socket, trace).map_err(lost)?;
@@ -644,7 +651,7 @@ mod tests {
     use crate::mail::address::{Mailbox, ReversePath};
     use crate::smtp::command::Envelope;
 
-    /// Replies to a session up to the content, of which it reads 4 KiB in 80 ms. Returns the octets of content.
+    /// Replies to a session up to the content, of which it reads 4 KiB every 80 ms. Returns the octets of content.
     fn slow_server(socket: UnixStream) -> usize {
         let mut writer = socket.try_clone().unwrap();
         let mut lines = BufReader::with_capacity(4096, socket);
@@ -662,7 +669,7 @@ mod tests {
             let count = block.len();
             lines.consume(count);
         }
-        writer.write_all(b"250 kept\r\n").unwrap();
+        writer.write_all(b"250 stored\r\n").unwrap();
         content.len()
     }
 
@@ -670,7 +677,7 @@ mod tests {
     #[test]
     fn a_peer_that_reads_slowly_but_steadily_gets_the_whole_message() {
         let (ours, theirs) = UnixStream::pair().unwrap();
-        // So that the system takes a small part of the content only.
+        // The buffer is small, so that the client must wait for the server.
         rustix::net::sockopt::set_socket_send_buffer_size(&ours, 4096).unwrap();
         let server = thread::spawn(move || slow_server(theirs));
         let timeouts = Timeouts { block: Duration::from_millis(200), ..Timeouts::default() };

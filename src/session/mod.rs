@@ -1,8 +1,8 @@
 //! Sessions: the drivers of the two SMTP roles over a connection.
 //!
-//! `server` drives the server role for a thread that has one connection, and `client` the client role. After a turn
-//! `provider/turned_session` drives the provider's client role, and never waits for one peer. Both drivers of the client
-//! role use the functions here to read replies, send commands and send content.
+//! `server` drives the server role, and `client` the client role, each in a thread that has one connection. After a
+//! turn `provider/turned_session` drives the provider's client role in a thread for all, which never waits for one
+//! peer. Both drivers of the client role use the functions here to read replies, send commands and send content.
 
 pub mod client;
 pub mod pace;
@@ -24,10 +24,11 @@ use crate::smtp::content::ContentEncoder;
 use crate::smtp::limits;
 use crate::smtp::reply::{Reply, ReplyReader};
 
-/// Octets of content in one block: each block has its own deadline, and buffers have this size.
+/// Octets of content in one block. Each block has its own deadline, so that a trickle of octets ends; buffers have this
+/// size.
 pub const CONTENT_BLOCK: usize = 64 * 1024;
 
-/// Octets of content that are read and sent at a time.
+/// Octets of content that are read from the file and queued at a time.
 const SEND_BLOCK: usize = 32 * 1024;
 
 /// Reads a peer's replies.
@@ -37,16 +38,16 @@ pub struct ReplyInput {
 }
 
 impl ReplyInput {
-    /// The next reply, if all its lines have arrived.
+    /// The next reply; `None`: not all its lines have arrived.
     ///
     /// # Errors
-    /// The peer has sent something else; the text says what.
+    /// The peer has sent something that is not a reply; the text has it.
     pub fn next(&mut self, connection: &mut Connection) -> Result<Option<Reply>, String> {
         loop {
             let line = match connection.take_reply_line(limits::REPLY_LINE) {
                 Line::Whole(line) => line,
                 Line::None => return Ok(None),
-                Line::TooLong => return Err("a reply line without end".to_owned()),
+                Line::TooLong => return Err("a reply line is too long".to_owned()),
             };
             connection.trace.received(&line);
             let reply = self.reader.line(&line);
@@ -57,8 +58,9 @@ impl ReplyInput {
         }
     }
 
-    /// The next reply after the end of the peer's input. Some servers close after a rejection without a line end: the line
-    /// ends where the input does, if it is a 4yz or 5yz.
+    /// The next reply after the end of the peer's input. Some servers close the connection after a rejection without a
+    /// line end. So the end of the input ends the line too, but only of 4yz and 5yz: a truncated 250 must not count as
+    /// sent.
     pub fn next_at_end(&mut self, connection: &mut Connection) -> Option<Reply> {
         if let Ok(Some(reply)) = self.next(connection) {
             return Some(reply);
@@ -82,7 +84,8 @@ pub fn send_commands(connection: &mut Connection, client: &Client, octets: &[u8]
     connection.send(octets);
 }
 
-/// A line as the trace shows it: of AUTH the mechanism without the initial response; `***` for a line that is `secret`.
+/// A line as the trace shows it: AUTH with its mechanism but without the initial response; `***` if the line is
+/// `secret`.
 fn without_secrets(line: &[u8], secret: bool) -> Cow<'_, [u8]> {
     let mut words = line.split(u8::is_ascii_whitespace).filter(|word| !word.is_empty());
     match (words.next(), words.next(), words.next()) {
@@ -94,26 +97,28 @@ fn without_secrets(line: &[u8], secret: bool) -> Cow<'_, [u8]> {
     }
 }
 
-/// The content of one message on its way to the peer, block by block.
+/// Sends the content of one message, block by block.
 pub struct ContentOutput {
     encoder: ContentEncoder,
-    /// Octets that BDAT has announced (RFC 3030 section 2).
+    /// Octets that BDAT has announced (RFC 3030 section 2); `None`: the content follows DATA.
     announced: Option<u64>,
+    /// Octets that were queued so far.
     sent: u64,
 }
 
 impl ContentOutput {
-    /// The output of a message of `size` octets on the wire; `chunk`: the client has announced them by BDAT.
+    /// Begins a message of `size` octets on the wire. `chunk`: the client has announced them by BDAT.
     pub fn new(chunk: bool, size: u64) -> ContentOutput {
         let encoder = if chunk { ContentEncoder::bdat() } else { ContentEncoder::data() };
         ContentOutput { encoder, announced: chunk.then_some(size), sent: 0 }
     }
 
-    /// Reads a block of content and queues it on the connection. Returns whether that was the end.
+    /// Reads a block of content, at most 32 KiB, and queues it on the connection. Returns whether the content has
+    /// ended.
     ///
     /// # Errors
-    /// The content cannot be read, or it has not the size that BDAT has announced. Close the connection: the peer would
-    /// read content as commands.
+    /// The content cannot be read, or its size is not the one that BDAT has announced. Close the connection: the peer
+    /// would read content as commands.
     pub fn send_block(&mut self, content: &mut dyn Read, connection: &mut Connection) -> io::Result<bool> {
         let mut buffer = [0; SEND_BLOCK];
         let octets = content.read(&mut buffer)?;
@@ -126,16 +131,17 @@ impl ContentOutput {
         self.sent += (out.len() - before) as u64;
         if self.announced.is_some_and(|size| self.sent > size || octets == 0 && self.sent != size) {
             out.truncate(before);
-            return Err(io::Error::other("the content has not the size that was announced"));
+            return Err(io::Error::other("the content does not have the size that BDAT announced"));
         }
         Ok(octets == 0)
     }
 }
 
-/// Checks that the disk of a directory has room for a message of so many octets, and the reserve (RFC 1870 section 6.1).
+/// Checks that the disk of a directory has room for a message of this many octets and for the reserve (RFC 1870 section
+/// 6.1), so that the client gets 452 before it sends the content.
 ///
 /// # Errors
-/// The reply to MAIL or RCPT.
+/// The 452 for MAIL or RCPT.
 pub fn check_room(directory: &Path, octets: u64, reserve: u64) -> Result<(), Reply> {
     if has_room(directory, octets, reserve) { Ok(()) } else { Err(disk_full_reply()) }
 }
@@ -144,16 +150,17 @@ fn disk_full_reply() -> Reply {
     Reply::new(452, "4.3.1", "The disk is full, try again later")
 }
 
-/// Logs that a message could not be stored, and returns the reply to it (RFC 1870 section 6.1, RFC 3463 section 3.4).
+/// Logs that a message could not be stored, and returns the reply to the client (RFC 1870 section 6.1, RFC 3463 section
+/// 3.4).
 pub fn storage_failure_reply(error: &io::Error) -> Reply {
     log::error!("event=storage-failed error={}", quoted(error));
     storage_reply(error)
 }
 
-/// The reply to a message that could not be stored, without a log line.
+/// The reply to the client whose message could not be stored; nothing is logged.
 pub fn storage_reply(error: &io::Error) -> Reply {
     match error.kind() {
-        // `FileTooLarge`: RLIMIT_FSIZE, or the limit of the file system.
+        // `FileTooLarge`: the file exceeds RLIMIT_FSIZE, or the limit of the file system.
         io::ErrorKind::StorageFull | io::ErrorKind::FileTooLarge => disk_full_reply(),
         io::ErrorKind::QuotaExceeded => Reply::new(452, "4.2.2", "The quota is used up, try again later"),
         io::ErrorKind::InvalidInput => Reply::new(452, "4.5.3", "Too many recipients: send it in several transactions"),

@@ -1,11 +1,11 @@
 //! The time that content earns: the clock of a session does not run while content moves at the required pace.
 //!
-//! A session has an absolute deadline. Each octet of content moves it by the time that the octet may take at the required
-//! pace: a message on a slow line is not cut, and a peer that sends an octet a minute gains hardly anything. A message
-//! earns no more than the time for its size. Of what it has earned, it may save [`limits::PACE_WINDOW`]: thus the pace is an
-//! average, and a large message cannot pay for hours of silence.
+//! A session has an absolute deadline. Each octet of content postpones it by the time that the octet may take at the
+//! required pace. So a message on a slow line is not cut, and a peer that sends an octet a minute gains hardly
+//! anything. A message earns no more than the time for its size. It can save [`limits::PACE_WINDOW`] of unused time at
+//! most: the pace is an average, but a burst does not pay for hours of silence.
 //!
-//! The time is a parameter everywhere.
+//! Every function has the present time as a parameter.
 
 use std::time::{Duration, Instant};
 
@@ -14,21 +14,21 @@ use crate::smtp::limits;
 /// The time that the content of one message earns.
 #[derive(Debug)]
 pub struct PaceClock {
-    /// Octets in a second.
+    /// Octets a second.
     pace: u64,
     /// Octets that may still earn time.
     left: u64,
-    /// The session's clock does not run until then.
+    /// Until this time the session's clock does not run.
     paid_until: Instant,
 }
 
 impl PaceClock {
-    /// The clock of a message that has `size` octets at most and begins now. `pace`: octets in a second.
+    /// The clock of a message that has `size` octets at most and begins now. `pace`: octets a second, at least 1.
     pub fn new(pace: u64, size: u64, now: Instant) -> PaceClock {
         PaceClock { pace, left: size, paid_until: now }
     }
 
-    /// Counts octets that have moved. Returns the time that they have earned; the caller moves its deadlines by it.
+    /// Counts octets that have moved. Returns the time that they have earned; the caller postpones its deadlines by it.
     pub fn earn(&mut self, octets: usize, now: Instant) -> Duration {
         let octets = self.left.min(octets as u64);
         self.left -= octets;
@@ -38,8 +38,8 @@ impl PaceClock {
         self.paid_until - from
     }
 
-    /// Ends or interrupts the transfer. Returns the time that was earned and not used; the caller moves its deadlines back
-    /// by it.
+    /// Ends or interrupts the transfer. Returns the time that was earned and not used; the caller takes it off its
+    /// deadlines.
     pub fn stop(&mut self, now: Instant) -> Duration {
         let unused = self.paid_until.saturating_duration_since(now);
         self.paid_until -= unused;
@@ -54,8 +54,8 @@ mod tests {
     const PACE: u64 = 100;
     const SESSION: Duration = Duration::from_secs(60);
 
-    /// Transfers blocks, each `every` seconds of that many octets, from the second 0 on. Returns the second in which the
-    /// session was cut, or was over in good order, and whether it was cut.
+    /// Transfers blocks, each given as the seconds since the one before and its octets. Returns the second in which the
+    /// session has ended, and whether it was cut.
     fn transfer(size: u64, blocks: &[(u64, usize)]) -> (u64, bool) {
         let begun = Instant::now();
         let (mut clock, mut deadline, mut now) = (PaceClock::new(PACE, size, begun), begun + SESSION, begun);
@@ -88,20 +88,20 @@ mod tests {
     }
 
     #[test]
-    fn a_burst_pays_for_two_minutes_of_silence_at_most() {
+    fn a_burst_earns_two_minutes_at_most() {
         assert_eq!(transfer(1 << 30, &[(0, 1 << 20), (3_600, 1)]), (180, true));
         assert_eq!(transfer(1 << 30, &[(0, 1 << 20), (179, 1 << 20), (178, 1)]), (300, true));
     }
 
     #[test]
     fn a_message_earns_the_time_for_its_size_at_most() {
-        // 10 seconds for 1000 octets, although more come.
+        // 1000 octets earn 10 seconds; those that follow earn nothing.
         assert_eq!(transfer(1_000, &[(1, 100); 1_000]), (70, true));
         assert_eq!(transfer(0, &[(1, 1_000); 1_000]), (60, true));
     }
 
     #[test]
-    fn time_that_was_not_used_is_given_back() {
+    fn unused_time_is_returned_once() {
         let begun = Instant::now();
         let mut clock = PaceClock::new(PACE, 1 << 20, begun);
         assert_eq!(clock.earn(1 << 20, begun), limits::PACE_WINDOW);

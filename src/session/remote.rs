@@ -1,5 +1,5 @@
-//! A host that the configuration names, with its TLS and credentials: the customer's provider, a smarthost, a submission
-//! host.
+//! A host that the configuration names, with its TLS and credentials: the customer's provider, a smarthost or a
+//! submission host.
 
 use std::fmt;
 use std::io;
@@ -17,46 +17,49 @@ use crate::smtp::client::{Abort, ClientOptions, Stage, StartTls};
 /// How TLS begins on a connection to a configured host.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum TlsMode {
-    /// After EHLO (RFC 3207). If the host does not offer STARTTLS, the client sends neither credentials nor mail.
+    /// By STARTTLS after EHLO (RFC 3207). If the host does not offer it, the client sends neither credentials nor mail.
     #[default]
     StartTls,
-    /// From the first octet on.
+    /// With the first octet.
     Implicit,
-    /// Never: for a network that is safe without it, and for tests.
+    /// Never: for a network that is safe without TLS, and for tests.
     None,
 }
 
-/// Where a host is, how TLS begins, which certificate the host must show, and the credentials for AUTH.
+/// The address of a host, how TLS begins, which certificate the host must show, and the credentials for AUTH.
 #[derive(Clone, PartialEq, Eq)]
 pub struct RemoteSettings {
-    /// What to connect to: `host:port`, `192.0.2.1:port` or `[2001:db8::1]:port`.
+    /// `host:port`, `192.0.2.1:port` or `[2001:db8::1]:port`.
     pub address: String,
     /// The host of `address`, without brackets: the name or IP address that the certificate must carry.
     pub host: String,
     /// Default: STARTTLS.
     pub tls: TlsMode,
-    /// A PEM file with certificates that are trusted instead of the system's. Absolute. Not with `pin`.
+    /// A PEM file with certificates that are trusted instead of the system's, by an absolute path. Not with `pins`.
     pub ca: Option<PathBuf>,
-    /// The certificates and keys that are trusted, if there are any; the host must show one of them. Not with `ca`.
+    /// Certificates and keys of which the host must show one; empty: any that `ca` or the system trusts. Not with `ca`.
     pub pins: Vec<Pin>,
-    /// What this side shows if the host asks for a certificate.
+    /// The certificate that this side shows if the host asks for one.
     pub identity: Option<ClientIdentity>,
-    /// What to log in with; `None`: without AUTH.
+    /// The credentials for AUTH; `None`: the client does not authenticate.
     pub login: Option<Login>,
 }
 
-/// A certificate of our own and its key: two PEM files. Absolute.
+/// The certificate of this side and its key: two PEM files, by absolute paths.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct ClientIdentity {
+    /// The file of the certificate.
     pub certificate: PathBuf,
+    /// The file of the private key.
     pub key: PathBuf,
 }
 
-/// Why a host cannot be used.
+/// Why the configuration of a host cannot be used.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct RemoteError {
-    /// The key of the configuration that it is about: `ca`, `certificate` or `key`.
+    /// The wrong key of the configuration: `ca`, `certificate` or `key`.
     pub key: &'static str,
+    /// A sentence with the file.
     pub text: String,
 }
 
@@ -67,7 +70,7 @@ impl fmt::Display for RemoteError {
 }
 
 impl RemoteSettings {
-    /// The login name; empty: without AUTH.
+    /// The login name; empty: the client does not authenticate.
     pub fn login_name(&self) -> &str {
         self.login.as_ref().map_or("", |login| &login.name)
     }
@@ -81,17 +84,17 @@ impl fmt::Debug for RemoteSettings {
     }
 }
 
-/// A configured host, ready to be connected to.
+/// A configured host whose certificates were read.
 pub struct Remote {
     settings: RemoteSettings,
     tls: Option<ClientTls>,
 }
 
 impl Remote {
-    /// Reads the certificates that are to be trusted, and our own.
+    /// Reads the trusted certificates, and the one of this side.
     ///
     /// # Errors
-    /// They cannot be read or used; the text says why.
+    /// A file cannot be read or used.
     pub fn new(settings: &RemoteSettings) -> Result<Remote, RemoteError> {
         let trust = match (settings.tls, &settings.ca) {
             (TlsMode::None, _) => None,
@@ -110,17 +113,17 @@ impl Remote {
         Ok(Remote { settings: settings.clone(), tls })
     }
 
-    /// `host:port`, as it is configured.
+    /// `host:port`, as configured.
     pub fn address(&self) -> &str {
         &self.settings.address
     }
 
-    /// The name that the certificate must carry, or the IP address.
+    /// The name or IP address that the certificate must carry.
     pub fn host(&self) -> &str {
         &self.settings.host
     }
 
-    /// The addresses of the host, in the order of the system's resolver, but IPv6 and IPv4 in turn.
+    /// The addresses of the host, in the order of the system's resolver, but IPv6 and IPv4 alternately.
     ///
     /// # Errors
     /// [`SessionFailure::NoHost`], or [`SessionFailure::Cancelled`].
@@ -132,11 +135,11 @@ impl Remote {
         })
     }
 
-    /// Connects to one of the addresses. Returns a session in which mail or ATRN may follow. TLS and credentials are those
-    /// of the settings, all else is in `options`.
+    /// Connects to one of the addresses. Returns a session in which mail or ATRN may follow. TLS and credentials are
+    /// those of the settings; `options` has everything else.
     ///
     /// # Errors
-    /// There is no such session.
+    /// See [`SessionFailure`]; those of the connection have the configured address.
     pub fn connect_to(
         &self, address: SocketAddr, options: &ClientOptions, how: &Connect<'_>,
     ) -> Result<ClientSession, SessionFailure> {
@@ -158,10 +161,11 @@ impl Remote {
         })
     }
 
-    /// Tries all addresses of the host. Returns a session as [`Remote::connect_to`] does, and the peer's address.
+    /// Tries the addresses of the host one after the other. Returns a session as [`Remote::connect_to`] does, and the
+    /// peer's address.
     ///
     /// # Errors
-    /// The first failure at an address that could be connected to, otherwise the last; the others are logged.
+    /// The first failure of an address that accepted the connection; if none did, the last one. The others are logged.
     pub fn connect(
         &self, options: &ClientOptions, how: &Connect<'_>,
     ) -> Result<(ClientSession, SocketAddr), SessionFailure> {
@@ -173,7 +177,7 @@ impl Remote {
     ) -> Result<(ClientSession, SocketAddr), SessionFailure> {
         let mut failed: Option<(SocketAddr, SessionFailure)> = None;
         for (number, socket) in addresses.iter().copied().enumerate() {
-            // A nonce is for one session.
+            // A nonce must not be used in two sessions.
             let options = &ClientOptions { nonce: format!("{}{number}", options.nonce), ..options.clone() };
             let failure = match self.connect_to(socket, options, how) {
                 Ok(session) => {
@@ -183,20 +187,21 @@ impl Remote {
                 Err(SessionFailure::Cancelled) => return Err(SessionFailure::Cancelled),
                 Err(failure) => failure,
             };
-            // A login that is rejected at one address of the provider must not count as several.
+            // If the provider rejects a login, the other addresses would reject it too, and it would count several
+            // times.
             let decided = options.atrn && is_login_failure(&failure);
-            let telling = |failure: &SessionFailure| !matches!(failure, SessionFailure::Unreachable(_));
-            let (tells, other) = match failed.take() {
-                Some((address, earlier)) if telling(&earlier) && !decided => {
+            let connected = |failure: &SessionFailure| !matches!(failure, SessionFailure::Unreachable(_));
+            let (reported, other) = match failed.take() {
+                Some((address, earlier)) if connected(&earlier) && !decided => {
                     ((address, earlier), Some((socket, failure)))
                 }
                 earlier => ((socket, failure), earlier),
             };
             other.iter().for_each(|(address, failure)| self.log_failed(*address, failure));
             if decided {
-                return Err(tells.1);
+                return Err(reported.1);
             }
-            failed = Some(tells);
+            failed = Some(reported);
         }
         Err(failed.map_or_else(|| SessionFailure::NoHost(format!("{} has no address", self.address())), |(_, it)| it))
     }
@@ -207,7 +212,8 @@ impl Remote {
     }
 }
 
-/// Whether credentials were sent, and the peer did not accept them.
+/// Whether the client has sent credentials and the peer has not accepted them, or has not proved that it knows the
+/// secret.
 fn is_login_failure(failure: &SessionFailure) -> bool {
     match failure {
         SessionFailure::Aborted(Abort::Rejected(rejection)) => rejection.stage == Stage::Auth,
@@ -227,7 +233,7 @@ mod tests {
     use crate::net::cancel::CancelToken;
     use crate::session::Timeouts;
 
-    /// A host that sends these replies, the first one as its greeting, and closes.
+    /// A host that sends these replies, the first one as its greeting, and closes the connection.
     fn host(replies: &'static [&'static str]) -> SocketAddr {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
@@ -271,9 +277,9 @@ mod tests {
     const GOOD: &[&str] = &["220 relay.example.net\r\n", EHLO, "334 PDEuMkByZWxheT4=\r\n", "235 2.7.0 ok\r\n"];
     const DENIED: &[&str] = &["220 relay.example.net\r\n", EHLO, "334 PDEuMkByZWxheT4=\r\n", "535 5.7.8 no\r\n"];
 
-    /// A name of a provider may have addresses of which the first accept connections and no more.
+    /// The first addresses of a provider may accept connections and fail afterwards.
     #[test]
-    fn the_next_address_has_its_turn_unless_a_login_was_rejected() {
+    fn the_next_address_is_tried_unless_a_login_was_rejected() {
         let silence = Duration::from_secs(20);
         let closed = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
         for first in
@@ -282,11 +288,11 @@ mod tests {
             let good = host(GOOD);
             assert_eq!(connect(&[closed, host(first), good], silence), Ok(good), "{first:?}");
         }
-        // A host that says nothing.
+        // A host that sends no greeting.
         let silent = TcpListener::bind("127.0.0.1:0").unwrap();
         let good = host(GOOD);
         assert_eq!(connect(&[silent.local_addr().unwrap(), good], Duration::from_millis(50)), Ok(good));
-        // One rejected login, not two; and an address without a listener does not hide it.
+        // The login is tried once, and an address without a listener does not hide that it was rejected.
         let failure = connect(&[closed, host(DENIED), host(GOOD)], silence).unwrap_err();
         assert_eq!(failure.to_string(), "AUTH was rejected: 535 5.7.8 no");
         let failure = connect(&[host(&["554 no\r\n"]), closed], silence).unwrap_err();

@@ -1,10 +1,10 @@
 //! The driver of the SMTP server role: one session over one connection, up to its end or to ATRN.
 //!
-//! It reads lines and content for the [`Server`], sends its replies and starts TLS. The [`SessionHandler`] decides which
-//! mail is accepted and where its content goes. Content gets its 250 only after [`MessageSink::commit`], so a message
-//! that got its 250 cannot be lost.
+//! The driver reads lines and content for the [`Server`], sends its replies, and starts TLS. The [`SessionHandler`]
+//! decides which mail is accepted and where its content is stored. The client gets 250 for content only after
+//! [`MessageSink::commit`]: a power cut after the 250 does not lose the message.
 //!
-//! Replies are gathered while whole commands wait in the read buffer, and flushed before every wait (RFC 2920 section
+//! Replies are queued while complete commands are in the read buffer, and sent before every wait (RFC 2920 section
 //! 3.2).
 
 use std::fmt;
@@ -29,36 +29,36 @@ use crate::smtp::server::{
     MessageSink, Server, ServerRole, ServerStep, SessionHandler, Unaccepted, message_too_large, path_of,
 };
 
-/// Octets by which a TLS record is recognised. The shortest content after DATA is as long.
+/// Octets by which a TLS record is recognised. The shortest content after DATA, a dot and CRLF, is as long.
 const RECORD_HEADER: u64 = 3;
 
 /// Octets of content that are decoded and stored at a time.
 const RECEIVE_BLOCK: usize = 32 * 1024;
 
-/// How long the last replies may take.
+/// How long the last replies may take before the connection is closed.
 const LAST_REPLY_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How long a session may take, how much it may send, and how it is cancelled.
+/// The time limits of a session, and how it is cancelled.
 #[derive(Clone)]
 pub struct SessionLimits {
-    /// For one command, and for 64 KiB of content: there without the time that the content earns.
+    /// The time for one command, and for 64 KiB of content, without the time that the content earns.
     pub command: Duration,
-    /// For a TLS handshake.
+    /// The time for a TLS handshake.
     pub handshake: Duration,
-    /// For the whole session, without the time that content earns (see [`PaceClock`]).
+    /// The time for the whole session, without the time that content earns (see [`PaceClock`]).
     pub session: Duration,
     /// `Received` fields of a message at most: one with more is in a mail loop (RFC 5321 section 6.3).
     pub hops: usize,
     /// Ends the session between two commands.
     pub cancel: CancelToken,
-    /// Ends the session also within content.
+    /// Ends the session even within content.
     pub abort: CancelToken,
-    /// It ends the session if another connection gets its place; `None`: no listener counts this connection.
+    /// The place of the connection at its listener, which may give it to another one; `None`: no listener counts it.
     pub accepted: Option<Arc<AcceptedConnection>>,
 }
 
 impl SessionLimits {
-    /// The configured limits of a session before any turn.
+    /// The configured limits of a session before a turn.
     pub fn new(timeouts: &Timeouts, limits: &Limits, cancel: &CancelToken, abort: &CancelToken) -> SessionLimits {
         SessionLimits {
             command: timeouts.command,
@@ -72,42 +72,43 @@ impl SessionLimits {
     }
 }
 
-/// A session whose client is the peer.
+/// A session in which this side is the server.
 pub struct ServerSession {
     pub connection: Connection,
-    /// The server role: what the client has sent, and what it gets.
+    /// The server role: the state of the session, and the replies to commands.
     pub server: Server,
     /// The client's address as a literal, `[192.0.2.1]`.
     pub peer: String,
     limits: SessionLimits,
     tls: Option<ServerTls>,
+    /// When the session ends; content postpones it.
     deadline: Instant,
-    /// What the content of the current message earns.
+    /// The time that the content of the current message earns.
     pace: PaceClock,
-    /// Octets of content that may earn time before a message is accepted: a client whose messages are all rejected or given
-    /// up does not keep the session for ever.
+    /// Octets of content that may still earn time before a message is accepted. Without this limit, a client whose
+    /// messages are all rejected or aborted could keep the session for ever.
     pace_left: u64,
     /// A message of which some chunks have arrived (RFC 3030).
     chunks: Option<(ContentDecoder, ContentReceiver)>,
-    /// The client has sent a command, or the beginning of one.
+    /// The client has sent a command.
     has_commands: bool,
-    /// The client has sent a TLS record in place of a command or of a message.
+    /// The client has sent a TLS record instead of a command or a message.
     found_record: bool,
 }
 
 /// Why [`ServerSession::run`] has returned.
 #[derive(Debug)]
 pub enum SessionEnd {
-    /// The client sent ATRN with these domains; none: all. After any reply but 250, call `run` again.
+    /// The client has sent ATRN with these domains; none: all. If the reply is not 250, call `run` again.
     Atrn(Vec<Domain>),
-    /// The client sent QUIT and got its reply.
+    /// The client has sent QUIT, and its reply is queued.
     Quit,
-    /// The client sent a TLS record in place of a command or of a message. It gets no reply: a client that reads a rejection
-    /// returns the message to its sender.
+    /// The client has sent a TLS record instead of a command or a message. It gets no reply: a client that read a
+    /// rejection would return the message to its sender.
     TlsRecord,
-    /// The session is over, and the client has sent nothing.
+    /// The session has ended before the client sent anything.
     NoCommand(io::Error),
-    /// The session is over, for this reason.
+    /// The session has ended for this reason.
     Closed(String),
 }
 
@@ -117,7 +118,7 @@ impl fmt::Display for SessionEnd {
         match self {
             SessionEnd::Atrn(_) => f.write_str("ATRN"),
             SessionEnd::Quit => f.write_str("quit"),
-            SessionEnd::TlsRecord => f.write_str("a TLS record in place of a command or of a message"),
+            SessionEnd::TlsRecord => f.write_str("a TLS record instead of a command or a message"),
             SessionEnd::NoCommand(error) => error.fmt(f),
             SessionEnd::Closed(reason) => f.write_str(reason),
         }
@@ -125,8 +126,8 @@ impl fmt::Display for SessionEnd {
 }
 
 impl ServerSession {
-    /// A session that begins now. `peer`: the client's address as a literal. `tls`: for STARTTLS, if the server offers it.
-    /// It is not on the stack of its thread: each function that it is moved through would have room for a copy there.
+    /// A session that begins now. `peer`: the client's address as a literal. `tls`: for STARTTLS, if the server offers
+    /// it. The session is boxed: on the stack of its thread, each function that moves it would need room for a copy.
     pub fn new(
         connection: Connection, server: Server, peer: String, tls: Option<ServerTls>, limits: SessionLimits,
     ) -> Box<ServerSession> {
@@ -165,13 +166,13 @@ impl ServerSession {
         self.connection.send(&octets);
     }
 
-    /// Logs and queues a negative reply that the [`Server`] has not made.
+    /// Logs and queues a negative reply that is not from the [`Server`].
     pub fn reject(&mut self, reply: &Reply) {
         self.log_command_rejected(reply, None);
         self.reply(reply);
     }
 
-    /// Serves the client until the session ends, or until ATRN. Returns why it has returned.
+    /// Serves the client until the session ends, or until ATRN.
     pub fn run(&mut self, handler: &mut dyn SessionHandler) -> SessionEnd {
         if !self.has_commands {
             self.log_unknown_certificate(handler);
@@ -185,7 +186,7 @@ impl ServerSession {
         })
     }
 
-    /// Sends the queued replies, which may take 5 seconds, and closes the connection.
+    /// Sends the queued replies, within 5 seconds, and closes the connection.
     pub fn close(mut self: Box<Self>) {
         let _ = self.connection.flush_all(Instant::now() + LAST_REPLY_TIMEOUT, None);
         self.connection.close();
@@ -244,7 +245,8 @@ impl ServerSession {
         }
     }
 
-    /// Notes for the listener, which may need the place of this connection, that the client has sent a command.
+    /// Reports to the listener that the client has sent a command, and whether it is trusted: a silent stranger may
+    /// lose its place to another connection.
     fn note_command(&self) {
         let Some(accepted) = &self.limits.accepted else { return };
         accepted.note_command(Instant::now());
@@ -253,21 +255,21 @@ impl ServerSession {
         }
     }
 
-    /// Notes for the listener, before a wait for a command, that no transaction is open any more.
+    /// Reports to the listener, before a wait for a command, that no transaction is open any more.
     fn note_end_of_transaction(&mut self) {
-        // A client that has not got the 250 to its message sends it again.
+        // Only after its replies were sent: a client that is cut before it gets the 250 sends its message again.
         if self.limits.accepted.is_some() && !self.is_trusted() && matches!(self.connection.flush(), Ok(true)) {
             self.limits.accepted.iter().for_each(|accepted| accepted.distrust(Instant::now()));
         }
     }
 
-    /// Whether the client has authenticated, or has a recipient accepted in an open transaction.
+    /// Whether the client has authenticated, or has an open transaction with an accepted recipient.
     fn is_trusted(&self) -> bool {
         let transaction = self.server.transaction();
         self.server.account().is_some() || transaction.is_some_and(|open| !open.envelope.recipients.is_empty())
     }
 
-    /// Ends the session if another connection has its place (RFC 5321 section 3.8).
+    /// Ends the session with 421 if another connection has got its place (RFC 5321 section 3.8).
     fn check_place(&mut self) -> io::Result<()> {
         match self.limits.accepted.as_ref().is_some_and(|accepted| accepted.is_displaced()) {
             true => Err(self.end("4.3.2", "Too many connections, try again later", AcceptedConnection::DISPLACED)),
@@ -292,7 +294,7 @@ impl ServerSession {
         }
     }
 
-    /// With [`Server::soft_bounce`]: defers what the reply to a command about mail would reject.
+    /// With [`Server::soft_bounce`], turns a rejection of mail into a deferral.
     fn soften(&self, reply: Reply, line: Option<&[u8]>) -> Reply {
         match self.server.soft_bounce() && Unaccepted::at_command(line, &reply).is_some() {
             true => reply.softened(),
@@ -300,7 +302,7 @@ impl ServerSession {
         }
     }
 
-    /// Rejects or defers the content, for all recipients.
+    /// Rejects or defers the content for all recipients.
     fn reject_content(&mut self, reply: &Reply, handler: &mut dyn SessionHandler) {
         let softened = self.server.soft_bounce().then(|| reply.clone().softened());
         let reply = softened.as_ref().unwrap_or(reply);
@@ -308,11 +310,12 @@ impl ServerSession {
         self.reject(reply);
     }
 
-    /// Sends the earlier replies before what may take long. `line`: the next command; an authentication may wait, too.
+    /// Sends the queued replies before work that may take long, so that the client does not time out. `line`: the next
+    /// command; AUTH may take long too.
     fn flush_before(&mut self, line: Option<&[u8]>, handler: &dyn SessionHandler) {
         let is_auth = |line| matches!(Verb::of(line), Ok((Verb::Auth, _)));
         if handler.may_wait() || self.server.in_auth() || line.is_some_and(is_auth) {
-            // An error of the connection appears at the next wait.
+            // The next wait reports an error of the connection.
             let _ = self.connection.flush();
         }
     }
@@ -322,7 +325,7 @@ impl ServerSession {
         let deadline = self.deadline.min(Instant::now() + self.limits.command);
         loop {
             self.check_place()?;
-            // Before a line end is looked for: the random octets of a TLS hello may contain one.
+            // Check this before the line end: the random octets of a TLS hello may contain one.
             if !self.connection.is_tls() && self.connection.received().starts_with(&[0x16, 0x03]) {
                 return Err(self.end("4.7.0", "TLS begins with STARTTLS on this port", "a TLS hello on a clear port"));
             }
@@ -346,7 +349,8 @@ impl ServerSession {
         if self.found_record { Err(io::Error::other("a TLS record")) } else { Ok(()) }
     }
 
-    /// Waits for the first octets of a message of which `size` octets arrive, and ends the session if they are a TLS record.
+    /// Waits for the first octets of a message of which `size` octets arrive, and ends the session if they are a TLS
+    /// record.
     fn reject_record_in_content(&mut self, size: u64) -> io::Result<()> {
         let deadline = BlockDeadline::new(&self.limits).deadline.min(self.deadline);
         while (self.connection.received().len() as u64) < size.min(RECORD_HEADER) {
@@ -357,7 +361,7 @@ impl ServerSession {
 
     /// Waits for octets. `in_content`: only an abort ends the wait, not a cancellation.
     fn wait_for_input(&mut self, deadline: Instant, in_content: bool) -> io::Result<()> {
-        // A client that does not read its replies would fill our memory with them.
+        // A client that does not read its replies must not fill the memory with them.
         if self.connection.unsent() > CONTENT_BLOCK {
             while !self.connection.flush_or_wait(deadline, None)? {
                 self.check_place()?;
@@ -372,7 +376,7 @@ impl ServerSession {
                 return Err(self.end("4.3.2", "Service shutting down, try again later", "shutting down"));
             }
         }
-        // The listener has shut the socket down for reading: that is not the client's end.
+        // If the listener has shut the socket down for reading, the end of the input is not the client's.
         self.check_place()?;
         match self.connection.fill()? {
             Filled::Bytes(_) | Filled::Nothing => Ok(()),
@@ -380,7 +384,7 @@ impl ServerSession {
         }
     }
 
-    /// Queues 421, and returns the reason for the end of the session.
+    /// Queues 421, and returns the reason as an error.
     fn end(&mut self, enhanced: &'static str, text: &'static str, reason: &str) -> io::Error {
         self.reply(&Reply::new(421, enhanced, text));
         io::Error::other(reason)
@@ -391,13 +395,13 @@ impl ServerSession {
         if !self.connection.trace.enabled() {
             return;
         }
-        // On port 366 a line that is not a command may be a secret that was sent at the wrong time.
+        // Where AUTH is offered, a line that is not a command may be a secret that was sent at the wrong time.
         let known = matches!(Verb::of(line), Ok((verb, _)) if verb != Verb::Unknown);
         let secret = self.server.in_auth() || self.server.offers_auth() && !known;
         self.connection.trace.received(&without_secrets(line, secret));
     }
 
-    /// Logs the replies that an administrator looks for; `line`: the command, if it was read.
+    /// Logs authentications and negative replies. `line`: the command; `None`: it was too long.
     fn log_reply(&self, reply: &Reply, line: Option<&[u8]>) {
         let (session, peer) = (&self.connection.trace.id, &self.peer);
         let attempt = self.server.auth_attempt();
@@ -425,13 +429,13 @@ impl ServerSession {
         }
     }
 
-    /// The pin of the key whose certificate the client has shown, for the log; `-`: it has shown none.
+    /// The pin of the key in the client's certificate, for the log; `-`: the client has shown none.
     fn shown_pin(&self) -> String {
         let certificate = self.server.client_certificate();
         certificate.map_or_else(|| "-".to_owned(), |certificate| Pin::Key(certificate.key).to_string())
     }
 
-    /// Logs a certificate of the client that opens no account, with the pin that would make it open one.
+    /// Logs a client certificate that opens no account, with its pin, which the administrator can add to one.
     fn log_unknown_certificate(&self, handler: &dyn SessionHandler) {
         let is_unknown = |certificate| !handler.credentials().knows(&certificate);
         if self.server.offers_auth() && self.server.client_certificate().is_some_and(is_unknown) {
@@ -443,7 +447,7 @@ impl ServerSession {
     fn log_command_rejected(&self, reply: &Reply, line: Option<&[u8]>) {
         let (session, peer) = (&self.connection.trace.id, &self.peer);
         let verb = line.and_then(|line| Verb::of(line).ok()).map(|(verb, _)| verb);
-        // The path of a rejected MAIL or RCPT is not in the transaction; it may be anything.
+        // The path of a rejected MAIL or RCPT is not in the transaction. It may be any octets.
         let path = line.map(String::from_utf8_lossy).unwrap_or_default();
         let path = path.split_once('<').map_or("", |(_, rest)| rest.split('>').next().unwrap_or_default());
         let from = match (self.server.transaction(), verb) {
@@ -461,14 +465,14 @@ impl ServerSession {
         );
     }
 
-    /// RFC 3207.
+    /// Replies to STARTTLS, and negotiates TLS (RFC 3207).
     fn start_tls(&mut self, go_ahead: &Reply) -> io::Result<()> {
         let Some(tls) = self.tls.clone() else {
             self.reply(&Reply::new(454, "4.7.0", "TLS is not available now"));
             return Ok(());
         };
-        // Octets after the command came in clear: an attacker may have added them to what the client will send under TLS
-        // (RFC 3207 section 6, CVE-2011-0411).
+        // An attacker may have added commands in clear after STARTTLS. Do not execute them as if the client had sent
+        // them under TLS (RFC 3207 section 6, CVE-2011-0411).
         if !self.connection.received().is_empty() {
             return Err(io::Error::other("octets after STARTTLS"));
         }
@@ -480,6 +484,7 @@ impl ServerSession {
         Ok(())
     }
 
+    /// Receives the content after DATA (RFC 5321 section 4.1.1.4).
     fn data(&mut self, go_ahead: &Reply, handler: &mut dyn SessionHandler) -> io::Result<()> {
         let mut receiver = match self.open_sink(handler) {
             Ok(receiver) => receiver,
@@ -499,11 +504,12 @@ impl ServerSession {
             let fed = content.feed(block, &mut octets);
             self.connection.consume(fed.used);
             receiver.write(&octets, content.size());
-            // A session that waits has no buffer of this size.
+            // Free the buffer before a wait: thousands of sessions may wait at the same time.
             drop(octets);
             if fed.end {
                 break;
             }
+            // Do not discard more than twice the message limit; close the connection instead.
             if content.size() > limits::discarded_content(self.server.max_size()) {
                 self.reject_content(&message_too_large(self.server.max_size()), handler);
                 return Err(io::Error::other("far more content than permitted"));
@@ -518,7 +524,7 @@ impl ServerSession {
         Ok(())
     }
 
-    /// One chunk (RFC 3030 section 2): exactly `size` octets.
+    /// Receives one chunk (RFC 3030 section 2): exactly `size` octets.
     fn chunk(&mut self, size: u64, last: bool, handler: &mut dyn SessionHandler) -> io::Result<()> {
         let (mut content, mut receiver) = match self.chunks.take() {
             Some(begun) => begun,
@@ -576,18 +582,18 @@ impl ServerSession {
         Ok(())
     }
 
-    /// A message of this size at most begins: its content earns time.
+    /// Begins a message of at most this size: its content earns time.
     fn begin_pace(&mut self, size: u64) {
         let pace = match self.server.role() {
             ServerRole::Inbound => limits::UNKNOWN_CLIENT_PACE,
-            // Mail is accepted here only from accounts that have authenticated, from our own networks, and from our provider.
+            // These accept mail only from authenticated accounts, from local networks, and from the provider.
             ServerRole::Odmr | ServerRole::Submission | ServerRole::Customer => limits::KNOWN_PEER_PACE,
         };
         self.stop_pace();
         self.pace = PaceClock::new(pace, size.min(self.pace_left), Instant::now());
     }
 
-    /// The content of the message has arrived. Between two chunks the message goes on: the next one may be on the line.
+    /// Ends the message: its content earns no more time. Not between two chunks: the next one may be on its way.
     fn stop_pace(&mut self) {
         self.deadline -= self.pace.stop(Instant::now());
     }
@@ -601,6 +607,7 @@ impl ServerSession {
         block.after(octets, earned, now).min(self.deadline)
     }
 
+    /// Asks the handler to accept the content of the open transaction. The error is the reply to the content.
     fn open_sink(&mut self, handler: &mut dyn SessionHandler) -> Result<ContentReceiver, Reply> {
         let tls = self.connection.tls_info().map(|tls| tls.to_string());
         let Some((envelope, incoming)) = self.server.incoming(&self.connection.trace.id, &self.peer, tls.as_deref())
@@ -613,7 +620,7 @@ impl ServerSession {
         Ok(ContentReceiver { sink: Ok(sink), header: HeaderScanner::default(), limit: self.server.max_size(), size: 0 })
     }
 
-    /// Accepts or rejects a message whose content has arrived, and ends the transaction.
+    /// Commits or rejects a message whose content has arrived, queues the reply, and ends the transaction.
     fn finish_message(&mut self, receiver: ContentReceiver, bare: bool, handler: &mut dyn SessionHandler) {
         self.stop_pace();
         let size = receiver.size;
@@ -651,12 +658,12 @@ impl ServerSession {
     }
 }
 
-/// What is decoded and stored at a time.
+/// The octets that are decoded and stored at a time.
 fn first_block(received: &[u8]) -> &[u8] {
     &received[..received.len().min(RECEIVE_BLOCK)]
 }
 
-/// Content on its way to its sink. A rejection is kept until the client has sent all of it.
+/// Writes content to its sink. After a failure the rest is discarded, and the client gets the reply after the content.
 struct ContentReceiver {
     sink: Result<Box<dyn MessageSink>, Reply>,
     header: HeaderScanner,
@@ -666,7 +673,7 @@ struct ContentReceiver {
 }
 
 impl ContentReceiver {
-    /// `size`: octets on the wire so far.
+    /// Writes decoded octets; `size`: octets on the wire so far.
     fn write(&mut self, octets: &[u8], size: u64) {
         self.size = size;
         let Ok(sink) = &mut self.sink else { return };
@@ -682,7 +689,8 @@ impl ContentReceiver {
     fn commit(self, bare: bool, hops: usize) -> Result<String, Reply> {
         let sink = self.sink?;
         if bare {
-            // If two servers differ in what ends a line, a client can smuggle a message (RFC 5321 section 2.3.8).
+            // If the next server took such an octet for a line end, a client could smuggle a message (RFC 5321 section
+            // 2.3.8).
             return Err(Reply::new(554, "5.6.0", "A CR without LF or an LF without CR is in the message"));
         }
         if self.header.received() > hops {
@@ -692,7 +700,7 @@ impl ContentReceiver {
     }
 }
 
-/// The deadline of a block of content, which has the time of one command: a trickle does not last for ever.
+/// The deadline of a block of content, which has the time of one command: a trickle of octets must not last for ever.
 struct BlockDeadline {
     block: Duration,
     deadline: Instant,
@@ -704,7 +712,7 @@ impl BlockDeadline {
         BlockDeadline { block: limits.command, deadline: Instant::now() + limits.command, octets: 0 }
     }
 
-    /// The deadline after `octets` more have arrived, which have `earned` time.
+    /// The deadline after `octets` more have arrived and have `earned` this time.
     fn after(&mut self, octets: usize, earned: Duration, now: Instant) -> Instant {
         self.octets += octets;
         self.deadline += earned;
@@ -728,7 +736,7 @@ mod tests {
     use crate::smtp::command::{Envelope, MailFrom, Notify};
     use crate::smtp::server::Incoming;
 
-    /// Accepts all mail, and keeps none.
+    /// Accepts all mail, and discards it.
     struct Sink;
 
     impl SessionHandler for Sink {
@@ -760,9 +768,9 @@ mod tests {
 
     const SESSION: Duration = Duration::from_millis(300);
 
-    /// Sends messages in chunks of 100 octets at twice the required pace for 2 s. Returns how long the session has lasted. `end`:
-    /// the command after the chunks of each message.
-    fn lasts(end: &str) -> Duration {
+    /// Sends messages in chunks of 100 octets at twice the required pace for 2 s. `end`: the command after the chunks
+    /// of each message. Returns the duration of the session.
+    fn session_time(end: &str) -> Duration {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let cancel = CancelToken::new().unwrap();
         let limits = SessionLimits {
@@ -781,32 +789,32 @@ mod tests {
         });
         let mut replies = BufReader::new(theirs.try_clone().unwrap()).lines();
         let mut writer = theirs;
-        let mut say = move |text: &str| {
+        let mut send = move |text: &str| {
             let replied = writer.write_all(format!("{text}\r\n").as_bytes()).is_ok();
             replied && replies.next().is_some_and(|reply| reply.is_ok_and(|reply| !reply.starts_with("421")))
         };
         let chunk = format!("BDAT 100\r\n{}", "x".repeat(98));
         // The greeting is the reply to the first line, and each reply is read one line later.
-        assert!(say("HELO a.example"));
+        assert!(send("HELO a.example"));
         let mut message = || {
-            say("MAIL FROM:<>")
-                && say("RCPT TO:<a@example.org>")
+            send("MAIL FROM:<>")
+                && send("RCPT TO:<a@example.org>")
                 && (0..2).all(|_| {
-                    let sent = say(&chunk);
+                    let sent = send(&chunk);
                     thread::sleep(Duration::from_millis(50));
                     sent
                 })
-                && say(end)
+                && send(end)
         };
         while begun.elapsed() < Duration::from_secs(2) && message() {}
-        drop(say);
+        drop(send);
         thread.join().unwrap()
     }
 
-    /// Content that is given up or rejected earns the time for one message in all.
+    /// All aborted and rejected content together earns the time for one message.
     #[test]
     fn only_a_client_whose_mail_is_accepted_keeps_its_session() {
-        assert!(lasts("BDAT 0 LAST") >= Duration::from_secs(2));
-        assert!(lasts("RSET") < Duration::from_secs(1));
+        assert!(session_time("BDAT 0 LAST") >= Duration::from_secs(2));
+        assert!(session_time("RSET") < Duration::from_secs(1));
     }
 }

@@ -1,5 +1,5 @@
-//! The limits and timeouts of sessions, with their defaults. `config` reads them from `[limits]` and `[timeouts]`; what the
-//! RFCs demand is in [`smtp::limits`](limits).
+//! The limits and timeouts of sessions, with their defaults. `config` reads them from `[limits]` and `[timeouts]`. The
+//! numbers of the RFCs are in [`smtp::limits`](limits).
 
 use std::time::Duration;
 
@@ -8,18 +8,19 @@ use crate::smtp::client::Stage;
 use crate::smtp::limits;
 use crate::smtp::server::{ServerOptions, ServerRole};
 
-/// `[limits]`: each number at which the program rejects.
+/// `[limits]`: the numbers above which the program rejects or defers.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Limits {
     /// Concurrent connections to each listener; excess connections get `421`. Default 1000, at least 1.
     pub connections: usize,
     /// Concurrent connections to each listener from one address. Default 50, at least 1.
     pub connections_per_address: usize,
-    /// Recipients of one message; excess recipients get `452`. From [`limits::FEWEST_RECIPIENTS`], the default, to 1000.
+    /// Recipients of one message; excess recipients get `452` (RFC 5321 section 4.5.3.1.10). From
+    /// [`limits::FEWEST_RECIPIENTS`], the default, to 1000.
     pub recipients: usize,
-    /// Commands that may fail before the server ends a session with `421`. Default 20, at least 1.
+    /// Commands that may fail before the server ends the session with `421`. Default 20, at least 1.
     pub errors: usize,
-    /// AUTH commands that may fail before the server ends a session with `421`. At least
+    /// AUTH commands that may fail before the server ends the session with `421`. At least
     /// [`limits::FEWEST_AUTH_FAILURES`], the default.
     pub auth_failures: usize,
     /// Concurrent turned sessions; an excess ATRN gets `451`. Default 10 000, at least 1.
@@ -28,20 +29,22 @@ pub struct Limits {
     pub messages_per_turn: usize,
     /// Octets of content sent in one turned session before QUIT; 0, the default: no limit.
     pub octets_per_turn: u64,
-    /// Mail is accepted only while the disk has so many octets free. Default 4 MiB.
+    /// Octets that must be free on the disk, beside those of the message; otherwise mail is deferred. Default 4 MiB.
     pub min_free: u64,
-    /// A message with more `Received:` fields than this is in a mail loop (RFC 5321 section 6.3). Default 100, at least 1.
+    /// A message with more `Received:` fields than this is in a mail loop (RFC 5321 section 6.3). Default 100, at least
+    /// 1.
     pub received_hops: usize,
 }
 
 impl Limits {
-    /// The limits of connections, for a listener with these timeouts.
+    /// The limits of connections for a listener. `patience`, after which a silent stranger may be closed, is
+    /// `timeouts.command`.
     pub fn of_connections(&self, timeouts: &Timeouts) -> ConnectionLimits {
         ConnectionLimits { all: self.connections, each: self.connections_per_address, patience: timeouts.command }
     }
 
-    /// The options of a server with these limits. `max_size`: octets of a message. The listener adds what else it offers:
-    /// TLS, mechanisms.
+    /// The options of a server with these limits. `max_size`: octets of a message at most. TLS and AUTH are off; the
+    /// listener adds them.
     pub fn server_options(&self, role: ServerRole, hostname: &str, max_size: u64) -> ServerOptions {
         ServerOptions {
             role,
@@ -76,11 +79,11 @@ impl Default for Limits {
     }
 }
 
-/// `[timeouts]`: each time after which the program stops waiting, between 1 ms and 365 days. Those of a command are by
-/// default the minima of RFC 5321 section 4.5.3.2.
+/// `[timeouts]`: the times after which the program stops waiting, between 1 ms and 365 days. The defaults of those for
+/// commands and replies are the minima of RFC 5321 section 4.5.3.2.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Timeouts {
-    /// Connecting to one address. Default 30 s.
+    /// The client waits for the connection to one address. Default 30 s.
     pub connect: Duration,
     /// The client waits for the `220`, also after a turn. Default 5 min.
     pub greeting: Duration,
@@ -90,29 +93,30 @@ pub struct Timeouts {
     pub recipient: Duration,
     /// The client waits for the `354` to DATA. Default 2 min.
     pub data: Duration,
-    /// Sending or receiving one block of a message. Default 3 min.
+    /// Client and server wait for one block of content to be sent or received, 64 KiB. Default 3 min.
     pub block: Duration,
-    /// The client waits for the reply to the end of a message. Default 10 min.
+    /// The client waits for the reply to the content. Default 10 min.
     pub end: Duration,
     /// The server waits for a command; the client waits for the reply to each command that has no timeout of its own.
     /// Default 5 min.
     pub command: Duration,
     /// The customer waits for the reply to ATRN. At least [`limits::ATRN_TIMEOUT`], the default.
     pub atrn: Duration,
-    /// The customer sends outgoing mail before ATRN for this long; then it fetches incoming mail over another connection, and
-    /// again at this interval until the outgoing mail is sent. Default 10 min.
+    /// The customer sends outgoing mail before ATRN for this long at most. If that does not suffice, it fetches
+    /// incoming mail over another connection, and again at this interval until the outgoing mail is sent. Default 10
+    /// min.
     pub outgoing: Duration,
-    /// A TLS handshake. Default 1 min.
+    /// The duration of a TLS handshake. Default 1 min.
     pub handshake: Duration,
-    /// A server's session, up to a turn or without one, without the time that content earns (see
+    /// The duration of a server's session before a turn, without the time that content earns (see
     /// [`PaceClock`](super::pace::PaceClock)). Default 1 h.
     pub session: Duration,
-    /// A session from the turn on, without the time that content earns. Default 12 h.
+    /// The duration of a session after the turn, without the time that content earns. Default 12 h.
     pub turn: Duration,
-    /// If the customer of a turned session has not answered for this long, another call for the same domain takes the
-    /// session's lock over. Default 1 min.
+    /// If the customer of a turned session has not replied for this long, its next call takes the session's lock over.
+    /// Default 1 min.
     pub takeover: Duration,
-    /// Sessions may go on for this long after a signal to stop. Default 10 s.
+    /// How long sessions may go on after a signal to stop. Default 10 s.
     pub shutdown: Duration,
 }
 
