@@ -1,21 +1,21 @@
-//! What is known of the last call of an account, in a small file of its own, for `odmr status`.
+//! The record of the last call of an account, in a small file, for `odmr status` and for DSNs.
 //!
 //! ```text
-//! at=2026-01-02T03:04:05Z       when the call has ended
-//! peer=[192.0.2.1]              the other side: the customer's address, or the provider as it is configured
+//! at=2026-01-02T03:04:05Z       when the call ended
+//! peer=[192.0.2.1]              the other side: the customer's address, or the provider as configured
 //! result=done                   done, no-mail, deferred (mail was deferred, or left by a stop or a reload) or failed
-//! reason=…                      why it has failed
+//! reason=…                      why it failed
 //! duration=1.234                seconds
-//! success=2026-01-02T03:04:05Z  when the last call that did not fail has ended
-//! calls=12                      since the file was made
-//! failed=1                      of them
+//! success=2026-01-02T03:04:05Z  when the last call that did not fail ended
+//! calls=12                      the number of calls since the file was made
+//! failed=1                      the number of those that failed
 //! no-mail=2026-01-02T03:04:05Z a.example,b.example
-//!                               when a call without mail has ended, and the domains that it was about; without them: all
-//!                               of the account. Only a provider with `min-interval` needs it, for the calls of that time
-//! count sent=3                  what this call has counted, a line each
+//!                               when a call without mail ended, and the domains that it asked for; without them: all of
+//!                               the account. A provider with `min-interval` writes one for each call in that time
+//! count sent=3                  the counters of this call, a line each
 //! ```
 //!
-//! The file is replaced in one step. If it is lost, no mail is: only the status does not know of the call.
+//! The file is replaced in one step. If it is lost, no mail is lost: only the status does not know of the call.
 
 use std::fmt::Write as _;
 use std::io;
@@ -30,7 +30,7 @@ use crate::net::trace::quoted;
 /// Octets of a record that are read at most.
 const RECORD_LIMIT: u64 = 1 << 24;
 
-/// How a call has ended.
+/// How a call ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CallResult {
     Done,
@@ -54,7 +54,7 @@ impl CallResult {
     }
 }
 
-/// When an account has called last, as senders are told.
+/// When an account last called, for DSNs about held mail.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LastCall {
     /// No call is known.
@@ -67,47 +67,51 @@ pub enum LastCall {
 /// The last call of an account.
 #[derive(Clone, Debug, PartialEq)]
 pub struct CallRecord {
-    /// When it has ended.
+    /// When the call ended.
     pub at: Timestamp,
+    /// The customer's address, or the provider as configured.
     pub peer: String,
     pub result: CallResult,
-    /// Why it has failed; otherwise it may be empty.
+    /// Why the call failed; it may be empty if it did not.
     pub reason: String,
     pub duration: Duration,
-    /// When the last call that did not fail has ended.
+    /// When the last call that did not fail ended.
     pub success: Option<Timestamp>,
-    /// How many calls there were since the file was made.
+    /// The number of calls since the file was made.
     pub calls: u64,
+    /// The number of those that failed.
     pub failed: u64,
     /// The last calls without mail, the oldest first.
     pub without_mail: Vec<CallWithoutMail>,
+    /// The counters of this call; empty: its connection did not turn.
     pub counts: Vec<(String, u64)>,
 }
 
-/// A call that has brought no mail.
+/// A call for which there was no mail.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CallWithoutMail {
-    /// When it has ended.
+    /// When the call ended.
     pub at: Timestamp,
-    /// The domains that it was about; empty: all of the account.
+    /// The domains that the call asked for; empty: all of the account.
     pub domains: Vec<String>,
 }
 
-/// Calls without mail that are remembered; then the first are forgotten.
+/// The number of calls without mail that are remembered; then the oldest are forgotten.
 const WITHOUT_MAIL_LIMIT: usize = 1000;
 
 impl CallWithoutMail {
-    /// A call that ends now, about these domains.
+    /// A call for these domains that ended at `at`.
     pub fn new(at: Timestamp, domains: &[Domain]) -> CallWithoutMail {
         CallWithoutMail { at, domains: domains.iter().map(Domain::to_string).collect() }
     }
 
-    /// Adds it to the calls before it, without those of more than `interval` ago, and without what they say of its domains.
+    /// Adds this call to the calls before it. Removes from them those of more than `interval` ago, and the domains of
+    /// this call.
     pub fn add_to(self, mut before: Vec<CallWithoutMail>, interval: Duration) -> Vec<CallWithoutMail> {
         before.retain_mut(|call| {
-            let is_about_all = call.domains.is_empty();
+            let is_for_all = call.domains.is_empty();
             call.domains.retain(|domain| !self.domains.contains(domain));
-            let counts = !self.domains.is_empty() && (is_about_all || !call.domains.is_empty());
+            let counts = !self.domains.is_empty() && (is_for_all || !call.domains.is_empty());
             counts && call.permitted_at(&[], interval, self.at).is_some()
         });
         before.push(self);
@@ -115,15 +119,16 @@ impl CallWithoutMail {
         before
     }
 
-    /// When a call about these domains is permitted again; none: a call about all. `None`: it is permitted, as it is about
-    /// others, or as `interval` has passed. A time in the future is not one: the clock was wrong then, or is now.
+    /// When a call for these domains, or if there are none for all, is permitted again after this one. `None`: it is
+    /// permitted now, because it is for other domains, or `interval` has passed. If this call ended in the future, a
+    /// clock was wrong, and it does not count.
     fn permitted_at(&self, domains: &[Domain], interval: Duration, now: Timestamp) -> Option<Timestamp> {
         let asks_again = |domain: &Domain| self.domains.iter().any(|other| other == domain.as_str());
-        let is_about = domains.is_empty() || self.domains.is_empty() || domains.iter().any(asks_again);
-        // A part of a second counts as one.
+        let is_repeated = domains.is_empty() || self.domains.is_empty() || domains.iter().any(asks_again);
+        // A part of a second counts as a whole one.
         let seconds = interval.as_secs() + u64::from(interval.subsec_nanos() > 0);
         let next = self.at.seconds().saturating_add(i64::try_from(seconds).unwrap_or(i64::MAX));
-        (is_about && self.at <= now && now.seconds() < next).then(|| Timestamp::from_seconds(next))
+        (is_repeated && self.at <= now && now.seconds() < next).then(|| Timestamp::from_seconds(next))
     }
 
     /// Reads a line of a record.
@@ -136,12 +141,12 @@ impl CallWithoutMail {
 }
 
 impl CallRecord {
-    /// When a call about these domains is permitted again; none: a call about all. `None`: now.
+    /// When a call for these domains, or if there are none for all, is permitted again. `None`: now.
     pub fn next_call(&self, domains: &[Domain], interval: Duration, now: Timestamp) -> Option<Timestamp> {
         self.without_mail.iter().filter_map(|call| call.permitted_at(domains, interval, now)).max()
     }
 
-    /// The record of a call that has ended now.
+    /// The record of a call that ended at `at`, without counters.
     pub fn new(at: Timestamp, peer: &str, result: CallResult, reason: &str) -> CallRecord {
         let (peer, reason) = (peer.to_owned(), reason.to_owned());
         CallRecord {
@@ -158,23 +163,23 @@ impl CallRecord {
         }
     }
 
-    /// The record of a reading of the configuration: that it was read, or why not.
+    /// The record of a reload: the configuration was read, or could not be because of this error.
     pub fn of_reload(at: Timestamp, error: Option<&str>) -> CallRecord {
         let result = if error.is_some() { CallResult::Failed } else { CallResult::Done };
         CallRecord::new(at, "-", result, error.unwrap_or_default())
     }
 
-    /// Reads a record; `None`: there is none, or it cannot be read.
+    /// Reads a record; `None`: there is none, or it is damaged.
     pub fn read(path: &Path) -> Option<CallRecord> {
         CallRecord::parse(&read_state_file(path, RECORD_LIMIT).ok()?)
     }
 
-    /// When the account has called last: a call counts if its connection has turned, or if there was no mail.
+    /// When the account last called. A call counts if its connection turned, or if there was no mail.
     pub fn last_call(path: &Path, now: Timestamp) -> LastCall {
         let Some(record) = CallRecord::read(path) else {
             return if path.exists() { LastCall::Unknown } else { LastCall::Never };
         };
-        // Only a session that has turned has counts.
+        // Only a session that turned has counters.
         let counts = record.result != CallResult::Failed || !record.counts.is_empty();
         match if counts { Some(record.at) } else { record.success } {
             None => LastCall::Never,
@@ -203,7 +208,7 @@ impl CallRecord {
         })
     }
 
-    /// Writes the record in place of the one before, whose counts of calls go on. A failure is logged.
+    /// Replaces the record before by this one, whose numbers of calls include that one's. A failure is logged.
     pub fn write(mut self, path: &Path, account: &str) {
         let before = CallRecord::read(path);
         let failed = self.result == CallResult::Failed;
@@ -254,12 +259,15 @@ fn parse_seconds(text: &str) -> Option<Duration> {
     Duration::from_secs(seconds.parse().ok()?).checked_add(Duration::from_millis(thousandths.parse().ok()?))
 }
 
-/// Writes a time, such as that of the next call, into a file of its own. A failure leaves the one before.
+/// Writes a time, such as that of the next call, into a file.
+///
+/// # Errors
+/// The system's; the file is unchanged.
 pub fn write_time(path: &Path, time: Timestamp) -> io::Result<()> {
     replace_file(path, &format!("{}\n", time.rfc3339()))
 }
 
-/// Reads a time that [`write_time`] has written.
+/// Reads a time that [`write_time`] has written. `None`: there is none, or the file is damaged.
 pub fn read_time(path: &Path) -> Option<Timestamp> {
     Timestamp::parse_rfc3339(read_state_file(path, 100).ok()?.trim())
 }
@@ -268,9 +276,9 @@ pub fn read_time(path: &Path) -> Option<Timestamp> {
 mod tests {
     use super::*;
 
-    /// What the owner of the mail may have made in the place of a record, for root to read.
+    /// The user that owns the mail may have made them, so that root reads another file or hangs.
     #[test]
-    fn a_link_and_a_pipe_are_no_record() {
+    fn a_link_and_a_pipe_are_not_read_as_a_record() {
         let directory = tempfile::tempdir().unwrap();
         let [file, link, pipe] = ["file", "link", "pipe"].map(|name| directory.path().join(name));
         CallRecord::of_reload(Timestamp::from_seconds(1), None).write(&file, "-");
@@ -281,7 +289,7 @@ mod tests {
     }
 
     #[test]
-    fn a_record_is_read_as_it_was_written_and_counts_go_on() {
+    fn a_record_is_read_as_it_was_written_and_calls_are_counted() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("state/call-acme");
         assert_eq!(CallRecord::read(&path), None);
@@ -312,7 +320,7 @@ mod tests {
         assert_eq!(CallRecord::read(&path), None);
         record(1_767_323_047, CallResult::NoMail).write(&path, "acme");
         assert_eq!(CallRecord::read(&path).map(|record| record.calls), Some(1));
-        // So may a disk with errors leave any numbers.
+        // A disk with errors may leave any numbers.
         let most = u64::MAX;
         let text =
             format!("at=2026-01-02T03:04:05Z\nresult=done\nduration={most}.{most}\ncalls={most}\nfailed={most}\n");
@@ -343,7 +351,7 @@ mod tests {
             let domains: Vec<_> = domains.iter().map(|domain| (*domain).clone()).collect();
             record.next_call(&domains, interval, time(now)).map(Timestamp::seconds)
         };
-        // A customer that asks for one domain after the other: each has its time, and none of them waits longer.
+        // The customer asks for one domain after the other: the interval of each counts from its own call.
         add(&mut record, 100, &[&a]);
         add(&mut record, 105, &[&b]);
         assert_eq!(
@@ -355,7 +363,7 @@ mod tests {
         assert_eq!(record.without_mail.len(), 2);
         assert_eq!([&a, &b].map(|domain| next(&record, 114, &[domain])), [Some(120), Some(115)]);
         add(&mut record, 116, &[&c]);
-        assert_eq!(record.without_mail.len(), 2, "what is over is forgotten");
+        assert_eq!(record.without_mail.len(), 2, "a call before the interval is forgotten");
         add(&mut record, 117, &[]);
         assert_eq!(record.without_mail, [CallWithoutMail::new(time(117), &[])]);
     }

@@ -1,18 +1,20 @@
-//! How much time has passed, although the clock may have been set: by this the age of all mail is measured.
+//! The age of mail, by the time that has passed, even if the clock was set. If a clock that was set forward by years
+//! made all mail older, the whole queue would expire at once.
 //!
-//! The history has the time that was seen last, and the jumps of the clock. Any time up to 100 days counts as passed between
-//! two looks: the machine was off, or cron looks once a week only. Two kinds of steps forward do not count, for messages whose
-//! time of arrival is from the clock before the step:
+//! The history has the time at the last look, and the jumps of the clock. Between two looks, a step of up to 100 days
+//! counts as passed: the machine was off, or only a weekly cron job looks. Two kinds of steps forward do not count for
+//! messages whose time of arrival is from the clock before the step:
 //!
 //! ```text
-//! more than 100 days                                          the clock was set forward, or was behind
-//! from before a time that it was set back from to after it    the clock was behind, and is right again
+//! more than 100 days                              the clock was set forward, or was slow until now
+//! past a time from which the clock was set back   the clock was slow since then, and is right again
 //! ```
 //!
-//! So a clock that is set by years makes no message older. If it is set back, that much of the last jumps is undone, and no more:
-//! the clock may still be ahead. A message that arrives in the future has the age zero, and the queue records when it was first
-//! seen ([`queue`](crate::queue)), from which its age counts. `expire-after` is 90 days at most, so that no downtime that is
-//! shorter than that is taken for a clock that was set. A longer one makes mail expire later, never sooner.
+//! So a clock that is set by years makes no message older. If the clock is set back, jumps of the same length are
+//! undone, and no more, because the clock may still be fast. A message that arrives in the future has the age zero; the
+//! queue records when it was first seen ([`queue`](crate::queue)), and its age counts from then. `expire-after` is 90
+//! days at most, so that a shorter downtime does not look like a clock that was set. A longer downtime makes mail
+//! expire later, never sooner.
 
 use std::fmt::Write as _;
 use std::time::Duration;
@@ -21,19 +23,20 @@ use crate::clock::Timestamp;
 
 const DAY: i64 = 24 * 60 * 60;
 
-/// Seconds between two looks that count as passed.
+/// Seconds of a step forward that count as passed, at most.
 const LONGEST_STEP: i64 = 100 * DAY;
 
-/// Seconds by which the clock may be adjusted, or may have gone on unseen, without being taken for set.
+/// Seconds of a step that are not a jump: the clock was adjusted, or not looked at for some time.
 const TOLERANCE: i64 = 2 * 60 * 60;
 
-/// Jumps that are remembered: each is one of more than two hours, nearly always of years. Then the smallest is forgotten.
+/// The number of jumps that are remembered; then the smallest is forgotten. Each has more than two hours, most have
+/// years.
 const JUMPS_LIMIT: usize = 16;
 
-/// Times that the clock was set back from and that are remembered; then the latest is forgotten.
+/// The number of fast clocks that are remembered; then the fastest is forgotten.
 const LEFT_LIMIT: usize = 16;
 
-/// The clock was set forward, between the looks at these two times.
+/// The clock was set forward, between the looks at these times.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct ClockJump {
     pub before: Timestamp,
@@ -47,38 +50,38 @@ impl ClockJump {
 
     /// Whether this time is from the clock before the jump.
     fn is_after(self, time: Timestamp) -> bool {
-        // The jump may have been seen an hour late, so a message of the new clock may be from before `after`.
+        // The look may have come an hour after the jump, so a message of the new clock may be from before `after`.
         time.seconds() - self.before.seconds() < self.after.seconds() - time.seconds()
     }
 }
 
-/// What is known of the clock.
+/// The history of the clock.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct ClockHistory {
-    /// The time that was seen last.
+    /// The time at the last look.
     pub seen: Timestamp,
-    /// What the clocks would be now that it was set back from, if that is in the future. In order.
+    /// The clocks that were left, because they were fast: the times that they would show now, in order.
     left: Vec<Timestamp>,
-    /// In order.
+    /// The jumps, in order.
     jumps: Vec<ClockJump>,
 }
 
-/// What a look at the clock has found.
+/// The result of a look at the clock.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum ClockStep {
-    /// The time between counts as passed.
+    /// The time since the last look counts as passed.
     Passed,
     /// The clock was set forward or back, from this time.
     SetFrom(Timestamp),
 }
 
 impl ClockHistory {
-    /// A history that begins at this time.
+    /// Begins a history at this time.
     pub fn new(seen: Timestamp) -> ClockHistory {
         ClockHistory { seen, left: Vec::new(), jumps: Vec::new() }
     }
 
-    /// Looks at the clock.
+    /// Records the present time.
     pub fn look(&mut self, now: Timestamp) -> ClockStep {
         let (before, step) = (self.seen, now.seconds() - self.seen.seconds());
         let was_back = |left: &Timestamp| left.seconds() - before.seconds() > TOLERANCE && now >= *left;
@@ -97,8 +100,8 @@ impl ClockHistory {
         if is_jump || step < -TOLERANCE { ClockStep::SetFrom(before) } else { ClockStep::Passed }
     }
 
-    /// Adds the jumps to `now`: to each of the clocks that were left, as messages may be from each of them, and from the last
-    /// one, if that is more than may have passed.
+    /// Adds the jumps up to `now`: one to each fast clock that is passed, because messages may be from each of them,
+    /// and one for the rest, if that is more than [`LONGEST_STEP`].
     fn set_forward(&mut self, mut before: Timestamp, now: Timestamp) {
         let first = self.jumps.len();
         for left in self.left.iter().filter(|left| **left <= now) {
@@ -119,8 +122,8 @@ impl ClockHistory {
         }
     }
 
-    /// The clock was set back, from `clock`, by so many seconds: of the last jumps so much is undone. Nothing has a time of
-    /// arrival from there, or it is in the future.
+    /// Records that the clock was set back from `clock` by this many seconds, and undoes as much of the last jumps.
+    /// Messages that arrived in that time are in the future now, and have the age zero.
     fn set_back(&mut self, mut clock: Timestamp, mut seconds: i64) {
         self.left.push(clock);
         while let Some(last) = self.jumps.last_mut().filter(|_| seconds > 0) {
@@ -129,7 +132,7 @@ impl ClockHistory {
                 last.after = Timestamp::from_seconds(last.after.seconds() - seconds);
                 return;
             }
-            // The clock before the jump may be ahead of this one too.
+            // The clock before the jump may be faster than this one too.
             clock = Timestamp::from_seconds(clock.seconds() - size);
             self.left.push(clock);
             seconds -= size;
@@ -137,7 +140,7 @@ impl ClockHistory {
         }
     }
 
-    /// The age of a message at the last look, by its time of arrival; zero if that is in the future.
+    /// The age at the last look of a message with this time of arrival; zero if that is in the future.
     pub fn age(&self, arrived: Timestamp) -> Duration {
         let jumps = self.jumps.iter().filter(|jump| jump.is_after(arrived));
         let not_passed: i64 = jumps.map(|jump| jump.seconds()).sum();
@@ -145,13 +148,13 @@ impl ClockHistory {
         Duration::from_secs(u64::try_from(seconds).unwrap_or(0))
     }
 
-    /// When a message that has arrived then has this age: at the last look, if it has it already.
+    /// When a message with this time of arrival reaches this age; if it has already, the time of the last look.
     pub fn when(&self, arrived: Timestamp, age: Duration) -> Timestamp {
         let left = age.saturating_sub(self.age(arrived)).as_secs();
         Timestamp::from_seconds(self.seen.seconds().saturating_add_unsigned(left))
     }
 
-    /// The history as its file has it.
+    /// The text of the history's file.
     pub fn text(&self) -> String {
         let mut text = format!("seen={}\n", self.seen.rfc3339());
         for left in &self.left {
@@ -163,7 +166,7 @@ impl ClockHistory {
         text
     }
 
-    /// Reads such a file. `None`: it is damaged. Jumps that cannot be are left out.
+    /// Reads such a text. `None`: it is damaged. Impossible jumps are left out.
     pub fn parse(text: &str) -> Option<ClockHistory> {
         let values = |key: &'static str| text.lines().filter_map(move |line| line.strip_prefix(key)?.strip_prefix('='));
         let seen = values("seen").next().and_then(Timestamp::parse_rfc3339)?;
@@ -171,12 +174,13 @@ impl ClockHistory {
             let (before, after) = value.split_once(' ')?;
             Some(ClockJump { before: Timestamp::parse_rfc3339(before)?, after: Timestamp::parse_rfc3339(after)? })
         };
-        // The clock may have been adjusted since.
-        let can_be = |jump: &ClockJump| jump.before < jump.after && jump.after.seconds() <= seen.seconds() + TOLERANCE;
+        // The clock may have been adjusted since the jump.
+        let is_possible =
+            |jump: &ClockJump| jump.before < jump.after && jump.after.seconds() <= seen.seconds() + TOLERANCE;
         Some(ClockHistory {
             seen,
             left: values("left").filter_map(Timestamp::parse_rfc3339).take(LEFT_LIMIT).collect(),
-            jumps: values("jump").filter_map(jump).filter(can_be).take(JUMPS_LIMIT).collect(),
+            jumps: values("jump").filter_map(jump).filter(is_possible).take(JUMPS_LIMIT).collect(),
         })
     }
 }

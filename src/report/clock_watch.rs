@@ -1,8 +1,8 @@
-//! Watches the clock for all decisions on expiry, in all processes with one spool, or one customer's mailboxes.
+//! Watches the clock for all decisions on expiry, in all processes with the same spool, or the same mailboxes.
 //!
-//! The history ([`ClockHistory`]) is in `ROOT/.odmr/clock`. It is written once an hour, and when the clock was set. If the file
-//! is missing or damaged, the history begins when another file beside it was changed last, so that mail does not expire at once
-//! if the clock is wrong by years at that time.
+//! The history ([`ClockHistory`]) is in `ROOT/.odmr/clock`. It is written once an hour, and when the clock was set. If
+//! the file is missing or damaged, the history begins when another state file was last changed: if the clock is fast by
+//! years at the start, mail does not expire at once.
 
 use std::fs;
 use std::io;
@@ -15,13 +15,13 @@ use crate::clock::{Clock, Timestamp};
 use crate::maildir::{read_state_file, replace_file_durably, with_path};
 use crate::net::trace::quoted;
 
-/// Octets of the file that are read. It has about 1000 at most.
+/// Octets of the file that are read at most. It has about 1000 at most.
 const FILE_LIMIT: u64 = 4096;
 
 /// Seconds after which the file is written again.
 const WRITE_INTERVAL: i64 = 60 * 60;
 
-/// Watches the clock.
+/// The clock of one spool or customer, with its history.
 pub struct ClockWatch {
     path: PathBuf,
     clock: Clock,
@@ -31,12 +31,12 @@ pub struct ClockWatch {
 #[derive(Clone)]
 struct Watched {
     history: ClockHistory,
-    /// When the file was written last; `None`: there was none that could be read.
+    /// When the file was last written; `None`: it was missing or damaged.
     written: Option<Timestamp>,
 }
 
 impl ClockWatch {
-    /// `root`: the directory with the state files. The history is read, and nothing is written yet.
+    /// Reads the history in `root/.odmr`. A file that cannot be read is logged. Nothing is written yet.
     pub fn new(root: &Path, clock: Clock) -> ClockWatch {
         let (path, now) = (root.join(".odmr/clock"), clock.now());
         let (history, written) = match read(&path) {
@@ -55,7 +55,8 @@ impl ClockWatch {
         self.watched.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Looks at the clock, and records what is new; a failure is logged, and the history goes on in this process.
+    /// Looks at the clock, and writes the history if that is due. A failure is logged; this process goes on with its
+    /// history.
     pub fn look(&self) {
         let now = self.clock.now();
         let text = {
@@ -72,19 +73,19 @@ impl ClockWatch {
             watched.written = Some(now);
             watched.history.text()
         };
-        // Not under the lock: the disk may hang.
+        // The lock is released: if the disk hangs, other threads go on.
         if let Err(error) = replace_file_durably(&self.path, &text) {
             log::warn!("event=clock-record-failed error={}", quoted(&error));
         }
     }
 
-    /// The age of a message that has arrived then: see [`ClockHistory::age`].
+    /// The age of a message with this time of arrival: see [`ClockHistory::age`].
     pub fn age(&self, arrived: Timestamp) -> Duration {
         self.look();
         self.lock().history.age(arrived)
     }
 
-    /// The history up to now. Nothing is written.
+    /// The history with a look at the present time. Nothing is written.
     pub fn history(&self) -> ClockHistory {
         let (now, mut history) = (self.clock.now(), self.lock().history.clone());
         history.look(now);
@@ -98,7 +99,7 @@ fn read(path: &Path) -> io::Result<ClockHistory> {
     ClockHistory::parse(&text).ok_or_else(damaged)
 }
 
-/// When a state file was changed last.
+/// When a state file was last changed.
 fn last_change(root: &Path) -> Option<Timestamp> {
     let files = fs::read_dir(root.join(".odmr")).ok()?.filter_map(Result::ok);
     files.filter_map(|file| file.metadata().ok()?.modified().ok()).max().map(Timestamp::from)
@@ -122,7 +123,7 @@ mod tests {
         assert_eq!(days(&watch, 15), 15);
         let path = root.path().join(".odmr/clock");
         assert!(fs::read_to_string(&path).unwrap().starts_with(&ClockHistory::new(now).text()));
-        // The clock was set forward by a year while nobody looked.
+        // The clock was set forward by a year between two looks.
         fs::write(&path, ClockHistory::new(before(365)).text()).unwrap();
         for _ in 0..2 {
             let watch = ClockWatch::new(root.path(), Clock::Fixed);
@@ -130,7 +131,7 @@ mod tests {
             assert_eq!(watch.history().when(before(366), Duration::from_secs(DAY)), now);
             assert_eq!(watch.history().when(before(1), Duration::from_secs(2 * DAY)).seconds() - now.seconds(), 86_400);
         }
-        // The file is damaged, and another one tells when somebody was here last.
+        // The file is damaged: the history begins with the time of another state file.
         fs::write(&path, "").unwrap();
         fs::write(root.path().join(".odmr/serve"), "").unwrap();
         for name in ["clock", "serve"] {

@@ -6,18 +6,18 @@
 //! ├── message/delivery-status     the same for programs: fields of the message, then         │ head()
 //! │                               fields of each recipient                                   │
 //! └── text/rfc822-headers         the returned part of the message                           ┘
-//!     │                             returned_header(), or all of it: message/rfc822
+//!     │                             returned_header(), or the whole message: message/rfc822
 //!     └── the closing boundary      tail()
 //! ```
 //!
-//! This file does not decide whether a DSN is due, and does not send it. A DSN goes from `<>` to the sender in the envelope,
-//! with NOTIFY=NEVER at most and without RET (RFC 3461 section 6.1).
+//! This file does not decide whether a DSN is due, and does not send it. A DSN goes from `<>` to the sender in the
+//! envelope, with NOTIFY=NEVER at most and without RET (RFC 3461 section 6.1).
 //!
-//! A DSN is 7-bit ASCII, so that every server accepts it, also if the message was in UTF-8: addresses are escaped (RFC 6533
-//! section 3), and other characters become `?`. With [`Dsn::utf8`], for a sender whose address needs SMTPUTF8,
-//! it is 8-bit UTF-8 in the `message/global` types. A message must not be recoded (RFC 6522 section 3, RFC 2046 section
-//! 5.2.1), so [`Dsn::full`] is for messages of 7-bit content, or for DSNs in UTF-8; of other messages the header is
-//! returned.
+//! A DSN is 7-bit ASCII, so that every server accepts it, even if the message was in UTF-8: addresses are escaped (RFC
+//! 6533 section 3), and other characters become `?`. With [`Dsn::utf8`], for a sender whose address needs SMTPUTF8, it
+//! is 8-bit UTF-8 in the `message/global` types. A message must not be recoded (RFC 6522 section 3, RFC 2046 section
+//! 5.2.1). So [`Dsn::full`] is for messages with 7-bit content, and for DSNs in UTF-8; of other messages only the
+//! header is returned.
 //!
 //! Lines end in LF and have at most 998 octets.
 
@@ -28,10 +28,11 @@ use crate::mail::address::Mailbox;
 use crate::mail::header::{HeaderLine, HeaderState, Thread};
 use crate::smtp::limits::CONTENT_LINE;
 
-/// Octets of a line after which text is folded between words (RFC 5322 section 2.1.1).
+/// Octets of a line at most, if text can be folded between words (RFC 5322 section 2.1.1).
 const FOLD_WIDTH: usize = 76;
 
-/// What was done for a recipient (RFC 3464 section 2.3.3). The most important comes first: a DSN has its subject.
+/// What was done for a recipient (RFC 3464 section 2.3.3). The most important comes first: it decides the subject of a
+/// DSN.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub enum Action {
     /// The recipient was rejected or has expired.
@@ -40,9 +41,9 @@ pub enum Action {
     Delayed,
     /// The message is in the mailbox.
     Delivered,
-    /// The message was sent to a server that sends no DSN about success.
+    /// The message was sent to a server that sends no DSN of success.
     Relayed,
-    /// The message was sent to all members of an alias; the DSN says nothing about each (RFC 3461 section 5.2.7.3).
+    /// The message was sent to all members of an alias, which the DSN does not list (RFC 3461 section 5.2.7.3).
     Expanded,
 }
 
@@ -50,48 +51,52 @@ pub enum Action {
 #[derive(Clone, Debug)]
 pub struct RecipientReport<'a> {
     pub recipient: &'a Mailbox,
-    /// ORCPT as it was given, `rfc822;xtext`.
+    /// The value of ORCPT, `rfc822;xtext`.
     pub original: Option<&'a str>,
     pub action: Action,
-    /// An enhanced status code, `5.1.1`. One that is not valid for the action becomes the general code of its class.
+    /// An enhanced status code, `5.1.1`. If it is not valid for the action, the DSN has the general code of the class.
     pub status: String,
     /// The name or address literal of the peer that has sent `reply`.
     pub remote: Option<&'a str>,
-    /// The peer's last reply as it was, on one line: `550 5.1.1 No such user`.
+    /// The peer's last reply, unchanged, on one line: `550 5.1.1 No such user`.
     pub reply: Option<&'a str>,
-    /// What we have decided ourselves, and why.
+    /// This program's own decision, with its reason.
     pub verdict: Option<&'a str>,
+    /// When the last attempt was made; `None`: it is not known, or there was none.
     pub last_attempt: Option<Timestamp>,
-    /// Used with [`Action::Delayed`] only.
+    /// When the message will expire; used with [`Action::Delayed`] only.
     pub retry_until: Option<Timestamp>,
 }
 
-/// One DSN: about one message, to its sender.
+/// One DSN about one message.
 #[derive(Clone, Debug)]
 pub struct Dsn<'a> {
-    /// Our host name; the DSN comes from the postmaster there.
+    /// The host name of this server; the DSN is from the postmaster there.
     pub reporting: &'a str,
-    /// The sender in the envelope of the message.
+    /// The recipient: the sender in the envelope of the message.
     pub to: &'a Mailbox,
-    /// ENVID as it was given: xtext.
+    /// The value of ENVID, xtext.
     pub envelope_id: Option<&'a str>,
+    /// When the message arrived.
     pub arrived: Timestamp,
-    /// The recipients that the DSN is due for (RFC 3461 section 6.2).
+    /// The recipients of the message for whom a DSN is due (RFC 3461 section 6.2).
     pub reports: &'a [RecipientReport<'a>],
+    /// The date of the DSN.
     pub now: Timestamp,
+    /// The Message-ID of the DSN.
     pub message_id: &'a str,
-    /// At most 70 letters and digits that no part contains.
+    /// At most 70 letters and digits that do not occur in a part.
     pub boundary: &'a str,
     /// The DSN may be in UTF-8 (RFC 6533), because it is sent with SMTPUTF8.
     pub utf8: bool,
-    /// The whole message is returned, not its header alone.
+    /// The whole message is returned, not only its header.
     pub full: bool,
     /// The Message-ID of the message, and those of the messages before it in its thread.
     pub thread: Thread,
 }
 
 impl Dsn<'_> {
-    /// Everything before the returned content.
+    /// The DSN up to the returned content.
     pub fn head(&self) -> String {
         let mut out = self.header();
         let charset = if self.utf8 { "utf-8" } else { "us-ascii" };
@@ -111,22 +116,22 @@ impl Dsn<'_> {
         out
     }
 
-    /// Everything after the returned content.
+    /// The DSN after the returned content.
     pub fn tail(&self) -> String {
         format!("\n--{}--\n", self.boundary)
     }
 
-    /// The header at the front of `content` as the DSN returns it: the whole lines among its first `limit` octets, without
-    /// the blank line.
+    /// The header at the front of `content` as the DSN returns it: the complete lines in its first `limit` octets,
+    /// without the blank line.
     ///
-    /// RFC 6522 section 4 asks for quoted-printable if the header has octets above 127. But that changes each `=`, and a
-    /// program that looks for the Message-ID would not find it. So a character that is not permitted becomes a `?`.
+    /// RFC 6522 section 4 asks for quoted-printable if the header has octets above 127. That would change each `=`, and
+    /// a program that looks for the Message-ID would not find it. So a character that is not permitted becomes `?`.
     pub fn returned_header(&self, content: &[u8], limit: usize) -> Vec<u8> {
         let content = &content[..content.len().min(limit)];
         let mut out = String::new();
         let mut state = HeaderState::Beginning;
         for line in content.split_inclusive(|octet| *octet == b'\n') {
-            // The limit may have cut off the last line.
+            // The limit may have truncated the last line.
             let cut = !line.ends_with(b"\n") && content.len() == limit;
             match HeaderLine::of(line, state) {
                 HeaderLine::Field(_) | HeaderLine::Continuation if !cut => state = HeaderState::Field,
@@ -148,13 +153,13 @@ impl Dsn<'_> {
         put(&mut out, "Date", &self.now.rfc5322());
         let id = self.clean(self.message_id);
         put(&mut out, "Message-ID", &format!("<{}>", id.trim_matches(['<', '>'])));
-        // RFC 5322 section 3.6.4. Mail readers and ticket systems find the message by it.
+        // Mail readers and ticket systems find the message by these (RFC 5322 section 3.6.4).
         if let Some(id) = &self.thread.message_id {
             put(&mut out, "In-Reply-To", id);
             let references: Vec<_> = self.thread.references.iter().chain([id]).map(String::as_str).collect();
             fold(&mut out, "References:", " ", &references.join(" "));
         }
-        // RFC 3834 section 5: "auto-generated" must not be used on DSNs.
+        // RFC 3834 section 5: not "auto-generated", which must not be used in DSNs.
         put(&mut out, "Auto-Submitted", "auto-replied");
         put(&mut out, "MIME-Version", "1.0");
         out.push_str("Content-Type: multipart/report; report-type=delivery-status;\n");
@@ -176,7 +181,8 @@ impl Dsn<'_> {
         out.push('\n');
     }
 
-    /// The sender; if the address cannot be written in ASCII, an empty group that names it (RFC 6857).
+    /// The value of `To`. If the address cannot be written in ASCII, an empty group with the address as its name (RFC
+    /// 6857).
     fn addressee(&self) -> String {
         match self.utf8 || self.to.is_ascii() {
             true => format!("<{}>", self.address(self.to)),
@@ -201,7 +207,7 @@ impl Dsn<'_> {
 
     /// The fields of one recipient (RFC 3464 section 2.3).
     fn put_recipient(&self, out: &mut String, report: &RecipientReport) {
-        // If and only if ORCPT was given (RFC 3461 section 6.3).
+        // This field is present if and only if the client gave ORCPT (RFC 3461 section 6.3).
         if let Some(original) = report.original {
             put(out, "Original-Recipient", &self.original(original));
         }
@@ -212,7 +218,7 @@ impl Dsn<'_> {
         if let Some(name) = report.remote.filter(|_| report.reply.is_some()) {
             put(out, "Remote-MTA", &self.mta(name));
         }
-        // RFC 3464 section 2.3.6: what the peer has said, and nothing else. There is one such field.
+        // RFC 3464 section 2.3.6: one such field, with the peer's reply and nothing else.
         if let Some(text) = report.reply {
             put_folded(out, "Diagnostic-Code", &format!("smtp; {}", self.clean(text)));
         }
@@ -287,7 +293,7 @@ impl Dsn<'_> {
         }
     }
 
-    /// ORCPT, decoded (RFC 3461 section 4.2).
+    /// The value of ORCPT, decoded (RFC 3461 section 4.2).
     fn original(&self, original: &str) -> String {
         let (kind, address) = original.split_once(';').unwrap_or(("rfc822", original));
         let address = decoded(address);
@@ -299,7 +305,7 @@ impl Dsn<'_> {
         format!("{}; {}", self.clean(kind), self.clean(&address))
     }
 
-    /// The text on one line, with characters that the DSN may contain.
+    /// The text on one line, with `?` for characters that the DSN must not contain.
     fn clean(&self, text: &str) -> String {
         let fit = |c: char| match c {
             '\t' => c,
@@ -323,7 +329,7 @@ struct Wording {
 }
 
 impl Action {
-    /// As RFC 3464 section 2.3.3 has it.
+    /// The word of RFC 3464 section 2.3.3.
     pub fn name(self) -> &'static str {
         self.wording().name
     }
@@ -406,12 +412,12 @@ impl RecipientReport<'_> {
     }
 }
 
-/// Appends a field on one line; its value must be short.
+/// Appends a field with a short value, on one line.
 fn put(out: &mut String, name: &str, value: &str) {
     push_within_limit(out, &format!("{name}: {value}"));
 }
 
-/// Appends a field whose lines are folded before white space, which stays as it is (RFC 5322 section 2.2.3).
+/// Appends a field, folded before white space, which is unchanged (RFC 5322 section 2.2.3).
 fn put_folded(out: &mut String, name: &str, value: &str) {
     let (mut line, mut word) = (format!("{name}: "), String::new());
     let mut put_word = |line: &mut String, word: &mut String| {
@@ -432,7 +438,7 @@ fn put_folded(out: &mut String, name: &str, value: &str) {
     push_within_limit(out, line.trim_end());
 }
 
-/// Appends text in lines of moderate length; nothing if the text is empty.
+/// Appends text in lines of at most [`FOLD_WIDTH`] octets; nothing if the text is empty.
 fn paragraph(out: &mut String, indent: &str, text: &str) {
     let mut words = text.split_whitespace();
     if let Some(first) = words.next() {
@@ -456,7 +462,7 @@ fn fold(out: &mut String, begin: &str, indent: &str, text: &str) {
     push_within_limit(out, &line);
 }
 
-/// Appends a line; a line that is too long is cut into continuation lines.
+/// Appends a line. A line of more than 998 octets is divided into continuation lines.
 fn push_within_limit(out: &mut String, line: &str) {
     let mut rest = line;
     // A continuation line begins with one more octet, a space.
@@ -470,7 +476,7 @@ fn push_within_limit(out: &mut String, line: &str) {
     out.push('\n');
 }
 
-/// Decodes xtext (RFC 3461 section 4); other text is left as it is.
+/// Decodes xtext (RFC 3461 section 4); other text is unchanged.
 fn decoded(xtext: &str) -> String {
     let mut octets = Vec::new();
     let mut rest = xtext.as_bytes();
@@ -496,7 +502,7 @@ fn escaped(address: &str) -> String {
     out
 }
 
-/// Decodes `utf-8-addr-xtext` or `utf-8-addr-unitext` (RFC 6533 section 3); other text is left as it is.
+/// Decodes `utf-8-addr-xtext` or `utf-8-addr-unitext` (RFC 6533 section 3); other text is unchanged.
 fn unescaped(text: &str) -> String {
     let mut out = String::new();
     let mut rest = text;

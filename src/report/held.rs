@@ -1,5 +1,5 @@
-//! Mail that is held until the next call, and may wait for one that never comes: it expires, or its sender is warned, without
-//! an attempt.
+//! Held mail expires, or its sender is warned, without an attempt: it waits for a call of its customer, which may never
+//! come.
 
 use std::collections::HashSet;
 use std::io;
@@ -17,32 +17,32 @@ use crate::queue::{QueueLock, QueuedMessage};
 use crate::smtp::reply::Reply;
 use crate::smtp::status::{DecidedBy, DeliveryResult, RecipientStatus};
 
-/// When the mail that is held for a customer expires, and when its senders are warned.
+/// When the held mail of a customer expires, and when its senders are warned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct HeldExpiry {
     /// A message of this age expires. `None`: never.
     pub expire_after: Option<Duration>,
-    /// The sender of a message of this age gets a DSN about the delay, unless the customer has called since it has arrived.
-    /// `None`: never.
+    /// The sender of a message of this age gets a DSN about the delay, unless the customer has called since the message
+    /// arrived. `None`: never.
     pub delay_warning: Option<Duration>,
     pub last_call: LastCall,
 }
 
-/// What has become of a message that was due.
+/// The outcome of [`Reporter::expire_held`] for one message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum HeldOutcome {
-    /// It has expired.
+    /// The message has expired.
     Expired,
-    /// Its sender was warned. When something is due next.
+    /// The sender was warned. The message expires at this time; `None`: never.
     Warned(Option<Timestamp>),
-    /// Something is due at this time; `None`: never.
+    /// Nothing is due yet, but at this time; `None`: never.
     Waits(Option<Timestamp>),
-    /// A DSN is due, and there are too many for now.
+    /// The DSN that is due cannot be sent now, because there are too many. The message stays.
     TooManyDsns,
 }
 
 impl HeldExpiry {
-    /// Whether a warning may be due for a message that has arrived then. If the time of the last call is not known, none is.
+    /// Whether a warning may be due for a message with this time of arrival: the customer has not called since.
     fn may_warn(&self, arrived: Timestamp) -> bool {
         match self.last_call {
             LastCall::Never => true,
@@ -51,18 +51,18 @@ impl HeldExpiry {
         }
     }
 
-    /// When something is due for a message of this name that has arrived then. `None`: nothing ever is.
+    /// When something is due for a message of this name and time of arrival. `None`: never.
     pub fn due(&self, history: &ClockHistory, entry: &Entry, arrived: Timestamp) -> Option<Timestamp> {
         let warning = self.delay_warning.filter(|_| !entry.has(DELAY_REPORTED) && self.may_warn(arrived));
         self.expire_after.into_iter().chain(warning).min().map(|age| history.when(arrived, age))
     }
 
-    /// The shortest time that a message waits before something is due for it.
+    /// The least age at which something is due for a message. `None`: nothing ever is.
     pub fn shortest(&self) -> Option<Duration> {
         self.expire_after.into_iter().chain(self.delay_warning).min()
     }
 
-    /// What the sender is told of the last call.
+    /// What a DSN reports of the last call.
     fn last_call(&self) -> String {
         match self.last_call {
             LastCall::Never => "no call of the recipient's mail server for its mail is known".to_owned(),
@@ -77,17 +77,17 @@ impl HeldExpiry {
 }
 
 impl Reporter {
-    /// What watches the clock.
+    /// The watch by which mail expires.
     pub fn watch(&self) -> &ClockWatch {
         &self.watch
     }
 
-    /// Does what is due for a held message by its age, if anything is: it expires (RFC 5321 section 4.5.4.1), or its sender
-    /// is warned. The lock must be that of its queue. `suppressed`: the hosts to which this pass can send no more DSNs, and
-    /// whether these say that mail has expired.
+    /// If a held message is old enough, lets it expire (RFC 5321 section 4.5.4.1) or warns its sender. `lock`: that of
+    /// its queue. `suppressed`: the hosts to which this pass can send no more DSNs, each with `true` for DSNs of
+    /// expiry.
     ///
     /// # Errors
-    /// The disk fails, which is logged: the message stays as it was, or some DSN is sent once more.
+    /// The disk fails, which is logged. The message stays as it was, and its sender may get the DSN once more.
     pub fn expire_held(
         &self, mut message: QueuedMessage, held: &HeldExpiry, suppressed: &mut HashSet<(bool, String)>,
         lock: &mut QueueLock,
@@ -156,14 +156,14 @@ impl Reporter {
 fn waits(message: &QueuedMessage, held: &HeldExpiry) -> RecipientStatus {
     match message.entry().has(IN_DOUBT) {
         true => RecipientStatus::InDoubt,
-        // RFC 3463 section 3.5: there is no answer from the host.
+        // RFC 3463 section 3.5: 4.4.1, "no answer from host".
         false => {
             RecipientStatus::Deferred(Reply::new(451, "4.4.1", format!("The message waits: {}", held.last_call())))
         }
     }
 }
 
-/// The recipients of a message, all rejected because it has expired.
+/// Rejects all recipients of a message, because it has expired.
 fn expire_all(before: &DeliveryResult, message: &QueuedMessage, after: Duration, held: &HeldExpiry) -> DeliveryResult {
     let mut text = format!("Given up after {}: {}", long_time(after), held.last_call());
     if message.entry().has(IN_DOUBT) {

@@ -1,9 +1,9 @@
-//! How many DSNs are sent. Strangers cause them, by mail with forged senders, and choose the domains that they go to.
+//! Limits the DSNs that are sent. Strangers could otherwise flood any domain with them, by mail with forged senders.
 //!
-//! DSNs go to one domain at the rate of [`FOR_ONE_DOMAIN`] a minute, and to all at that of [`IN_ALL`]; a minute's worth may go at
-//! once. What is more waits for its turn, for [`LONGEST_WAIT`] at most; then it is dropped, which is logged. DSNs of success are
-//! dropped when a quarter of a minute's worth is used up, those of a delay are put off when half of it is: a deviation from
-//! RFC 3461 section 5.2 under load, so that those of failure are not late.
+//! At most [`DOMAIN_RATE`] DSNs a minute are sent to one domain, and [`TOTAL_RATE`] to all; those of one minute may be
+//! sent at once. More DSNs of failure wait; those that would wait longer than [`LONGEST_WAIT`] are dropped, which is
+//! logged. So that DSNs of failure are not late, DSNs of success are dropped when a quarter of a minute's number is
+//! used up, and DSNs of a delay are deferred when half of it is. Under load that deviates from RFC 3461 section 5.2.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
@@ -11,37 +11,37 @@ use std::time::{Duration, Instant};
 
 use super::dsn::Action;
 
-/// DSNs to one domain in a minute.
-const FOR_ONE_DOMAIN: u32 = 120;
+/// DSNs to one domain, a minute.
+const DOMAIN_RATE: u32 = 120;
 
-/// DSNs in a minute.
-const IN_ALL: u32 = 600;
+/// DSNs to all domains, a minute.
+const TOTAL_RATE: u32 = 600;
 
 /// How long a DSN of failure waits at most.
 const LONGEST_WAIT: Duration = Duration::from_secs(60 * 60);
 
 const MINUTE: Duration = Duration::from_secs(60);
 
-/// Domains that are remembered until those without a backlog are forgotten.
+/// The number of domains at which those without a backlog are forgotten, to bound the memory.
 const DOMAINS_LIMIT: usize = 1000;
 
 /// Counts the DSNs of one process.
 #[derive(Default)]
 pub(super) struct DsnLimiter(Mutex<Backlogs>);
 
-/// Until when the DSNs so far would take at the rate of a limit.
+/// When all DSNs so far would have been sent, if they were sent at the rate of the limit.
 #[derive(Default)]
 struct Backlogs {
     all: Option<Instant>,
     domains: HashMap<String, Instant>,
 }
 
-/// There are too many DSNs.
+/// There are too many DSNs: this one is not sent.
 #[derive(PartialEq, Eq, Debug)]
 pub(super) struct TooMany;
 
 impl DsnLimiter {
-    /// Counts a DSN to a domain. Returns how long it has to wait.
+    /// Counts a DSN to a domain. Returns how long it must wait.
     pub(super) fn admit(&self, action: Action, domain: &str, now: Instant) -> Result<Duration, TooMany> {
         let mut backlogs = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let longest = match action {
@@ -50,8 +50,8 @@ impl DsnLimiter {
             Action::Delivered | Action::Relayed | Action::Expanded => MINUTE / 4,
         };
         let one_more = |end: Option<Instant>, limit: u32| end.map_or(now, |end| end.max(now)) + MINUTE / limit;
-        let all = one_more(backlogs.all, IN_ALL);
-        let of_domain = one_more(backlogs.domains.get(domain).copied(), FOR_ONE_DOMAIN);
+        let all = one_more(backlogs.all, TOTAL_RATE);
+        let of_domain = one_more(backlogs.domains.get(domain).copied(), DOMAIN_RATE);
         let backlog = all.max(of_domain) - now;
         if backlog > longest {
             return Err(TooMany);
@@ -80,19 +80,19 @@ mod tests {
         assert_eq!(admit(Action::Delayed, "a.example"), Err(TooMany));
         assert_eq!(count(Action::Failed, "a.example"), 60, "the next one waits");
         assert_eq!(admit(Action::Failed, "a.example"), Ok(Duration::from_secs(1)));
-        // Another domain has its own, until all are too many.
+        // Another domain has its own limit, up to the limit for all.
         assert_eq!(admit(Action::Relayed, "b.example"), Ok(Duration::ZERO));
         let domains =
             (0..).take_while(|n| admit(Action::Failed, &format!("{n}.example")) == Ok(Duration::ZERO)).count();
         assert_eq!(domains, 600 - 123);
         assert_eq!(admit(Action::Relayed, "c.example"), Err(TooMany));
-        // A minute later there is room again.
+        // Two minutes later DSNs of success are sent again.
         let later = now + 2 * MINUTE;
         assert_eq!(limiter.admit(Action::Relayed, "a.example", later), Ok(Duration::ZERO));
     }
 
     #[test]
-    fn a_crowd_is_bounded() {
+    fn dsns_to_many_domains_are_limited_and_the_domains_forgotten() {
         let (limiter, now) = (DsnLimiter::default(), Instant::now());
         let admitted = (0..40_000).filter(|n| limiter.admit(Action::Failed, &format!("{n}.example"), now).is_ok());
         assert_eq!(admitted.count(), 61 * 600);

@@ -1,9 +1,9 @@
-//! What follows an attempt to send a message: the next attempt or expiry, DSNs, and the settlement (RFC 5321 sections 4.5.4
-//! and 6.1, RFC 3461 section 5).
+//! What follows an attempt to send a message: the next attempt or expiry, DSNs, and the settlement (RFC 5321 sections
+//! 4.5.4 and 6.1, RFC 3461 section 5).
 //!
-//! A DSN is durable before the mail that it reports is removed: after a crash a sender may receive it twice, but never not
-//! at all; under load see `limit`. The null sender receives no DSN: outgoing mail that it has sent, such as a DSN, is dropped if
-//! it is rejected, and held mail stays in `.refused`.
+//! A DSN is committed before the message that it reports is removed. So after a crash a sender may receive the DSN
+//! twice, but it is never missing, except under load (see `limit`). There is no DSN to the null sender. If outgoing
+//! mail without a sender is rejected, it is dropped; held mail is moved to `.refused`.
 
 pub mod calls;
 pub mod clock_history;
@@ -33,26 +33,26 @@ use clock_watch::ClockWatch;
 use dsn::{Action, Dsn, RecipientReport};
 use limit::DsnLimiter;
 
-/// Octets of a message that a DSN returns whole, if the sender has asked for that (RFC 3461 section 4.3).
+/// Octets of a message that a DSN returns whole at most, if the sender has asked for that (RFC 3461 section 4.3).
 const RETURN_FULL_LIMIT: u64 = 64 * 1024;
 
-/// Octets of a header that a DSN returns; the rest is left out.
+/// Octets of a header that a DSN returns at most; the rest is left out.
 const RETURNED_HEADER_LIMIT: usize = 64 * 1024;
 
-/// A DSN, ready to be stored for its recipient.
+/// A DSN to be stored for its recipient.
 pub struct DsnMessage {
-    /// The sender of the message that the DSN is about.
+    /// The recipient: the sender of the message that the DSN is about.
     pub to: Mailbox,
     /// Header and body, with LF line ends.
     pub text: Vec<u8>,
     /// The DSN needs SMTPUTF8.
     pub utf8: bool,
-    /// If it is sent elsewhere, it is not sent before that time: there are many.
+    /// There are many DSNs: a DSN that goes elsewhere is not sent before this time.
     pub not_before: Option<SystemTime>,
 }
 
 impl DsnMessage {
-    /// The envelope of the DSN, from the null sender (RFC 3461 section 6.1), with an id of its own.
+    /// The envelope of the DSN, from the null sender (RFC 3461 section 6.1), with a new id.
     pub fn envelope(&self, ids: &Ids) -> QueuedEnvelope {
         let envelope = Envelope {
             recipients: vec![Recipient::plain(self.to.clone())],
@@ -66,22 +66,22 @@ impl DsnMessage {
 
 /// Stores DSNs for their recipients.
 pub trait DsnSink: Send + Sync {
-    /// Stores a DSN durably.
+    /// Commits a DSN.
     ///
     /// # Errors
-    /// The disk fails; then no DSN is stored.
+    /// The disk fails; no DSN is stored.
     fn store(&self, dsn: &DsnMessage) -> io::Result<()>;
 
-    /// Whether DSNs for this mailbox stay here: those for our own customers or users.
+    /// Whether the mailbox belongs to a customer or user here, so that its DSNs are not sent elsewhere.
     fn is_ours(&self, to: &Mailbox) -> bool;
 }
 
-/// How a message is sent.
+/// How a message is sent; `via=` in the log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Via {
     /// The provider to its customer, after the turn.
     Atrn,
-    /// The relay, into the queue of a customer who has the domain by now.
+    /// The relay, into the queue of a customer that has the domain by now.
     Held,
     /// The relay, by MX.
     Mx,
@@ -99,7 +99,7 @@ pub enum Via {
     Maildir,
     /// The customer to `/dev/null`.
     Discard,
-    /// An administrator has returned it to its sender.
+    /// An administrator has returned the message to its sender.
     Administrator,
 }
 
@@ -122,29 +122,29 @@ impl fmt::Display for Via {
     }
 }
 
-/// One attempt at a message: the peer, and what follows for deferred recipients.
+/// One attempt at a message: the peer, and how long deferred recipients are tried.
 #[derive(Clone, Copy)]
 pub struct Attempt<'a> {
     /// The id of the session in the log.
     pub session: &'a str,
     pub via: Via,
-    /// The peer for the log: its name, or as it is configured.
+    /// The peer's name for the log, or its address as configured.
     pub relay: &'a str,
-    /// The peer's name for DSNs, if it gave one.
+    /// The peer's name for DSNs, if the peer has given one.
     pub peer: Option<&'a str>,
-    /// The peer offers DSN, so it reports success itself (RFC 3461 section 5.2.2).
+    /// The peer offers DSN: it reports success itself (RFC 3461 section 5.2.2).
     pub peer_sends_dsn: bool,
     /// When deferred recipients are tried again, and when they expire; `None`: at the next call.
     pub retry: Option<&'a Retry>,
-    /// If they are tried again at the next call: recipients that have been deferred for so long expire. The time counts from
-    /// the first offer, because before that nobody has called for them.
+    /// Without `retry`: recipients expire when they have been deferred for this long. The time counts from the first
+    /// attempt, because before that the customer has not called for them.
     pub give_up: Option<Duration>,
-    /// If they are tried again at the next call: a message of this age expires.
+    /// Without `retry`: a message of this age expires.
     pub expire_after: Option<Duration>,
 }
 
 impl<'a> Attempt<'a> {
-    /// A copy in a mailbox here; `file`: its unique name.
+    /// A delivery to a mailbox here; `file`: the unique name of the copy.
     pub fn in_maildir(session: &'a str, file: &'a str) -> Attempt<'a> {
         Attempt {
             session,
@@ -158,18 +158,18 @@ impl<'a> Attempt<'a> {
         }
     }
 
-    /// An alias to `/dev/null`.
+    /// A delivery to an alias for `/dev/null`.
     pub fn discarded(session: &'a str) -> Attempt<'a> {
         Attempt { via: Via::Discard, ..Attempt::in_maildir(session, "/dev/null") }
     }
 
-    /// An administrator returns the message to its sender.
+    /// The return of a message to its sender by an administrator.
     pub fn by_administrator() -> Attempt<'a> {
         Attempt { via: Via::Administrator, ..Attempt::in_maildir("-", "-") }
     }
 
-    /// Whether it was one: a message that expires without a call, or that an administrator returns, was not sent just now
-    /// (RFC 3464 section 2.3.7).
+    /// Whether a peer was tried: a message that expires without a call, or that an administrator returns, has no new
+    /// date of a last attempt (RFC 3464 section 2.3.7).
     fn was_made(&self) -> bool {
         self.session != "-" || !matches!(self.via, Via::Atrn | Via::Administrator)
     }
@@ -179,7 +179,7 @@ impl<'a> Attempt<'a> {
         self.log_as(status.word(), message, to, status, now);
     }
 
-    /// The same with another word for the status.
+    /// Like [`Attempt::log`], with another word for the status.
     fn log_as(&self, word: &str, message: &QueuedEnvelope, to: &Mailbox, status: &RecipientStatus, now: Timestamp) {
         log::info!(
             "event=delivery session={} id={} from=<{}> to=<{to}> status={word} via={} relay={} dsn={} delay={} reply={}",
@@ -206,19 +206,20 @@ pub struct Reporter {
     watch: Arc<ClockWatch>,
 }
 
-/// What has become of the DSN about a message.
+/// The outcome of [`Reporter::report`].
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum DsnOutcome {
-    /// The sender can receive no DSN.
+    /// There is no sender who could receive a DSN.
     NoSender,
-    /// There are too many: it was not stored.
+    /// The DSN was not stored, because there are too many.
     Suppressed,
-    /// It was stored, or none is wanted.
+    /// The DSN was stored, or none is due.
     Done,
 }
 
 impl Reporter {
-    /// `hostname`: the name in DSNs. `sink`: where they are stored; `None`: no DSN can be sent. `watch`: by it mail expires.
+    /// `hostname`: the name of the reporting server in DSNs. `sink` stores them; `None`: no DSN can be sent. `watch`
+    /// measures the age by which mail expires.
     pub fn new(hostname: &str, ids: &Ids, sink: Option<Arc<dyn DsnSink>>, watch: &Arc<ClockWatch>) -> Reporter {
         let (hostname, ids, watch) = (hostname.to_owned(), ids.clone(), watch.clone());
         Reporter { hostname, ids, sink, limiter: Arc::default(), watch }
@@ -229,13 +230,13 @@ impl Reporter {
         self.sink.is_some()
     }
 
-    /// The time now.
+    /// The present time.
     pub fn now(&self) -> Timestamp {
         self.ids.clock().now()
     }
 
-    /// Sends the DSN that is due, then settles the message, and logs each recipient. Returns the result that was settled:
-    /// recipients that have expired are rejected in it.
+    /// Stores the DSN that is due, then settles the message, and logs each recipient. Returns the result that was
+    /// settled: expired recipients are rejected in it.
     ///
     /// # Errors
     /// The disk fails, which is logged. No recipient is lost, but some may receive the message twice.
@@ -285,8 +286,8 @@ impl Reporter {
         }
         if let Some(retry) = attempt.retry {
             message.next_attempt = Some(SystemTime::now() + retry.pause(age, self.ids.random_number()));
-            // First, because it needs no disk space: if the rest fails, the message is not sent again at once. `settle`
-            // reports a failure, when it has recorded more important things.
+            // Record this first: if the rest fails on a full disk, the message is not tried again at once. An error is
+            // ignored here, because `settle` sets the time again and reports it.
             let _ = message.record_next_attempt();
             let late = retry.delay_warning.is_some_and(|delay| age > delay) && !message.is_delay_reported();
             late_until = late.then(|| self.watch.history().when(message.arrived, retry.give_up));
@@ -296,7 +297,8 @@ impl Reporter {
                 message.rejections_reported = outcome != DsnOutcome::NoSender || is_dropped(&message, attempt);
             }
             Err(error) => {
-                // Recipients that have the message must not get it again because a DSN about another cannot be stored.
+                // Settle all the same: recipients that have the message must not get it again because a DSN about
+                // another cannot be stored.
                 log::error!("event=dsn-failed id={} error={}", message.id, quoted(error));
                 late_until = None;
                 let stays = attempt.expire_after.is_some();
@@ -309,14 +311,15 @@ impl Reporter {
             }
         }
         if late_until.is_some() && result.recipients.iter().any(RecipientStatus::is_open) {
-            // What follows must be recorded all the same.
+            // The settlement is more important: it follows even if this fails.
             let _ = record_delay(&mut message);
         }
         lock.settle(message, &result)?;
         Ok(result)
     }
 
-    /// Sends one DSN for all recipients that need one. `before`: the result of the attempt, in which no recipient has expired.
+    /// Sends one DSN for all recipients that need one. `before`: the result of the attempt, before recipients expired.
+    /// `late_until`: when the message will expire, if a DSN about the delay is due; `None` afterwards if none was sent.
     fn report(
         &self, message: &mut QueuedMessage, (before, result): (&DeliveryResult, &DeliveryResult),
         attempt: &Attempt<'_>, late_until: &mut Option<Timestamp>, now: Timestamp,
@@ -341,7 +344,7 @@ impl Reporter {
                     reply: reply.as_deref(),
                     verdict: verdict.as_deref(),
                     last_attempt: attempt.was_made().then_some(now),
-                    // Mail that never expires is said to be late until the end of time.
+                    // Mail that never expires has no such date.
                     retry_until: late_until.filter(|until| *until < Timestamp::from_seconds(i64::MAX)),
                 });
             }
@@ -352,7 +355,7 @@ impl Reporter {
             // 8-bit content may not be part of a 7-bit DSN (RFC 2046 section 5.2.1).
             let may_be_whole = (!message.eight_bit || !to.is_ascii()) && message.size <= RETURN_FULL_LIMIT;
             if !self.send(&about, (may_be_whole, message), &to, &reports, attempt.via)? {
-                // A later attempt may report the delay.
+                // A later attempt reports the delay.
                 *late_until = None;
                 return Ok(DsnOutcome::Suppressed);
             }
@@ -360,9 +363,10 @@ impl Reporter {
         Ok(DsnOutcome::Done)
     }
 
-    /// Sends a DSN about recipients whose mail is in a mailbox here, if the sender has asked for success (RFC 3461 section
-    /// 5.2.3). `others`: recipients whose next server sends no DSN (sections 5.2.2 and 5.2.7.3). `header`: the header of
-    /// the message.
+    /// Sends a DSN of success, if the sender has asked for it: about recipients whose mail is in a mailbox here (RFC
+    /// 3461 section
+    /// 5.2.3), and about `others`, whose next server sends no DSN (sections 5.2.2 and 5.2.7.3). `header`: the header of the
+    /// message.
     ///
     /// # Errors
     /// The DSN cannot be stored.
@@ -392,8 +396,8 @@ impl Reporter {
         }
     }
 
-    /// Stores a DSN, unless there are too many; returns whether it was. `content`: whether all of it may be returned, and the
-    /// content.
+    /// Stores a DSN, unless there are too many. Returns whether it was stored. `may_be_whole`: all of `content` may be
+    /// returned.
     fn send(
         &self, about: &QueuedEnvelope, (may_be_whole, content): (bool, &mut impl Read), to: &Mailbox,
         reports: &[RecipientReport<'_>], via: Via,
@@ -407,7 +411,7 @@ impl Reporter {
         content
             .take(if full { 2 * RETURN_FULL_LIMIT } else { RETURNED_HEADER_LIMIT as u64 })
             .read_to_end(&mut returned)?;
-        // A part of a DSN has no NUL and no line over 998 octets (RFC 2045 section 2.7), and must not be recoded.
+        // A part of a DSN must not have a NUL or a line of more than 998 octets (RFC 2045 section 2.7), nor be recoded.
         let full = full && is_plain(&returned);
         let utf8 = !to.is_ascii();
         let id = self.ids.queue_id();
@@ -438,10 +442,11 @@ impl Reporter {
         Ok(true)
     }
 
-    /// How long a DSN waits before it is sent. `None`: it is dropped, which is logged. `is_ours`: it stays here.
+    /// How long a DSN waits before it is sent; `None`: it is dropped, which is logged. `is_ours`: see
+    /// [`DsnSink::is_ours`].
     ///
-    /// Our own customers and users get each DSN. Only of what a customer has accepted from strangers, in whose name it may
-    /// be, they get no DSNs of success if there are too many.
+    /// Customers and users here get every DSN, with one exception: strangers may forge their addresses as senders of
+    /// mail to a customer. The DSNs of success about such mail are limited.
     fn admit(
         &self, about: &QueuedEnvelope, to: &Mailbox, reports: &[RecipientReport<'_>], via: Via, is_ours: bool,
     ) -> Option<Duration> {
@@ -460,21 +465,23 @@ impl Reporter {
     }
 }
 
-/// Records that the sender has received a DSN about the delay. If that fails, which is logged, the sender gets another one.
+/// Records that the sender has received a DSN about the delay. If that fails, it is logged, and the sender gets another
+/// DSN.
 fn record_delay(message: &mut QueuedMessage) -> io::Result<()> {
     message.mark_delay_reported().inspect_err(|error| {
         log::warn!("event=delay-not-recorded id={} error={}", message.id, quoted(error));
     })
 }
 
-/// Whether nothing is kept of a message for recipients that are rejected: of outgoing mail without a sender, such as a DSN (RFC
-/// 5321 section 6.1). Mail for somebody here is kept for the postmaster.
+/// Whether a rejected message is dropped instead of set aside: outgoing mail without a sender, such as a DSN (RFC 5321
+/// section
+/// 6.1). Mail for recipients here is set aside for the postmaster.
 fn is_dropped(message: &QueuedMessage, attempt: &Attempt<'_>) -> bool {
     let is_outgoing = matches!(attempt.via, Via::Mx | Via::Smarthost | Via::Provider | Via::Submission);
     message.envelope.from == ReversePath::Null && (is_outgoing || message.queue().shared)
 }
 
-/// Whether content may be a part of a message that has the given transfer encoding 7bit or 8bit.
+/// Whether content may be a part of a message in transfer encoding 7bit or 8bit.
 fn is_plain(content: &[u8]) -> bool {
     !content.contains(&0) && content.split(|octet| *octet == b'\n').all(|line| line.len() <= CONTENT_LINE)
 }
@@ -482,10 +489,11 @@ fn is_plain(content: &[u8]) -> bool {
 /// The `status` in the log of a recipient that has expired.
 const EXPIRED: &str = "expired";
 
-/// What [`expire`] puts before the last status.
+/// The text that [`expire`] writes before the last status.
 const AT_LAST: &str = "; at last: ";
 
-/// What a DSN says of a recipient: the last reply of the peer, if it has said anything, and what we have decided ourselves.
+/// The two texts of a DSN about a recipient: the peer's last reply, if it has sent one, and this program's own
+/// decision.
 fn diagnostics(before: &RecipientStatus, status: &RecipientStatus) -> (Option<String>, Option<String>) {
     let text = status.to_string();
     match before.reply() {
@@ -496,7 +504,7 @@ fn diagnostics(before: &RecipientStatus, status: &RecipientStatus) -> (Option<St
     }
 }
 
-/// What a DSN reports about a recipient; `None`: no DSN is due (RFC 3461 section 5.2).
+/// The action that a DSN reports for a recipient; `None`: no DSN is due (RFC 3461 section 5.2).
 fn action(recipient: &Recipient, status: &RecipientStatus, peer_sends_dsn: bool, late: bool) -> Option<Action> {
     let notify = &recipient.notify;
     match status {
@@ -506,7 +514,7 @@ fn action(recipient: &Recipient, status: &RecipientStatus, peer_sends_dsn: bool,
     }
 }
 
-/// Defers a rejection whose DSN could not be stored: the next attempt reports it.
+/// Defers a rejection whose DSN could not be stored, so that the next attempt reports it.
 fn defer_rejection(status: &mut RecipientStatus) {
     if let RecipientStatus::Rejected(reply) = status {
         *status =
@@ -514,7 +522,7 @@ fn defer_rejection(status: &mut RecipientStatus) {
     }
 }
 
-/// Rejects a recipient that is still open when the message expires (RFC 5321 section 4.5.4.1).
+/// If the recipient is open, rejects it because the message has expired (RFC 5321 section 4.5.4.1).
 fn expire(status: &mut RecipientStatus, after: Duration) {
     if status.is_open() {
         let text = format!("Given up after {}{AT_LAST}{status}", long_time(after));
@@ -522,7 +530,7 @@ fn expire(status: &mut RecipientStatus, after: Duration) {
     }
 }
 
-/// A time of some seconds, hours or days.
+/// A duration in words: seconds below two hours, hours below a week, then days.
 fn long_time(time: Duration) -> String {
     const DAY: u64 = 24 * 60 * 60;
     match time.as_secs() {

@@ -1,4 +1,4 @@
-//! Tests of what follows an attempt: DSNs, delays, expiry.
+//! What follows an attempt: DSNs, delays, expiry.
 
 use std::sync::Mutex;
 
@@ -11,7 +11,7 @@ use crate::smtp::reply::ReplyReader;
 
 const HOUR: i64 = 3600;
 
-/// Keeps the DSNs that are stored.
+/// Collects the DSNs that are stored.
 #[derive(Default)]
 struct StoredDsns(Mutex<Vec<String>>);
 
@@ -27,7 +27,7 @@ impl DsnSink for StoredDsns {
     }
 }
 
-/// One message to `to@example.net` with its age in seconds, sender and NOTIFY; a reporter and the DSNs that it stores.
+/// One message to `to@example.net`, a reporter, and the DSNs that it stores.
 struct Case {
     directory: tempfile::TempDir,
     queue: Queue,
@@ -37,6 +37,7 @@ struct Case {
 }
 
 impl Case {
+    /// A message with this sender, NOTIFY, and age in seconds.
     fn new(from: &str, notify: &str, age: i64) -> Case {
         let (directory, ids, stored) = (tempfile::tempdir().unwrap(), Ids::fixed(), Arc::<StoredDsns>::default());
         let queue = Queue::new("host", ids.clone(), Duration::from_secs(60));
@@ -88,11 +89,11 @@ impl Case {
         std::mem::take(&mut *self.stored.0.lock().unwrap())
     }
 
-    /// How many messages are in the queue and in `.refused`.
+    /// The numbers of messages in the queue and in `.refused`.
     fn left(&self) -> (usize, usize) {
         let maildir = Maildir::new(&self.name.path);
-        let rejected = Maildir::new(self.directory.path().join("outgoing/example.net/.refused"));
-        (maildir.entries().unwrap().len(), rejected.entries().unwrap().len())
+        let set_aside = Maildir::new(self.directory.path().join("outgoing/example.net/.refused"));
+        (maildir.entries().unwrap().len(), set_aside.entries().unwrap().len())
     }
 }
 
@@ -108,11 +109,11 @@ fn sent() -> RecipientStatus {
     RecipientStatus::Sent(Reply::new(250, "2.0.0", "accepted"))
 }
 
-/// RFC 3461 section 5.2, one call each: sender, NOTIFY, age in hours, status, whether the peer offers DSN; the action
-/// and status in the DSN, and how many messages are left.
-/// Rules: SMTP-66, DSN-06, DSN-07, DSN-08.
+/// RFC 3461 section 5.2. Each check has the sender, NOTIFY, the age in hours, the status, and whether the peer offers
+/// DSN; then the action and status in the DSN, and the numbers of messages that are left. Rules: SMTP-66, DSN-06,
+/// DSN-07, DSN-08.
 #[test]
-fn each_status_leads_to_its_dsn() {
+fn each_status_is_reported_as_the_sender_asked() {
     let check = |from, notify, age, status: RecipientStatus, dsn, wanted: &str, left| {
         let case = Case::new(from, notify, age * HOUR);
         let dsns = case.attempt(status.clone(), dsn);
@@ -132,7 +133,7 @@ fn each_status_leads_to_its_dsn() {
     check(own, "", 0, rejected(), false, "failed 5.1.1", (0, 0));
     check(own, "SUCCESS", 0, rejected(), false, "", (0, 0));
     check(own, "NEVER", 0, rejected(), false, "", (0, 0));
-    // Never a DSN about a DSN (RFC 5321 section 6.1): it is dropped.
+    // There is no DSN about a DSN (RFC 5321 section 6.1).
     check("<>", "", 0, rejected(), false, "", (0, 0));
     check("<>", "", 121, deferred(), false, "", (0, 0));
     check(own, "", 0, sent(), false, "", (0, 0));
@@ -148,7 +149,7 @@ fn each_status_leads_to_its_dsn() {
     check(own, "", 121, sent(), false, "", (0, 0));
 }
 
-/// Strangers ask for DSNs of success: some get them.
+/// Strangers may ask for any number of them.
 #[test]
 fn dsns_of_success_are_limited() {
     let case = Case::new("<a@b.example>", "SUCCESS", 0);
@@ -167,7 +168,7 @@ fn dsns_of_success_are_limited() {
     assert_eq!(count("<a@[192.0.2.1]>"), 30);
 }
 
-/// A message of 1970 or of next year is not late and does not expire by that: five days after it was first seen, it does.
+/// A message of 1970 or of next year expires five days after it was first seen, not before.
 #[test]
 fn an_impossible_time_of_arrival_makes_no_message_late() {
     let now = Ids::fixed().clock().now().seconds();
@@ -199,12 +200,12 @@ fn the_sender_gets_one_dsn_about_a_delay() {
     assert_eq!(case.left(), (0, 0));
 }
 
-/// A call ends with the connection behind another message, two weeks after the first offer: this one was not tried, so it
-/// does not return to its sender.
+/// Two weeks after the first attempt a call is lost during another message: this one was not tried, so it is not
+/// returned to its sender.
 #[test]
-fn a_message_that_was_not_tried_is_not_given_up() {
+fn a_message_that_was_not_tried_in_a_call_does_not_expire_by_it() {
     let now = Ids::fixed().clock().now().seconds();
-    for (decided_by, given_up) in [(DecidedBy::UnrelatedConnectionLoss, 0), (DecidedBy::ConnectionLoss, 1)] {
+    for (decided_by, expired) in [(DecidedBy::UnrelatedConnectionLoss, 0), (DecidedBy::ConnectionLoss, 1)] {
         let case = Case::new("<a@b.example>", "", 0);
         let maildir = Maildir::new(&case.name.path);
         let entry = maildir.entries().unwrap().remove(0);
@@ -219,11 +220,11 @@ fn a_message_that_was_not_tried_is_not_given_up() {
         };
         let result = DeliveryResult { recipients: vec![deferred()], decided_by };
         case.reporter.finish_attempt(message, result, &attempt, &mut lock).unwrap();
-        assert_eq!((case.stored.0.lock().unwrap().len(), case.left()), (given_up, (1 - given_up, 0)));
+        assert_eq!((case.stored.0.lock().unwrap().len(), case.left()), (expired, (1 - expired, 0)));
     }
 }
 
-/// A session of a customer defers a message: it expires by its age, unless it was not tried, or its DSN cannot be stored.
+/// It does not expire if it was not tried, or if the DSN cannot be stored.
 #[test]
 fn a_message_that_a_session_defers_expires_by_its_age() {
     struct FullDisk;
@@ -262,9 +263,9 @@ fn a_message_that_a_session_defers_expires_by_its_age() {
     }
 }
 
-/// What cannot be recorded about the delay is no reason to send the message again to a recipient that has it.
+/// The recipient that has the message is settled all the same.
 #[test]
-fn a_delay_that_cannot_be_recorded_repeats_no_recipient() {
+fn if_a_delay_cannot_be_recorded_no_recipient_gets_the_message_twice() {
     let case = Case::new("<a@b.example>", "", 5 * HOUR);
     let maildir = Maildir::new(&case.name.path);
     let entry = maildir.entries().unwrap().remove(0);
@@ -303,7 +304,6 @@ fn content_that_a_dsn_may_not_contain_is_not_returned_whole() {
     }
 }
 
-/// Who has said what: the peer its last reply, we the verdict.
 #[test]
 fn a_dsn_divides_the_reply_of_the_peer_from_our_verdict() {
     let reply = |text: &str| ReplyReader::default().line(text.as_bytes()).unwrap().unwrap();

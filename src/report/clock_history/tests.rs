@@ -1,4 +1,4 @@
-//! Tests of ages under clocks that are set in many orders.
+//! The ages of messages while the clock is set forward and back.
 
 use super::*;
 
@@ -9,7 +9,7 @@ fn day(day: i64) -> Timestamp {
 
 const YEARS: i64 = 5 * 365;
 
-/// Looks at these days. Returns the history, which goes through its file after each.
+/// Looks at the clock on these days. Returns the history, which is written and read after each.
 fn looks(days: &[i64]) -> ClockHistory {
     let mut history = ClockHistory::new(day(days[0]));
     for now in &days[1..] {
@@ -20,7 +20,7 @@ fn looks(days: &[i64]) -> ClockHistory {
     history
 }
 
-/// The days of the looks; the days of arrival, each with the age in days at the last look.
+/// Each row has the days of the looks, and days of arrival with the age in days at the last look.
 #[test]
 fn a_clock_that_is_set_makes_no_message_older() {
     type Row = (&'static str, &'static [i64], &'static [(i64, u64)]);
@@ -29,19 +29,19 @@ fn a_clock_that_is_set_makes_no_message_older() {
         ("the machine was off, or cron looks seldom", &[0, 99], &[(0, 99), (-10, 109)]),
         ("set forward", &[10, 10 + YEARS], &[(0, 10), (9, 1), (10, 0), (10 + YEARS, 0)]),
         ("set forward, and two weeks later", &[10, 10 + YEARS, 24 + YEARS], &[(0, 24), (10 + YEARS, 14)]),
-        // How long the clock was ahead, nobody knows.
+        // It is not known how long the clock was fast.
         ("set forward and back", &[10, 10 + YEARS, 11], &[(0, 10), (10, 0), (11, 0), (10 + YEARS, 0)]),
-        ("back, which is passed again", &[10, 10 + YEARS, 11, 25], &[(0, 24), (11, 14), (10 + YEARS, 0)]),
+        ("back, and past that time again", &[10, 10 + YEARS, 11, 25], &[(0, 24), (11, 14), (10 + YEARS, 0)]),
         ("back by less", &[10, 10 + YEARS, 10 + YEARS / 2, 12 + YEARS / 2], &[(0, 12), (9, 3), (12 + YEARS / 2, 0)]),
         ("back, a month ahead", &[10, 10 + YEARS, 40], &[(0, 10), (9, 1)]),
-        ("forward, then behind by 80 days", &[10, 10 + YEARS, 11, -69, 12], &[(-69, 0), (10, 0), (0, 10)]),
+        ("forward, then slow by 80 days", &[10, 10 + YEARS, 11, -69, 12], &[(-69, 0), (10, 0), (0, 10)]),
         ("the same at once", &[10, 10 + YEARS, -70, 12], &[(-70, 0), (10, 2), (0, 12)]),
         ("set back", &[10, 10 - YEARS], &[(0, 0), (9, 0), (10 - YEARS, 0)]),
         ("set back and forward", &[10, 10 - YEARS, 11], &[(0, 11), (10, 1), (10 - YEARS, 0)]),
         ("both, and two weeks later", &[10, 10 - YEARS, 11, 25], &[(0, 25), (10, 15), (10 - YEARS, 14)]),
         ("set back by a month and forward", &[40, 10, 41], &[(39, 2), (10, 0), (41, 0)]),
         ("set forward twice", &[0, YEARS, 1 + YEARS, 1 + 2 * YEARS], &[(0, 1), (YEARS, 1), (1 + 2 * YEARS, 0)]),
-        ("set forward while it was off, and back", &[0, YEARS, 3, 4], &[(0, 1), (3, 1), (YEARS, 0)]),
+        ("set forward while the machine was off, and back", &[0, YEARS, 3, 4], &[(0, 1), (3, 1), (YEARS, 0)]),
     ];
     for (what, days, messages) in rows {
         let history = looks(days);
@@ -52,7 +52,7 @@ fn a_clock_that_is_set_makes_no_message_older() {
 }
 
 #[test]
-fn a_clock_without_a_battery_fills_no_file() {
+fn the_history_of_a_clock_without_a_battery_stays_short() {
     let days: Vec<_> = (0..100).flat_map(|boot| [-20_000, boot]).collect();
     let history = looks(&days);
     assert!(history.text().lines().count() <= 2, "{}", history.text());
@@ -109,7 +109,7 @@ fn no_order_of_steps_makes_a_message_older() {
 }
 
 #[test]
-fn a_damaged_file_is_as_none() {
+fn a_damaged_file_is_ignored() {
     for text in ["", "seen=", "seen=yesterday\n", "latest=2026-01-01T00:00:00Z\n", "\0\0\0"] {
         assert_eq!(ClockHistory::parse(text), None, "{text}");
     }

@@ -1,4 +1,4 @@
-//! DSNs against files, and the limits of their lines.
+//! DSNs compared to files of `testdata/dsn`, and the limits of their lines.
 
 use super::*;
 use crate::ids::Ids;
@@ -101,7 +101,7 @@ fn a_whole_message_is_returned() {
 }
 
 #[test]
-fn a_delay_asks_the_sender_for_nothing() {
+fn a_delay_is_reported_without_advice() {
     let (to, joe) = (mailbox("eva@example.org"), mailbox("joe@example.com"));
     let now = Ids::fixed().clock().now();
     let reports = [RecipientReport {
@@ -131,7 +131,7 @@ fn success_is_reported_as_delivered_relayed_or_expanded() {
     check(&dsn, MESSAGE, include_str!("../../../testdata/dsn/success.eml"));
 }
 
-/// Of the same message: what UTF-8 would say, and what ASCII can.
+/// Two DSNs about the same message.
 /// Rules: DSNF-07.
 #[test]
 fn a_dsn_is_in_ascii_unless_it_may_be_in_utf8() {
@@ -150,7 +150,7 @@ fn a_dsn_is_in_ascii_unless_it_may_be_in_utf8() {
 }
 
 #[test]
-fn a_returned_header_is_whole_lines_in_seven_bits() {
+fn a_returned_header_has_complete_lines_in_seven_bits() {
     fn check(message: &[u8], limit: usize, expected: &str) {
         let to = mailbox("a@x");
         let seen = dsn(&to, &[]).returned_header(message, limit);
@@ -173,7 +173,7 @@ fn a_returned_header_is_whole_lines_in_seven_bits() {
 }
 
 #[test]
-fn a_status_that_is_not_valid_becomes_general() {
+fn a_status_that_is_not_valid_is_replaced_by_the_general_code() {
     let joe = mailbox("joe@x");
     for (action, status, expected) in [
         (Action::Failed, "5.1.1", "5.1.1"),
@@ -213,7 +213,7 @@ fn xtext_is_decoded_and_addresses_escaped() {
 
 proptest! {
     #[test]
-    fn nothing_breaks_out_of_its_line(text in "\\PC{0,30}[\r\n\t\0]\\PC{0,2000}", utf8: bool) {
+    fn no_text_adds_a_line_or_a_field(text in "\\PC{0,30}[\r\n\t\0]\\PC{0,2000}", utf8: bool) {
         let (to, joe) = (mailbox("a@x"), mailbox("b@x"));
         let reports = [RecipientReport {
             original: Some(&text),
@@ -231,16 +231,16 @@ proptest! {
     }
 
     #[test]
-    fn no_content_makes_it_panic(message: Vec<u8>, limit in 0_usize..200, utf8: bool) {
+    fn no_content_makes_the_parser_panic(message: Vec<u8>, limit in 0_usize..200, utf8: bool) {
         let to = mailbox("a@x");
         let seen = Dsn { utf8, ..dsn(&to, &[]) }.returned_header(&message[..], limit);
         prop_assert!(utf8 || seen.is_ascii());
     }
 }
 
-/// The sender's address in the field `To` is what a header may have, whatever way it came.
+/// RFC 5322 forbids some spellings of an address that a client may have sent in MAIL.
 #[test]
-fn the_addressee_is_written_as_a_header_has_it() {
+fn the_sender_is_written_in_the_spelling_that_a_header_permits() {
     let joe = mailbox("joe@example.com");
     let reports = [report(&joe, Action::Failed, "5.1.1")];
     for (from, expected) in [
