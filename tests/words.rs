@@ -53,6 +53,8 @@ const ALLOWED: &[(&str, &str, &str)] = &[
     ("", "behind cgnat", "a place"),
     ("tests/interop/dns.py", "refused", "a code of the DNS"),
     ("", "delay notice", "the former name of a key of the configuration"),
+    ("src/maildir/", "folder", "of Maildir++"),
+    ("src/maildir/", "folders", "of Maildir++"),
     ("src/recipients/", "folder", "of Maildir++"),
     ("src/recipients/", "folders", "of Maildir++"),
     ("src/customer/", "folder", "of Maildir++"),

@@ -1,14 +1,15 @@
-//! The name of a message in a Maildir (maildir(5), Maildir++): `unique,S=size,W=wire-size:2,flags`. File names are octets.
+//! The name of a message in a Maildir (maildir(5), Maildir++): `unique,S=size,W=wire-size:2,flags`. File names are
+//! octets.
 //!
-//! In a queue the fields after the unique part also record what became of a message that stays ([`AttemptRecord`]): a
-//! rename is atomic, and needs no disk space.
+//! In a queue the fields after the unique part also record the attempts at a message that stays ([`AttemptRecord`]): a
+//! rename is atomic, and works on a full disk.
 //!
 //! ```text
-//! T=1795689600                   when it was first seen, if its time of arrival is impossible
-//! O=1795689600                   when it was first offered
-//! A=3                            the attempts
-//! R=1795689600                   when a rejection of it was deferred first (`soft-bounce`)
-//! P=3-1-1795689600               the sessions that it has ended, the calls that skip it, when it ended the last one
+//! T=1795689600                   when the message was first seen, if its time of arrival is impossible
+//! O=1795689600                   when the first attempt was made
+//! A=3                            the number of attempts
+//! R=1795689600                   when a rejection was first turned into a deferral (`soft-bounce`)
+//! P=3-1-1795689600               the sessions that it has ended, the calls that skip it, when it ended the last session
 //! L=450_4.2.1_mailbox_is_full    the last reply
 //! ```
 
@@ -23,21 +24,21 @@ use crate::net::trace::printable;
 /// The keys of the fields of [`AttemptRecord`].
 const RECORD_KEYS: [&[u8]; 6] = [b"T=", b"O=", b"A=", b"R=", b"P=", b"L="];
 
-/// Octets of a file name at most (`NAME_MAX`), without room for the flags that a mail reader may add.
+/// Octets of a file name at most: `NAME_MAX`, less the room for flags that a mail reader may add.
 const NAME_LIMIT: usize = 255 - 12;
 
-/// Octets that are left of the unique part if the name would be too long.
+/// Octets that stay of the unique part if the name would be too long.
 const SHORT_UNIQUE: usize = 100;
 
-/// Octets of a reply that are recorded.
+/// Octets of a reply that are recorded at most.
 const LAST_REPLY_LIMIT: usize = 60;
 
-/// A message found in a Maildir.
+/// The name of a message in a Maildir.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Entry {
     /// `1767323045.M1P2Q3.host,S=120,W=128`; in `cur` with its info, `:2,` and flags.
     pub name: OsString,
-    /// Whether it is in `cur`.
+    /// The file is in `cur`.
     pub seen: bool,
 }
 
@@ -46,29 +47,32 @@ pub struct Entry {
 pub struct AttemptRecord {
     /// When the message was first seen. Only a message whose time of arrival is impossible has it.
     pub first_seen: Option<Timestamp>,
-    /// When the message was first offered, and stayed.
+    /// When the first attempt was made after which the message stayed.
     pub first_offered: Option<Timestamp>,
-    /// How often it was offered, and stayed.
+    /// The number of attempts after which the message stayed.
     pub attempts: u32,
-    /// When a customer rejected it first, and that counted as a deferral.
+    /// When a customer first rejected the message and that counted as a deferral (`soft-bounce`).
     pub first_rejected: Option<Timestamp>,
+    /// The sessions that the message has ended; `None`: the last attempt ended none.
     pub ended: Option<EndedSessions>,
-    /// The last reply to a recipient that stays, with `_` for what is no letter, digit, `.`, `-`, `+` or `@`.
+    /// The last reply to a recipient that stayed open, at most 60 octets, with `_` for all but letters, digits, `.`,
+    /// `-`, `+` and `@` of ASCII.
     pub last_reply: Option<String>,
 }
 
-/// The sessions that a message has ended, one after the other.
+/// The sessions in a row that a message has ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct EndedSessions {
+    /// The number of sessions.
     pub sessions: u32,
-    /// How many calls skip the message.
+    /// The number of calls that will skip the message.
     pub skip: u32,
-    /// When it ended the last session.
+    /// When the message ended the last session.
     pub at: Timestamp,
 }
 
 impl Entry {
-    /// The order of messages: by the unique parts of their names, so the oldest first.
+    /// Orders messages by the unique parts of their names, which begin with the time: the oldest first.
     pub fn by_age(one: &Entry, other: &Entry) -> Ordering {
         one.unique().cmp(other.unique()).then_with(|| one.cmp(other))
     }
@@ -78,30 +82,31 @@ impl Entry {
         self.name.as_bytes().split(|octet| *octet == b':').next().unwrap_or_default()
     }
 
-    /// Returns the part of the name before size and info. It stays the same when a mail reader moves or flags the file.
+    /// Returns the part of the name before the fields and the info. It stays when a mail reader moves or flags the
+    /// file.
     pub fn unique(&self) -> &OsStr {
         OsStr::from_bytes(self.base().split(|octet| *octet == b',').next().unwrap_or_default())
     }
 
-    /// Returns that part as the log and an administrator's terminal show it.
+    /// Returns the unique part for the log and for terminals, without control characters.
     pub fn shown_unique(&self) -> String {
         printable(self.unique().as_bytes())
     }
 
-    /// Returns the flags, and what other programs have put after them; empty if there are none.
+    /// Returns the flags, and what other programs have written after them; both may be empty.
     fn info(&self) -> (&[u8], &[u8]) {
         let info = &self.name.as_bytes()[self.base().len()..];
         let info = info.strip_prefix(b":2,").unwrap_or_default();
         info.split_at(info.iter().take_while(|octet| octet.is_ascii_uppercase()).count())
     }
 
-    /// Returns whether the message has this flag, a capital letter.
+    /// Returns whether the message has this flag, `A` to `Z`.
     pub fn has(&self, flag: char) -> bool {
         self.seen && self.info().0.iter().any(|other| char::from(*other) == flag)
     }
 
-    /// Returns the entry with a flag more: in `cur`, with the flags in alphabetical order (maildir(5)). What other programs
-    /// have put after the capital letters stays there.
+    /// Returns the entry with one more flag: in `cur`, with the flags in alphabetical order (maildir(5)). What other
+    /// programs have written after the flags stays there.
     pub(super) fn flagged(&self, flag: char) -> Entry {
         let (flags, others) = self.info();
         let mut flags: Vec<u8> = flags.iter().copied().chain(u8::try_from(flag)).collect();
@@ -117,18 +122,19 @@ impl Entry {
         self.field("E=") == Some("8")
     }
 
-    /// Returns the size of the whole file in octets with CRLF line ends, according to its name (Maildir++ `W=`). `None`:
-    /// the name does not have it.
+    /// Returns the size of the whole file in octets with CRLF line ends, according to its name (Maildir++ `W=`).
+    /// `None`: the name does not have it.
     pub fn wire_size(&self) -> Option<u64> {
         self.field("W=")?.parse().ok()
     }
 
-    /// Returns the size of the file in octets, according to its name (Maildir++ `S=`). `None`: the name does not have it.
+    /// Returns the size of the file in octets, according to its name (Maildir++ `S=`). `None`: the name does not have
+    /// it.
     pub fn file_size(&self) -> Option<u64> {
         self.field("S=")?.parse().ok()
     }
 
-    /// Returns what the name of a file in a directory for many domains tells: the name of the domain
+    /// Returns the domain in the name of a file in a shared directory
     /// ([`Domain::file_name`](crate::mail::address::Domain::file_name)), and whether the message has no sender.
     pub fn destination(&self) -> Option<(&str, bool)> {
         self.field("D=").map(|name| (name, false)).or_else(|| self.field("B=").map(|name| (name, true)))
@@ -139,7 +145,7 @@ impl Entry {
         seconds(self.unique().to_str()?.split('.').next()?)
     }
 
-    /// Returns what the name records about attempts.
+    /// Returns the record of attempts in the name.
     pub fn record(&self) -> AttemptRecord {
         AttemptRecord {
             first_seen: self.field("T=").and_then(seconds),
@@ -151,15 +157,15 @@ impl Entry {
         }
     }
 
-    /// Returns the sessions that the message has ended.
+    /// Returns the record of the sessions that the message has ended.
     pub fn ended(&self) -> Option<EndedSessions> {
         let mut numbers = self.field("P=")?.splitn(3, '-');
         let (sessions, skip) = (numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?);
         Some(EndedSessions { sessions, skip, at: seconds(numbers.next()?)? })
     }
 
-    /// Returns the entry with this record instead of the one that it has. Only if the name would be too long for the system, it
-    /// gets another unique part, and loses its other fields.
+    /// Returns the entry with this record instead of its own. If the name would be too long for the system, it gets
+    /// another unique part, and loses its other fields.
     pub(super) fn with_record(&self, record: &AttemptRecord) -> Entry {
         let is_record = |field: &[u8]| RECORD_KEYS.iter().any(|key| field.starts_with(key));
         let mut fields = self.base().split(|octet| *octet == b',');
@@ -194,7 +200,7 @@ impl Entry {
         Entry { name: OsString::from_vec(name), seen: self.seen }
     }
 
-    /// Returns a shorter unique part, which is still unique.
+    /// Returns a shorter unique part; a hash of the whole name makes it unique.
     fn short_unique(&self) -> Vec<u8> {
         let mut hasher = DefaultHasher::new();
         self.name.hash(&mut hasher);
@@ -255,7 +261,7 @@ mod tests {
     }
 
     #[test]
-    fn a_name_is_octets_and_has_a_limit() {
+    fn a_name_may_have_any_octets_and_its_length_is_limited() {
         let latin = entry(b"2.M1.\xe4rger.host,S=3:2,S");
         assert_eq!(
             (latin.unique().as_bytes(), latin.field("S="), latin.has('S')),
@@ -268,7 +274,7 @@ mod tests {
         );
         let long = entry(&[&b"l".repeat(200)[..], b":2,S"].concat());
         assert_eq!(long.with_record(&reply(1000)).name.len(), NAME_LIMIT);
-        // A name that is too long for the fields gets another unique part.
+        // Names that have no room for the fields get different unique parts.
         let [one, other] = [b'1', b'2'].map(|end| entry(&[&b"l".repeat(249)[..], &[end], b":2,S"].concat()));
         let [one, other] = [&one, &other].map(|entry| entry.with_record(&reply(3)));
         assert_eq!((one.record().last_reply.as_deref(), one.has('S')), (Some("xxx"), true));

@@ -1,4 +1,4 @@
-//! Files and directories whose names survive a power cut, and errors that name the path.
+//! Files and directories whose names survive a power cut, and errors that name the path and the remedy.
 
 use std::collections::HashSet;
 use std::fs::{self, DirBuilder, DirEntry, File, Metadata, OpenOptions, Permissions};
@@ -15,8 +15,8 @@ use rustix::io::Errno;
 
 use crate::sandbox;
 
-/// Puts the path before the text of an error. That this process or the system has no descriptor left, for which there is no
-/// kind, becomes `OutOfMemory`.
+/// Puts the path before the text of an error. If this process or the system has no descriptors left, the kind becomes
+/// `OutOfMemory`, because there is no kind for that.
 pub fn with_path(path: &Path, error: io::Error) -> io::Error {
     with_problem(path, "", error)
 }
@@ -28,17 +28,18 @@ fn with_problem(path: &Path, problem: &str, error: io::Error) -> io::Error {
     io::Error::new(kind, format!("{}{problem}: {error}", path.display()))
 }
 
-/// Says that a file cannot be written to, why, and what to do.
+/// The error that a file cannot be written to, with the path, the reason and the remedy.
 pub fn write_error(path: &Path, error: io::Error) -> io::Error {
     with_remedy(path.parent().unwrap_or(path), with_problem(path, " cannot be written to", error))
 }
 
-/// Puts what to do after the text of an error of writing into a directory.
+/// Puts the remedy after the text of an error of writing into a directory.
 pub fn with_remedy(directory: &Path, error: io::Error) -> io::Error {
     io::Error::new(error.kind(), format!("{error}{}", write_remedy(&error, directory)))
 }
 
-/// A path as a word of a command that somebody copies into a shell, perhaps root: `chown -R odmr /srv/my mail` is about `/srv/my`.
+/// A path quoted for a command that an administrator copies into a shell: without quotes, `chown -R odmr /srv/my mail`
+/// would change `/srv/my`.
 pub fn shell_word(path: &Path) -> String {
     let path = path.display().to_string();
     match path.chars().all(|character| character.is_alphanumeric() || "/._-+:@%,=".contains(character)) {
@@ -47,7 +48,7 @@ pub fn shell_word(path: &Path) -> String {
     }
 }
 
-/// What to do about an error of writing into a directory, as the end of the error's text.
+/// The remedy for an error of writing into a directory, to be put after the error's text.
 pub fn write_remedy(error: &io::Error, directory: &Path) -> String {
     match error.kind() {
         io::ErrorKind::PermissionDenied => {
@@ -64,7 +65,7 @@ pub fn write_remedy(error: &io::Error, directory: &Path) -> String {
     }
 }
 
-/// Which file it is, whatever its name.
+/// The identity of a file under any name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct FileId {
     device: u64,
@@ -73,11 +74,19 @@ pub struct FileId {
 
 impl FileId {
     /// Returns the id of an open file.
+    ///
+    /// # Errors
+    ///
+    /// The system's, without the path.
     pub fn of_file(file: &File) -> io::Result<FileId> {
         file.metadata().map(|metadata| FileId::of(&metadata))
     }
 
-    /// Returns the id of the file, link or directory that has this name.
+    /// Returns the id of the file, link or directory of this name.
+    ///
+    /// # Errors
+    ///
+    /// `NotFound` if there is none; otherwise the system's. Without the path.
     pub fn of_path(path: &Path) -> io::Result<FileId> {
         fs::symlink_metadata(path).map(|metadata| FileId::of(&metadata))
     }
@@ -98,8 +107,8 @@ pub(super) fn make_directories(path: &Path, mode: u32) -> io::Result<()> {
     make_directory(path, mode)
 }
 
-/// Prepares a directory of mail before this process may no longer use those above it: makes its name durable, and before
-/// the directory itself, if there is a mode for it. If that fails, the first message that is stored there finds out why.
+/// Prepares a directory of mail before this process gives up its rights to the directories above: fsyncs its name, and
+/// with a `mode` makes it first. A failure is ignored: storing the first message reports it.
 pub fn prepare_directory(path: &Path, mode: Option<u32>) {
     let _ = mode.map_or(Ok(()), |mode| make_directories(path, mode)).and_then(|()| sync_names(path));
 }
@@ -107,7 +116,7 @@ pub fn prepare_directory(path: &Path, mode: Option<u32>) {
 /// Makes one directory, unless another thread has just made it.
 ///
 /// # Errors
-/// `NotFound` also if another process has just removed it.
+/// `NotFound` if the directory above is missing, or another process has just removed this one.
 pub(super) fn make_directory(path: &Path, mode: u32) -> io::Result<()> {
     match DirBuilder::new().mode(mode).create(path) {
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => match fs::symlink_metadata(path) {
@@ -117,15 +126,15 @@ pub(super) fn make_directory(path: &Path, mode: u32) -> io::Result<()> {
         },
         other => other.map_err(|error| with_path(path, error))?,
     }
-    // The system may give it the number of one that was removed.
+    // The system may give it the inode number of a removed one, whose name was fsynced.
     if let Ok(id) = DirectoryId::of_path(path) {
         DURABLE.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert_default().remove(&id);
     }
     Ok(())
 }
 
-/// Which directory it is. The system may give the number of one that was removed to the next, which another process makes: it
-/// is known by its time of birth, if the file system has that.
+/// The identity of a directory. The system may give the inode number of a removed directory to a new one, which another
+/// process makes. Its time of birth distinguishes it, if the file system has that.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 struct DirectoryId {
     file: FileId,
@@ -139,10 +148,10 @@ impl DirectoryId {
     }
 }
 
-/// The directories whose names this process has made durable.
+/// The directories whose names this process has fsynced.
 static DURABLE: Mutex<Option<HashSet<DirectoryId>>> = Mutex::new(None);
 
-/// The errors of fsync(2) that say nothing about the disk.
+/// The errors of fsync(2) that do not mean a failure of the disk.
 const NOT_SYNCED: [io::ErrorKind; 4] = [
     io::ErrorKind::PermissionDenied,
     io::ErrorKind::InvalidInput,
@@ -150,13 +159,13 @@ const NOT_SYNCED: [io::ErrorKind; 4] = [
     io::ErrorKind::Unsupported,
 ];
 
-/// Ids that are remembered; then all are forgotten, and the directories fsynced once more.
+/// The number of ids at which all are forgotten, to bound the memory; the directories are fsynced once more.
 const DURABLE_LIMIT: usize = 100_000;
 
-/// Makes the name of a directory and of all above it durable. Another thread may have made them just now, or a process that
-/// was killed before it could make them durable: then a power cut would take what was answered 250 in them. Each is fsynced
-/// once by this process. A directory that this user may not read is not ours to fsync, and some cannot be fsynced at all, such
-/// as those of autofs and of file systems that cannot be written.
+/// Fsyncs the names of a directory and of all above it, each once in this process. Another thread may have made one of
+/// them just now, or a process that was then killed: without the fsync, a power cut could remove the directory with
+/// mail that was answered with 250. Directories that this user may not read are left out, and those that cannot be
+/// fsynced, such as those of autofs and of read-only file systems.
 pub(super) fn sync_names(path: &Path) -> io::Result<()> {
     let known = |id: DirectoryId, add: bool| {
         let mut durable = DURABLE.lock().unwrap_or_else(PoisonError::into_inner);
@@ -192,28 +201,28 @@ fn parent(path: &Path) -> Option<&Path> {
         .filter(|parent| *parent != path)
 }
 
-/// Makes the names in a directory durable: a power cut may otherwise lose the name of a file whose content is on disk.
+/// Fsyncs a directory: otherwise a power cut may lose the name of a file whose content is on disk.
 pub(super) fn sync_directory(path: &Path) -> io::Result<()> {
     File::open(path).and_then(|directory| directory.sync_all()).map_err(|error| with_path(path, error))
 }
 
-/// Moves a file without ever overwriting another: rename(2) overwrites silently.
+/// Moves a file without ever overwriting another. rename(2) would overwrite it silently.
 pub(super) fn move_file(from: &Path, to: &Path) -> io::Result<()> {
     #[cfg(target_os = "linux")]
     {
         use rustix::fs::{CWD, RenameFlags, renameat_with};
         match renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE) {
-            // This file system cannot do it: link(2) and unlink(2) can, in two steps.
+            // This file system does not have the flag: use link(2) and unlink(2).
             Err(Errno::INVAL | Errno::NOSYS) => {}
             other => return other.map_err(|error| with_path(to, error.into())),
         }
     }
     match fs::hard_link(from, to) {
-        // The link was made, and the reply to an earlier attempt was lost: a network file system repeats it.
+        // A network file system repeats a request whose reply was lost: the link was made the first time.
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists && same_file(from, to) => {}
         other => other.map_err(|error| with_path(to, error))?,
     }
-    // It has its new name. With the old one too it is still one message, which its readers know by the file.
+    // The file has its new name, so a failure is ignored: with two names it is still one message, known by its inode.
     let _ = fs::remove_file(from);
     Ok(())
 }
@@ -222,7 +231,11 @@ fn same_file(one: &Path, other: &Path) -> bool {
     matches!((FileId::of_path(one), FileId::of_path(other)), (Ok(one), Ok(other)) if one == other)
 }
 
-/// Removes a file; a file that is already gone is not an error.
+/// Removes a file. If it is gone already, that is not an error.
+///
+/// # Errors
+///
+/// The file cannot be removed.
 pub fn remove_if_there(path: &Path) -> io::Result<()> {
     match fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(with_path(path, error)),
@@ -230,7 +243,7 @@ pub fn remove_if_there(path: &Path) -> io::Result<()> {
     }
 }
 
-/// Sets the times of last use of a file, whatever its type; a file that is already gone is not an error.
+/// Sets the times of access and modification of a file of any type. If it is gone already, that is not an error.
 pub(super) fn set_times(path: &Path, time: SystemTime) -> io::Result<()> {
     use rustix::fs::{AtFlags, CWD, Timespec, Timestamps, utimensat};
     let since = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
@@ -242,18 +255,22 @@ pub(super) fn set_times(path: &Path, time: SystemTime) -> io::Result<()> {
     }
 }
 
-/// Opens a new file in a directory of several users, such as `/tmp`, for reading and writing, as
+/// Opens a new file in a directory that several users share, such as `/tmp`, for reading and writing, as
 /// [`Maildir::unnamed_file`](super::Maildir::unnamed_file) does.
+///
+/// # Errors
+///
+/// The file cannot be created.
 pub fn unnamed_file_in(directory: &Path, unique: &str) -> io::Result<File> {
     let path = directory.join(format!("odmr-{unique}"));
     let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(&path);
     file.and_then(|file| fs::remove_file(&path).map(|()| file)).map_err(|error| with_path(&path, error))
 }
 
-/// Returns why this user may not write into a directory, or may not make it: the rights, or a file system that is read-only.
-/// `None`: they may, or something else prevents it.
+/// Returns why this user may not write into a directory, or may not make it: its rights, or a read-only file system.
+/// `None`: the user may, or there is another obstacle.
 pub fn write_denial(directory: &Path) -> Option<io::Error> {
-    // A program with a group of its own (setgid) has the rights of that group.
+    // EACCESS: a setgid program has the rights of its own group.
     let access = |path| rustix::fs::accessat(CWD, path, Access::WRITE_OK | Access::EXEC_OK, AtFlags::EACCESS);
     let mut above = directory.ancestors().map(|path| (path, access(path)));
     match above.find(|(_, found)| *found != Err(Errno::NOENT)) {
@@ -262,13 +279,21 @@ pub fn write_denial(directory: &Path) -> Option<io::Error> {
     }
 }
 
-/// Writes a small file, 0600, in one step: a reader sees the old text or the new one. Its directory is made if it is missing.
-/// Nothing is fsynced: a power cut may lose the text.
+/// Writes a small file, 0600, in one step: a reader sees the old text or the new one. Its directory is made if it is
+/// missing. Nothing is fsynced: a power cut may lose both texts.
+///
+/// # Errors
+///
+/// The file cannot be written; the old one stays.
 pub fn replace_file(path: &Path, text: &str) -> io::Result<()> {
     replace(path, text, &|_| Ok(()))
 }
 
-/// Writes a small file in the same way, and fsyncs it. If the file exists, its mode and its owner stay.
+/// Like [`replace_file`], but fsyncs the file and its name. If the file exists, its mode and its owner stay.
+///
+/// # Errors
+///
+/// The file cannot be written; the old one stays.
 pub fn replace_file_durably(path: &Path, text: &str) -> io::Result<()> {
     replace(path, text, &|file| {
         match fs::metadata(path) {
@@ -287,12 +312,12 @@ pub fn replace_file_durably(path: &Path, text: &str) -> io::Result<()> {
     parent(path).map_or(Ok(()), sync_directory)
 }
 
-/// Writes a new file with this mode, durably and in one step; `group`: other than that of this process. Nobody else can read
-/// it before it has its mode.
+/// Writes a new file with this mode in one step, and fsyncs it and its name. `group`: its group, if that is not the one
+/// of this process. Other users cannot read it before it has its mode.
 ///
 /// # Errors
 ///
-/// `AlreadyExists`: there is a file of that name, which stays. The system's, with the path.
+/// `AlreadyExists` if there is a file of that name, which stays; otherwise the file cannot be written.
 pub fn create_file_durably(path: &Path, text: &str, mode: u32, group: Option<u32>) -> io::Result<()> {
     let complete = |file: &File| {
         if group.is_some() {
@@ -305,13 +330,13 @@ pub fn create_file_durably(path: &Path, text: &str, mode: u32, group: Option<u32
     parent(path).map_or(Ok(()), sync_directory)
 }
 
-/// Makes a directory with those below it, all with this mode and this owner, in one step: a crash leaves nothing of that name
-/// or all of it. `below` has each directory after the one that it is in. Those above it are made if they are missing.
-/// Returns whether it was made: one that exists stays as it is.
+/// Makes a directory with those below it, all with this mode and owner, in one step: after a crash there is nothing of
+/// that name, or the whole tree. `below` has each directory after the one that contains it. The directories above are
+/// made if they are missing. Returns whether it was made: a directory that exists stays as it is.
 ///
 /// # Errors
 ///
-/// The system's, with the path.
+/// `NotADirectory` if there is a file of that name; otherwise a directory cannot be made.
 pub fn make_tree(path: &Path, below: &[PathBuf], mode: u32, owner: Option<(u32, u32)>) -> io::Result<bool> {
     match fs::metadata(path) {
         Ok(found) if found.is_dir() => return Ok(false),
@@ -325,9 +350,9 @@ pub fn make_tree(path: &Path, below: &[PathBuf], mode: u32, owner: Option<(u32, 
     make_directories(directory, 0o755)?;
     let temporary = directory.join(format!(".{}.{}", name.display(), std::process::id()));
     let make = || {
-        // One of that name is left of a process that was killed.
+        // A process that was killed may have left a directory of that name.
         let _ = fs::remove_dir_all(&temporary);
-        // Another user may have put a link in the place of one that was just made.
+        // Another user may replace a directory that was just made by a link: do not give away what the link points to.
         let flags = (OFlags::NOFOLLOW | OFlags::DIRECTORY).bits().cast_signed();
         let mut made = Vec::new();
         for path in std::iter::once(temporary.clone()).chain(below.iter().map(|below| temporary.join(below))) {
@@ -336,7 +361,7 @@ pub fn make_tree(path: &Path, below: &[PathBuf], mode: u32, owner: Option<(u32, 
             directory.set_permissions(Permissions::from_mode(mode))?;
             made.push(directory);
         }
-        // A directory gets its owner after those in it, so that nobody can put a link there before.
+        // A directory gets its owner after those in it, so that the owner cannot put a link there before.
         for directory in made.iter().rev() {
             if let Some((user, group)) = owner {
                 fchown(directory, Some(user), Some(group))?;
@@ -353,11 +378,11 @@ pub fn make_tree(path: &Path, below: &[PathBuf], mode: u32, owner: Option<(u32, 
     sync_names(path).map(|()| true)
 }
 
-/// Removes a file, and makes that durable.
+/// Removes a file, and fsyncs its directory: it stays removed after a power cut.
 ///
 /// # Errors
 ///
-/// The system's, with the path.
+/// The file cannot be removed.
 pub fn remove_file_durably(path: &Path) -> io::Result<()> {
     fs::remove_file(path).map_err(|error| with_path(path, error))?;
     parent(path).map_or(Ok(()), sync_directory)
@@ -367,7 +392,7 @@ fn replace(path: &Path, text: &str, complete: &dyn Fn(&File) -> io::Result<()>) 
     write_beside(path, text, complete, &|from, to| fs::rename(from, to))
 }
 
-/// `complete`: what is done with the new file before `name` gives it its name.
+/// Writes a file beside `path`; then `complete` does its work on it, and `name` moves it to `path`.
 fn write_beside(
     path: &Path, text: &str, complete: &dyn Fn(&File) -> io::Result<()>, name: &dyn Fn(&Path, &Path) -> io::Result<()>,
 ) -> io::Result<()> {
@@ -379,7 +404,7 @@ fn write_beside(
     let (process, number) = (std::process::id(), NUMBER.fetch_add(1, Ordering::Relaxed));
     let temporary = directory.join(format!(".{}.{process}.{number}", file_name.display()));
     let write = || {
-        // One of that name is left of a process that was killed.
+        // A process that was killed may have left a file of that name.
         remove_if_there(&temporary)?;
         let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&temporary)?;
         file.write_all(text.as_bytes())?;
@@ -389,7 +414,7 @@ fn write_beside(
     write().map_err(|error| with_path(path, error)).inspect_err(|_| drop(fs::remove_file(&temporary)))
 }
 
-/// Lists a directory file by file; a directory that is missing has none.
+/// Lists a directory file by file; a missing directory is empty.
 pub(super) fn list(path: &Path) -> impl Iterator<Item = io::Result<DirEntry>> + use<> {
     let (files, failure) = match fs::read_dir(path) {
         Ok(files) => (Some(files), None),
@@ -404,7 +429,7 @@ pub(super) fn list(path: &Path) -> impl Iterator<Item = io::Result<DirEntry>> + 
 mod tests {
     use super::*;
 
-    /// Another process removes a directory and makes it again: a name that was made durable is that of the first one.
+    /// Another process removes a directory and makes it again: the name of the second one was not fsynced.
     #[test]
     fn a_directory_that_was_made_again_is_another_one() {
         let directory = tempfile::tempdir().unwrap();

@@ -1,17 +1,17 @@
 //! Maildirs (maildir(5)): messages are written, listed, flagged and removed.
 //!
-//! A message becomes visible in one step: it is written in `tmp`, its file is fsynced and moved to `new` without ever
-//! overwriting another, and `new` is fsynced, with the directories above it that this process has not fsynced yet
-//! ([`MessageWriter::commit`]). If a step fails before the move, no reader sees the message, and its file in `tmp` is
-//! removed.
+//! A message becomes visible in one step, and survives a power cut from then on ([`MessageWriter::commit`]): the writer
+//! writes it in `tmp`, fsyncs the file, moves it to `new` without ever overwriting another, and fsyncs `new` and the
+//! directories above it that this process has not fsynced yet. If a step before the move fails, no reader sees the
+//! message, and its file in `tmp` is removed.
 //!
-//! Functions that list messages read `new` and `cur`, skip names that begin with a dot, and accept that a file may be
-//! removed, or moved by a mail reader, after it was listed: [`Maildir::find`] finds it again.
+//! Functions that list messages read `new` and `cur`, and skip names that begin with a dot. After that a mail reader
+//! may move or remove a file; [`Maildir::find`] finds its new name.
 //!
 //! A Maildir is either a queue or a mailbox. Only a mailbox has sub-folders (`.name` within it) and a quota
 //! (`maildirsize`), as Maildir++ defines them.
 //!
-//! Unless a function documents more, its errors are the system's, with the path.
+//! The system's errors have the path in their text.
 
 mod entry;
 mod files;
@@ -52,23 +52,23 @@ pub const IN_DOUBT: char = 'F';
 /// The flag of a message for which a delay DSN was sent.
 pub const DELAY_REPORTED: char = 'R';
 
-/// By how much the clock of a file system is inexact.
+/// The error of the times that a file system records, at most.
 const CLOCK_STEP: Duration = Duration::from_secs(1);
 
 /// How often the directories are read for a message that a mail reader has moved.
 const FIND_ATTEMPTS: usize = 3;
 
-/// How often a directory is made again that others remove: a queue without mail is removed at any time.
+/// How often a directory is made again that other processes remove: a queue without mail may be removed at any time.
 const MAKE_ATTEMPTS: usize = 100;
 
-/// Octets of content that are read or written at once.
+/// Octets of content that are read or written at a time.
 const BLOCK_SIZE: usize = 32 * 1024;
 
 /// One Maildir: a directory with `tmp`, `new` and `cur`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Maildir {
     path: PathBuf,
-    /// The permission bits that files and directories made here do not get.
+    /// The permission bits that new files and directories do not get.
     mask: u32,
     kind: Kind,
 }
@@ -77,7 +77,7 @@ pub struct Maildir {
 enum Kind {
     Queue,
     Mailbox,
-    /// A sub-folder of a mailbox. If it is missing its owner has removed it, so it is not made again.
+    /// A sub-folder of a mailbox. If it is missing, its owner has removed it, and it is not made again.
     Folder,
 }
 
@@ -93,15 +93,15 @@ impl Maildir {
         Maildir { path: path.into(), mask, kind: Kind::Mailbox }
     }
 
-    /// Returns the sub-folder `.name` of a mailbox (Maildir++). It is never made here: ask [`Maildir::exists`]. A name
-    /// that would lead out of the mailbox (`../x`) becomes the name of a folder that does not exist.
+    /// Returns the sub-folder `.name` of a mailbox (Maildir++). This program never makes one: ask [`Maildir::exists`].
+    /// A name that would lead out of the mailbox (`../x`) becomes the name of a sub-folder that does not exist.
     pub fn folder(&self, name: &str) -> Maildir {
         let inside = name.replace('/', "%2F");
         let escape = if inside.is_empty() || inside.starts_with('.') { "%" } else { "" };
         Maildir { path: self.path.join(format!(".{escape}{inside}")), mask: self.mask, kind: Kind::Folder }
     }
 
-    /// Returns whether it is a directory with `cur` and `new`.
+    /// Returns whether the Maildir exists: a directory with `cur` and `new`.
     pub fn exists(&self) -> bool {
         ["cur", "new"].iter().all(|name| self.path.join(name).is_dir())
     }
@@ -111,7 +111,12 @@ impl Maildir {
         &self.path
     }
 
-    /// Makes the directories that are missing. Their names are durable with the first message ([`MessageWriter::commit`]).
+    /// Makes the directories that are missing. Their names survive a power cut from the first message on
+    /// ([`MessageWriter::commit`]).
+    ///
+    /// # Errors
+    ///
+    /// A directory cannot be made.
     pub fn create(&self) -> io::Result<()> {
         self.remade(|| self.make_missing())
     }
@@ -119,15 +124,16 @@ impl Maildir {
     fn make_missing(&self) -> io::Result<()> {
         let mode = 0o777 & !self.mask;
         make_directories(&self.path, mode)?;
-        // `tmp` last: if it exists, the others do, even if the process is killed here, and a writer need not check.
+        // `tmp` comes last: if it exists, the others do, even if the process is killed here. So a writer need not
+        // check.
         for name in ["new", "cur", "tmp"] {
             make_directories(&self.path.join(name), mode)?;
         }
         Ok(())
     }
 
-    /// Does something in the directories. If one of them is missing, or another process removes it meanwhile, it is made and
-    /// the operation is repeated.
+    /// Calls `operation`, which uses the directories. If one of them is missing, or another process removes it
+    /// meanwhile, makes it and calls `operation` again.
     fn remade<T>(&self, operation: impl Fn() -> io::Result<T>) -> io::Result<T> {
         for _ in 0..MAKE_ATTEMPTS {
             match operation() {
@@ -142,17 +148,17 @@ impl Maildir {
         operation()
     }
 
-    /// Checks that the quota, if there is one, has room for one more message of this many octets. `unique` makes a
-    /// file name, which is needed if the mailbox must be counted again.
+    /// Checks that the quota, if there is one, has room for one more message of this many octets. `unique` returns a
+    /// new file name, which is used if the mailbox must be counted again.
     ///
     /// # Errors
     ///
-    /// `QuotaExceeded` if there is no room; the system's errors from reading the quota.
+    /// `QuotaExceeded` if there is no room; the system's, if the quota cannot be read.
     pub fn check_quota(&self, unique: impl FnOnce() -> String, octets: u64) -> io::Result<()> {
         if self.has_quota() { QuotaCheck::default().admit(&self.path, unique, octets) } else { Ok(()) }
     }
 
-    /// Returns whether it may have a quota.
+    /// Returns whether the Maildir may have a quota.
     fn has_quota(&self) -> bool {
         self.kind != Kind::Queue
     }
@@ -180,7 +186,7 @@ impl Maildir {
         file.map_err(|error| with_path(&path, error))
     }
 
-    /// Makes `tmp`, and all else that is missing; of a sub-folder only `tmp`.
+    /// Makes `tmp` and the other directories that are missing; in a sub-folder only `tmp`.
     fn make_tmp(&self) -> io::Result<()> {
         match self.kind {
             Kind::Folder => make_directory(&self.path.join("tmp"), 0o777 & !self.mask),
@@ -188,10 +194,10 @@ impl Maildir {
         }
     }
 
-    /// Checks that files can be created in `tmp`, as far as that is known without creating one. Makes it if it is missing.
+    /// Checks the rights to create files in `tmp`, without creating one. Makes `tmp` if it is missing.
     fn check_writable(&self) -> io::Result<()> {
         use rustix::fs::{Access, AtFlags, CWD, accessat};
-        // With the dot, what is not a directory is an error.
+        // With the dot, an entry that is not a directory is an error.
         let tmp = self.temporary(".");
         let check = || accessat(CWD, &tmp, Access::WRITE_OK | Access::EXEC_OK, AtFlags::EACCESS);
         let checked = match check() {
@@ -206,6 +212,10 @@ impl Maildir {
 
     /// Opens a new file on the disk of this Maildir, for reading and writing. It has no name, so the system removes it
     /// when its last descriptor is closed, even if the process is killed. `unique` is its name for a moment.
+    ///
+    /// # Errors
+    ///
+    /// The file cannot be created.
     pub fn unnamed_file(&self, unique: &str) -> io::Result<File> {
         let file = self.create_temporary(unique, OpenOptions::new().read(true).mode(0o600))?;
         let path = self.temporary(unique);
@@ -213,22 +223,30 @@ impl Maildir {
         removed.map(|()| file).map_err(|error| with_path(&path, error))
     }
 
-    /// Returns all messages, sorted by the unique part of their names: the oldest first. They may be many: a daemon asks
-    /// for them only where an earlier version has stored outgoing mail.
+    /// Returns all messages, sorted by the unique part of their names: the oldest first. A large queue needs much
+    /// memory: use [`Maildir::list`] for queues that may have a million messages.
+    ///
+    /// # Errors
+    ///
+    /// A directory cannot be read.
     pub fn entries(&self) -> io::Result<Vec<Entry>> {
         let mut entries = self.list().collect::<io::Result<Vec<Entry>>>()?;
         entries.sort_unstable_by(Entry::by_age);
         Ok(entries)
     }
 
-    /// Finds a message again after a mail reader has moved or flagged it: another name with the same unique part, of this
-    /// `file` if it is known. `None`: it is gone.
+    /// Finds a message that a mail reader has moved or flagged: a name with the same unique part, which belongs to
+    /// `file` if that is known. `None`: the message is gone.
+    ///
+    /// # Errors
+    ///
+    /// A directory cannot be read.
     pub fn find(&self, entry: &Entry, file: Option<FileId>) -> io::Result<Option<Entry>> {
         let is_it = |other: &Entry| {
             let id = || FileId::of_path(&self.file(other));
             other.unique() == entry.unique() && file.is_none_or(|file| id().is_ok_and(|id| id == file))
         };
-        // A file that is moved while the directories are read may be seen in neither.
+        // A file that is moved while the directories are read may be missed in both.
         for _ in 0..FIND_ATTEMPTS {
             for other in self.list() {
                 let other = other?;
@@ -240,8 +258,8 @@ impl Maildir {
         Ok(None)
     }
 
-    /// Returns whether no message can have been added, renamed or removed since then: the directories are older by more than
-    /// the clock of a file system is inexact.
+    /// Returns whether certainly no message was added, renamed or removed since `time`: the directories were last
+    /// changed earlier, by more than the error of a file system's clock.
     pub fn is_unchanged_since(&self, time: SystemTime) -> bool {
         ["new", "cur"].iter().all(|name| match fs::metadata(self.path.join(name)).and_then(|found| found.modified()) {
             Ok(modified) => modified + CLOCK_STEP < time,
@@ -250,22 +268,34 @@ impl Maildir {
     }
 
     /// Returns whether there is no message. Reads the directories only up to the first one.
+    ///
+    /// # Errors
+    ///
+    /// A directory cannot be read.
     pub fn is_empty(&self) -> io::Result<bool> {
         Ok(self.count(1)? == 0)
     }
 
-    /// Counts the messages up to `limit`. Reads no further than it counts.
+    /// Counts the messages, and stops at `limit`.
+    ///
+    /// # Errors
+    ///
+    /// A directory cannot be read.
     pub fn count(&self, limit: usize) -> io::Result<usize> {
         self.count_if(limit, |_| true)
     }
 
-    /// Counts the messages for which `counts` is true, up to `limit`. Reads no further than it counts.
+    /// Counts the messages for which `counts` is true, and stops at `limit`.
+    ///
+    /// # Errors
+    ///
+    /// A directory cannot be read.
     pub fn count_if(&self, limit: usize, counts: impl Fn(&Entry) -> bool) -> io::Result<usize> {
         let counted = self.list().filter(|entry| entry.as_ref().map_or(true, &counts));
         counted.take(limit).try_fold(0, |count, entry| entry.map(|_| count + 1))
     }
 
-    /// Lists the messages in no order, one by one: a directory may be large.
+    /// Lists the messages one by one, in no order; an error ends the listing of its directory.
     pub fn list(&self) -> impl Iterator<Item = io::Result<Entry>> + Send + use<> {
         let path = self.path.clone();
         [("new", false), ("cur", true)].into_iter().flat_map(move |(directory, seen)| {
@@ -276,7 +306,11 @@ impl Maildir {
         })
     }
 
-    /// Shows each plain file that may be a message, with what the system tells of it without opening it; in no order.
+    /// Calls `show` for each plain file that may be a message, in no order. No file is opened.
+    ///
+    /// # Errors
+    ///
+    /// A directory cannot be read, or `show` fails.
     pub fn each_file(&self, show: &mut dyn FnMut(Entry, &DirEntry) -> io::Result<()>) -> io::Result<()> {
         for (directory, seen) in [("new", false), ("cur", true)] {
             for file in list(&self.path.join(directory)) {
@@ -297,8 +331,8 @@ impl Maildir {
         self.path.join(if entry.seen { "cur" } else { "new" }).join(&entry.name)
     }
 
-    /// Removes a message. The directory is not fsynced: a crash may bring the message back, which duplicates it but does not
-    /// lose it.
+    /// Removes a message. The directory is not fsynced: after a power cut the message may be there again, and be sent
+    /// twice, but it is not lost.
     ///
     /// # Errors
     ///
@@ -308,7 +342,7 @@ impl Maildir {
         fs::remove_file(&path).map_err(|error| with_path(&path, error))
     }
 
-    /// Renames a message: adds a flag, if there is one, and records what became of the attempts. Returns the new entry.
+    /// Renames a message: adds the flag, if there is one, and replaces the record of attempts. Returns the new entry.
     ///
     /// # Errors
     ///
@@ -322,7 +356,7 @@ impl Maildir {
         Ok(renamed)
     }
 
-    /// Moves a message to `new` of another Maildir on the same disk, which is made if it is missing. `name`: its name there.
+    /// Moves a message to `new` of another Maildir on the same disk, which is made if it is missing, under this name.
     ///
     /// # Errors
     ///
@@ -334,12 +368,12 @@ impl Maildir {
         move_file(&self.file(entry), &other.file(&moved))
     }
 
-    /// Replaces the file of a message by a copy that belongs to this process, durable before it has the name. Returns the
-    /// copy.
+    /// Replaces the file of a message by a copy that belongs to this user. The copy is fsynced before it gets the name,
+    /// so that a power cut leaves one of the two. Returns the copy.
     ///
     /// # Errors
     ///
-    /// `NotFound` if a mail reader has moved the original meanwhile; the system's.
+    /// `NotFound` if a mail reader has moved the original meanwhile; the system's, if the copy cannot be made.
     pub fn replace_by_copy(&self, entry: &Entry, original: &File, unique: &str) -> io::Result<File> {
         let (path, temporary) = (self.file(entry), self.temporary(unique));
         let copy = || {
@@ -360,25 +394,33 @@ impl Maildir {
         copied.inspect_err(|_| drop(fs::remove_file(&temporary)))
     }
 
-    /// Removes the files that writers that died have left in `tmp`: those not used for 36 hours.
+    /// Removes the files that dead writers have left in `tmp`: those not used for 36 hours.
+    ///
+    /// # Errors
+    ///
+    /// The directory cannot be read, or a file cannot be removed.
     pub fn sweep(&self) -> io::Result<()> {
         sweep::sweep(&self.path.join("tmp"), &|_| true)
     }
 
-    /// Removes the Maildir if it holds nothing and, if `stale`, was not used for 36 hours. `others`: the files beside its
-    /// messages, and the directory of another Maildir, that it may have. The caller has its lock. A writer who needs the
-    /// Maildir meanwhile makes it again. Returns whether it was removed.
+    /// Removes the Maildir if it has no messages and, if `stale`, was not used for 36 hours. `others`: the names of
+    /// other files, and of a Maildir within it, that are removed with it; anything else keeps it. The caller has its
+    /// lock. A writer that needs the Maildir meanwhile makes it again. Returns whether it was removed.
+    ///
+    /// # Errors
+    ///
+    /// A directory cannot be read, or a file cannot be removed.
     pub fn remove_unused(&self, others: &[&str], stale: bool) -> io::Result<bool> {
         sweep::remove_unused(&self.path, others, stale)
     }
 }
 
-/// Whether content would continue a field before it.
+/// Whether content would continue a header field before it (RFC 5322 section 2.2.3).
 pub fn continues_field(content: &[u8]) -> bool {
     content.starts_with(b" ") || content.starts_with(b"\t")
 }
 
-/// Reads a content to its end and calls `each` with every block. A block has 32 KiB at most and may end anywhere in a
+/// Reads a content to its end and calls `each` with every block, which has at most 32 KiB and may end anywhere in a
 /// line.
 ///
 /// # Errors
@@ -394,14 +436,14 @@ pub fn for_each_block(content: &mut dyn Read, mut each: impl FnMut(&[u8]) -> io:
     }
 }
 
-/// Returns whether the disk of a directory has room for this many octets and a reserve, so that a message is rejected at MAIL
-/// (RFC 1870 section 6.1) and does not fail in the middle of its content. True if the system does not know: the first message
-/// makes a directory that is missing, and then the write reports the error.
+/// Returns whether the disk of a directory has room for this many octets and a reserve, so that a message is deferred
+/// at MAIL (RFC 1870 section 6.1) and does not fail in the middle of its content. If the system does not know, returns
+/// true: the directory may be missing until the first message, and otherwise the write reports the error.
 pub fn has_room(directory: &Path, octets: u64, reserve: u64) -> bool {
     free_octets(directory).is_none_or(|free| free >= octets.saturating_add(reserve))
 }
 
-/// How many octets are free on the disk of a directory; `None`: the system does not tell.
+/// The octets that are free on the disk of a directory; `None`: the system does not know.
 pub fn free_octets(directory: &Path) -> Option<u64> {
     rustix::fs::statvfs(directory).ok().map(|disk| disk.f_bavail.saturating_mul(disk.f_frsize))
 }

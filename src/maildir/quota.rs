@@ -1,4 +1,4 @@
-//! The quota of a mailbox, as Courier's maildirquota(7) describes it and Dovecot's `quota = maildir` keeps it.
+//! The quota of a mailbox, as in Courier's maildirquota(7) and Dovecot's `quota = maildir`.
 //!
 //! A mailbox has a quota if it has a file `maildirsize`:
 //!
@@ -9,9 +9,9 @@
 //! -2048 -1               one message of 2048 octets was removed
 //! ```
 //!
-//! No program takes a lock: a line is appended in one write, and a new count replaces the file. So the sum may be a
-//! little wrong if several programs write at once. The mailbox is counted again if it is full by that sum,
-//! and if the file has grown long. `.Trash` and messages marked as deleted do not count.
+//! There is no lock: each program appends a line in one write, and a new count replaces the file. So the sum may be a
+//! little wrong if several programs write at once. The mailbox is counted again if it is full by that sum, and if the
+//! file has become long. `.Trash` and messages that are marked as deleted do not count.
 
 use std::collections::{BTreeMap, btree_map};
 use std::fs::{self, File, OpenOptions, Permissions};
@@ -32,27 +32,28 @@ const DELETED: char = 'T';
 /// A file of this many octets is replaced by a new count (Maildir++).
 const FILE_LIMIT: u64 = 5120;
 
-/// For this long a count is believed even if it shows that the mailbox is full (Maildir++). Each message for a full
-/// mailbox would otherwise count it again.
+/// For this long a count is valid even if the mailbox is full by it (Maildir++). Otherwise each message for a full
+/// mailbox would count it again.
 const COUNT_LIFETIME: Duration = Duration::from_secs(15 * 60);
 
 /// How often a mailbox is counted if it changes meanwhile.
 const COUNT_ATTEMPTS: usize = 3;
 
-/// The quotas of the mailboxes that one message is for, and what it adds to them.
+/// The quotas of the mailboxes of one message, and what the message adds to them.
 #[derive(Debug, Default)]
 pub struct QuotaCheck {
-    /// Each mailbox that was looked at; `None`: it has no quota.
+    /// The mailboxes so far; `None`: the mailbox has no quota.
     mailboxes: BTreeMap<PathBuf, Option<Quota>>,
 }
 
 impl QuotaCheck {
     /// Reserves room for one more message of this many octets in a mailbox or sub-folder, beside those admitted before.
-    /// `unique` makes a file name, which is needed for a new count.
+    /// `unique` returns a new file name, which is used for a new count.
     ///
     /// # Errors
     ///
-    /// `QuotaExceeded` with the mailbox that has no room; the system's.
+    /// `QuotaExceeded` with the mailbox that has no room; the system's, if the quota cannot be read or the mailbox
+    /// counted.
     pub fn admit(&mut self, maildir: &Path, unique: impl FnOnce() -> String, octets: u64) -> io::Result<()> {
         let Some(mailbox) = mailbox_of(maildir) else { return Ok(()) };
         let quota = match self.mailboxes.entry(mailbox.to_owned()) {
@@ -62,8 +63,8 @@ impl QuotaCheck {
         quota.as_mut().map_or(Ok(()), |quota| quota.admit(unique, octets))
     }
 
-    /// Writes the admitted messages into the files, once they are visible. An error is only logged: the message is
-    /// stored, and a failure reported now would make the sender send it again.
+    /// Writes the admitted messages into the files, after they have become visible. An error is only logged: the
+    /// message is stored, and if it were answered with an error, it would be sent again.
     pub fn record(&self) {
         for quota in self.mailboxes.values().flatten() {
             if let Err(error) = quota.record() {
@@ -73,8 +74,8 @@ impl QuotaCheck {
     }
 }
 
-/// The mailbox in whose quota the messages of a Maildir count: itself, or the mailbox whose sub-folder it is, even
-/// if a rule names the sub-folder by its path. `None` for the trash, which does not count.
+/// The mailbox in whose quota the messages of a Maildir count: itself, or the mailbox of which it is a sub-folder, even
+/// if a rule names the sub-folder by its path. `None`: it is the trash, which does not count.
 fn mailbox_of(maildir: &Path) -> Option<&Path> {
     let (Some(name), Some(parent)) = (maildir.file_name(), maildir.parent()) else { return Some(maildir) };
     if !name.as_encoded_bytes().starts_with(b".") || !parent.join("cur").is_dir() {
@@ -83,7 +84,7 @@ fn mailbox_of(maildir: &Path) -> Option<&Path> {
     (name != TRASH).then_some(parent)
 }
 
-/// Octets of files, and messages: how much there is, or how much is permitted.
+/// A number of messages and the octets of their files: what is stored, or a limit.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Usage {
     pub octets: u64,
@@ -100,15 +101,15 @@ impl Usage {
 #[derive(Debug)]
 struct Quota {
     mailbox: PathBuf,
-    /// The first line of the file, never changed: it may have limits that this program does not know.
+    /// The first line of the file. It is never changed: it may have limits that this program does not know.
     definition: String,
     limits: Usage,
-    /// What the mailbox holds; `None`: the file has no valid sum.
+    /// What is stored in the mailbox; `None`: the file has no valid sum.
     used: Option<Usage>,
-    /// Whether `used` is a recent count, believed even if the mailbox is full by it.
+    /// `used` is a recent count, which is valid even if the mailbox is full by it.
     fresh: bool,
     admitted: Usage,
-    /// The permissions of the file, for the one that replaces it.
+    /// The permissions of the file, for its successor.
     permissions: Permissions,
 }
 
@@ -122,7 +123,7 @@ impl Quota {
         };
         let metadata = file.metadata().map_err(|error| with_path(&path, error))?;
         if !metadata.is_file() {
-            return Err(with_path(&path, io::Error::other("not a plain file")));
+            return Err(with_path(&path, io::Error::other("it is not a plain file")));
         }
         let mut content = Vec::new();
         file.take(FILE_LIMIT).read_to_end(&mut content).map_err(|error| with_path(&path, error))?;
@@ -167,7 +168,7 @@ impl Quota {
     fn recount(&mut self, unique: &str) -> io::Result<Usage> {
         let mut used = Usage::default();
         for _ in 0..COUNT_ATTEMPTS {
-            // The time of the last change is read before the directories are, so that no change is missed.
+            // Read the time of the last change before the directories, so that no change is missed.
             let changed = last_change(&self.mailbox)?;
             used = count(&self.mailbox)?;
             self.replace(unique, used)?;
@@ -196,9 +197,9 @@ impl Quota {
         })
     }
 
-    /// Appends a line with what was admitted. The file is opened again, because another program may have replaced it:
-    /// a line in the old file would be lost. If the new count already has our messages they count twice, which the
-    /// next count corrects before a message is rejected.
+    /// Appends a line with the admitted messages. The file is opened again, because another program may have replaced
+    /// it: a line in the old file would be lost. If the new count already has these messages, they count twice; the
+    /// next count corrects that before a message is rejected.
     fn record(&self) -> io::Result<()> {
         let Usage { octets, messages } = self.admitted;
         if messages == 0 {
@@ -215,7 +216,8 @@ impl Quota {
     }
 }
 
-/// Opens a file that the owner of the mailbox may have made: does not follow a link, and does not wait for a pipe.
+/// Opens a file that the owner of the mailbox may have replaced: a symbolic link is not followed, and a pipe does not
+/// block.
 fn open(options: &mut OpenOptions, path: &Path) -> io::Result<File> {
     use rustix::fs::OFlags;
     let flags = (OFlags::NOFOLLOW | OFlags::NONBLOCK).bits().cast_signed();
@@ -241,19 +243,19 @@ fn parse(content: &[u8]) -> Option<QuotaFile> {
     Some(QuotaFile {
         definition: definition.to_owned(),
         limits: limits(definition)?,
-        // A last line without its end was cut off, and the next line would be joined to it.
+        // If the last line lacks its end, the file was truncated, and an appended line would continue it.
         sum: if lines.ends_with('\n') { sum(lines) } else { None },
         lines: lines.lines().count(),
     })
 }
 
-/// Reads the limits: numbers, each followed by a letter for what it limits. Unknown parts are ignored. `None`: there
-/// is no limit at all.
+/// Reads the limits: numbers, each followed by a character for its unit. Unknown parts are ignored. `None`: there is
+/// not a single limit.
 fn limits(definition: &str) -> Option<Usage> {
     let (mut limits, mut defined) = (Usage { octets: u64::MAX, messages: u64::MAX }, false);
     for part in definition.split(',') {
         let mut number = part.trim().chars();
-        let Some(letter) = number.next_back().filter(char::is_ascii_alphabetic) else { continue };
+        let Some(unit) = number.next_back().filter(char::is_ascii_alphabetic) else { continue };
         let number = number.as_str();
         if number.is_empty() || !number.bytes().all(|octet| octet.is_ascii_digit()) {
             continue;
@@ -261,7 +263,7 @@ fn limits(definition: &str) -> Option<Usage> {
         defined = true;
         // A number above 64 bits means no limit too.
         let limit = number.parse().ok().filter(|limit| *limit != 0).unwrap_or(u64::MAX);
-        match letter {
+        match unit {
             'S' => limits.octets = limit,
             'C' => limits.messages = limit,
             _ => {}
@@ -294,7 +296,7 @@ fn count(mailbox: &Path) -> io::Result<Usage> {
             if entry.name.as_encoded_bytes().starts_with(b".") || entry.has(DELETED) {
                 continue;
             }
-            // A file that was removed since it was listed does not count.
+            // A file that is removed during the count does not count.
             let size = size(&entry).or_else(|| fs::metadata(file.path()).ok().map(|metadata| metadata.len()));
             if let Some(octets) = size {
                 sum = sum.plus(Usage { octets, messages: 1 });
@@ -304,7 +306,7 @@ fn count(mailbox: &Path) -> io::Result<Usage> {
     Ok(sum)
 }
 
-/// When a message was last added to the mailbox or its sub-folders, or removed.
+/// When a message was last added to the mailbox or its sub-folders, or removed from them.
 fn last_change(mailbox: &Path) -> io::Result<Option<SystemTime>> {
     let changed = |directory: PathBuf| fs::metadata(directory).and_then(|metadata| metadata.modified()).ok();
     Ok(message_directories(mailbox)?.into_iter().filter_map(changed).max())
@@ -316,7 +318,7 @@ fn message_directories(mailbox: &Path) -> io::Result<Vec<PathBuf>> {
     for found in list(mailbox) {
         let found = found?;
         let name = found.file_name();
-        // A symbolic link leads to a shared folder of another user.
+        // A symbolic link may lead to a shared folder of another user, which does not count.
         let sub_folder = name.as_encoded_bytes().starts_with(b".") && found.file_type().is_ok_and(|kind| kind.is_dir());
         if sub_folder && name != TRASH {
             directories.extend(["new", "cur"].map(|half| found.path().join(half)));

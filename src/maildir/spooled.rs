@@ -1,4 +1,5 @@
-//! Content that is stored until its destination is known: the first 256 KiB in memory, the rest in an unnamed file.
+//! Content that is stored until its destination is known: the first 256 KiB in memory, the rest in a file without a
+//! name.
 
 use std::fs::File;
 use std::io::{self, BufWriter, Read, Seek, Write};
@@ -10,7 +11,7 @@ pub const MEMORY_LIMIT: usize = 256 * 1024;
 
 /// Content that can be read more than once.
 pub trait Content: Read {
-    /// Goes back to the beginning.
+    /// Goes back to the beginning of the content.
     ///
     /// # Errors
     ///
@@ -18,24 +19,25 @@ pub trait Content: Read {
     fn rewind(&mut self) -> io::Result<()>;
 }
 
-/// Content that is examined before it is stored, or is sent to several next hops. Write all of it, rewind, then read.
+/// Content that is read more than once: to examine it before it is stored, or to send it to several next hops. Write
+/// all of it, rewind, then read.
 #[derive(Default)]
 pub struct SpooledContent {
     memory: Vec<u8>,
     file: Option<BufWriter<File>>,
     wire_size: WireSize,
     eight_bit: bool,
-    /// How many octets of `memory` were read since `rewind`.
+    /// Octets of `memory` that were read since `rewind`.
     read: usize,
 }
 
 impl SpooledContent {
-    /// Appends content. `file` makes the file, once, after 256 KiB: see
+    /// Appends content. After 256 KiB `file` is called once, to make the file: see
     /// [`Maildir::unnamed_file`](super::Maildir::unnamed_file).
     ///
     /// # Errors
     ///
-    /// Those of `file`, and the system's.
+    /// Those of `file`; the system's, if the file cannot be written.
     pub fn write(&mut self, octets: &[u8], file: impl FnOnce() -> io::Result<File>) -> io::Result<()> {
         self.wire_size.feed(octets);
         self.eight_bit |= !octets.is_ascii();
@@ -61,7 +63,7 @@ impl SpooledContent {
         self.eight_bit
     }
 
-    /// Returns the first 256 KiB, or all if it is shorter. The header is in it, unless that is longer.
+    /// Returns the first 256 KiB, or the whole content if it is shorter.
     pub fn first_octets(&self) -> &[u8] {
         &self.memory
     }

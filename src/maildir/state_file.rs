@@ -1,4 +1,4 @@
-//! Files beside the queues and mailboxes that are not mail: the locks and the state of this program, in `ROOT/.odmr/`.
+//! The locks and the state of this program, in `ROOT/.odmr/`. ROOT is the spool, or the directory of the mailboxes.
 
 use std::fs::{DirBuilder, File, OpenOptions, TryLockError};
 use std::io::{self, Read, Write};
@@ -12,13 +12,13 @@ use rustix::fs::OFlags;
 use super::files::{FileId, replace_file_durably, with_path, with_remedy, write_error};
 use super::sweep::{log_sweep_failed, sweep};
 
-/// Longer than [`locked_state_file`] has a lock.
+/// How long a daemon waits for a lock that [`locked_state_file`] has for a moment.
 const LOOK_TIME: Duration = Duration::from_millis(100);
 
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 
-/// Opens the file `ROOT/.odmr/NAME` for reading and writing, and creates it if it does not exist. A symbolic link is not
-/// followed: root may work in another user's directory.
+/// Opens the file `ROOT/.odmr/NAME` for reading and writing, and creates it if it does not exist. A symbolic link is
+/// not followed: if this process is root, the user that owns the directory could make it write into any file.
 ///
 /// # Errors
 ///
@@ -28,7 +28,7 @@ pub fn open_state_file(root: &Path, name: &str) -> io::Result<File> {
     let path = directory.join(name);
     let open = || options().create(true).truncate(false).mode(0o600).open(&path);
     let file = match open() {
-        // Mostly the directory is missing; what is wrong with it, making it tells.
+        // Mostly the directory is missing. If it is not a directory, the attempt to make it has the better error.
         Err(_) => {
             make_state_directory(&directory)?;
             open()
@@ -42,7 +42,7 @@ pub fn open_state_file(root: &Path, name: &str) -> io::Result<File> {
 ///
 /// # Errors
 ///
-/// It cannot be made; the text has its path.
+/// The directory cannot be made; the text has its path.
 pub fn make_state_directory(directory: &Path) -> io::Result<()> {
     let made = DirBuilder::new().recursive(true).mode(0o700).create(directory);
     made.map_err(|error| with_remedy(directory.parent().unwrap_or(directory), with_path(directory, error)))
@@ -54,12 +54,12 @@ fn options() -> OpenOptions {
     options
 }
 
-/// Reads a state file, `limit` octets at most. Root reads it in a directory of the owner of the mail: no link is followed, and
-/// no pipe is waited for.
+/// Reads a state file, `limit` octets at most. Root may read it in another user's directory: a symbolic link is not
+/// followed, and a pipe does not block.
 ///
 /// # Errors
 ///
-/// It cannot be opened or read, or is not UTF-8. The text has no path.
+/// The file cannot be opened or read, or is not UTF-8. The text has no path.
 pub fn read_state_file(path: &Path, limit: u64) -> io::Result<String> {
     let flags = (OFlags::NOFOLLOW | OFlags::NONBLOCK).bits().cast_signed();
     let file = OpenOptions::new().read(true).custom_flags(flags).open(path)?;
@@ -68,11 +68,11 @@ pub fn read_state_file(path: &Path, limit: u64) -> io::Result<String> {
     Ok(text)
 }
 
-/// Opens that file if another process has its lock; `None`: no process has, or there is no such file.
+/// Opens the file `ROOT/.odmr/NAME` if another process has locked it; `None`: it is not locked, or does not exist.
 ///
 /// # Errors
 ///
-/// The file cannot be opened; the text has its path. The system's.
+/// The file cannot be opened or locked; the text has its path.
 pub fn locked_state_file(root: &Path, name: &str) -> io::Result<Option<File>> {
     let path = root.join(".odmr").join(name);
     let file = match options().open(&path) {
@@ -86,11 +86,12 @@ pub fn locked_state_file(root: &Path, name: &str) -> io::Result<Option<File>> {
     }
 }
 
-/// Opens and locks that file; the lock lasts as long as the file is open. `None`: another process has the lock.
+/// Opens and locks the file `ROOT/.odmr/NAME`; the lock lasts as long as the file is open. `None`: another process has
+/// the lock.
 ///
 /// # Errors
 ///
-/// Those of [`open_state_file`], and the system's.
+/// Those of [`open_state_file`], or the file cannot be locked.
 pub fn lock_state_file(root: &Path, name: &str) -> io::Result<Option<File>> {
     let file = open_state_file(root, name)?;
     match file.try_lock() {
@@ -100,18 +101,18 @@ pub fn lock_state_file(root: &Path, name: &str) -> io::Result<Option<File>> {
     }
 }
 
-/// The same, waiting for the lock; also good for a file that is removed at any time. Another thread of this process counts as
-/// another process.
+/// Like [`lock_state_file`], but waits for the lock until `late`. Other processes may remove the file at any time.
+/// Another thread of this process is locked out like another process.
 ///
 /// # Errors
 ///
-/// `TimedOut` until `late`; those of [`lock_state_file`].
+/// `TimedOut` if the lock was not released until `late`; those of [`lock_state_file`].
 pub fn wait_for_state_file(root: &Path, name: &str, late: Instant) -> io::Result<File> {
     let (path, mut pause) = (root.join(".odmr").join(name), Duration::from_micros(100));
     loop {
         let file = open_state_file(root, name)?;
         match file.try_lock() {
-            // A file that was removed meanwhile is not the one that others lock.
+            // A file that was removed meanwhile may have a successor, which others lock: try again.
             Ok(()) if FileId::of_path(&path).ok() == FileId::of_file(&file).ok() => return Ok(file),
             Ok(()) | Err(TryLockError::WouldBlock) => {}
             Err(TryLockError::Error(error)) => return Err(with_path(&path, error)),
@@ -124,8 +125,8 @@ pub fn wait_for_state_file(root: &Path, name: &str, late: Instant) -> io::Result
     }
 }
 
-/// The same for the one daemon of ROOT; `None`: another one has the lock. [`locked_state_file`], by which others see whether one
-/// runs, has it for a moment, and that is waited for.
+/// Like [`lock_state_file`], for the one daemon of ROOT; `None`: another daemon has the lock. Processes that look
+/// whether a daemon runs ([`locked_state_file`]) have the lock for a moment: this function waits for them.
 ///
 /// # Errors
 ///
@@ -137,11 +138,12 @@ pub fn lock_for_daemon(root: &Path, name: &str) -> io::Result<Option<File>> {
     }
 }
 
-/// Returns the secret key that all processes share in the file `ROOT/.odmr/NAME`. The first of them makes it of `new`.
+/// Returns the secret key in the file `ROOT/.odmr/NAME`, which all processes share. The first process writes `new` into
+/// it.
 ///
 /// # Errors
 ///
-/// Those of [`open_state_file`], and the system's.
+/// Those of [`open_state_file`], or the file cannot be locked or written.
 pub fn state_key(root: &Path, name: &str, new: [u8; 32]) -> io::Result<[u8; 32]> {
     let path = root.join(".odmr").join(name);
     let read = || {
@@ -151,7 +153,7 @@ pub fn state_key(root: &Path, name: &str, new: [u8; 32]) -> io::Result<[u8; 32]>
     if let Some(key) = read() {
         return Ok(key);
     }
-    // The file is replaced under its lock, so the next process that gets the lock must look again.
+    // Another process may have written the key before this one got the lock: read again.
     let lock = open_state_file(root, name)?;
     lock.lock()?;
     if let Some(key) = read() {
@@ -161,14 +163,14 @@ pub fn state_key(root: &Path, name: &str, new: [u8; 32]) -> io::Result<[u8; 32]>
     Ok(new)
 }
 
-/// Removes by `work` what is left over below ROOT, once a day by whichever process comes first. A failure is logged.
+/// Calls `work`, which removes what is left over in ROOT, once a day in one of all processes. A failure is logged.
 pub fn tidy_daily(root: &Path, work: impl FnOnce() -> io::Result<()>) {
     let tidied = begin_daily(root).and_then(|lock| if lock.is_some() { work() } else { Ok(()) });
     tidied.unwrap_or_else(|error| log_sweep_failed("-", &error));
 }
 
-/// Locks the file `ROOT/.odmr/tidy`, whose time says when that was done. `None`: less than a day ago, or another process
-/// does it.
+/// Locks the file `ROOT/.odmr/tidy`, whose time of modification is that of the last work. `None`: it was less than a
+/// day ago, or another process is at it.
 fn begin_daily(root: &Path) -> io::Result<Option<File>> {
     let Some(mut file) = lock_state_file(root, "tidy")? else { return Ok(None) };
     let (metadata, now) = (file.metadata()?, SystemTime::now());
@@ -180,12 +182,12 @@ fn begin_daily(root: &Path) -> io::Result<Option<File>> {
     Ok(Some(file))
 }
 
-/// Removes the files in `ROOT/.odmr/` that were not used for 36 hours and of which `is_left` is true, and those that a
-/// process has left that was killed while it replaced one.
+/// Removes files in `ROOT/.odmr/` that were not used for 36 hours: those for whose names `is_left` is true, and
+/// temporary files of processes that were killed while they replaced a file.
 ///
 /// # Errors
 ///
-/// The system's.
+/// The directory cannot be read, or a file cannot be removed.
 pub fn sweep_state_files(root: &Path, is_left: &dyn Fn(&str) -> bool) -> io::Result<()> {
     sweep(&root.join(".odmr"), &|name| name.starts_with('.') || is_left(name))
 }
@@ -199,7 +201,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_file_that_cannot_be_opened_says_what_to_do() {
+    fn the_error_about_a_file_that_cannot_be_opened_has_the_remedy() {
         let root = tempfile::tempdir().unwrap();
         let path = root.path().join(".odmr/serve");
         fs::create_dir_all(&path).unwrap();
@@ -224,7 +226,7 @@ mod tests {
         assert_eq!(ask(99), keys[0]);
         let file = root.path().join(".odmr/a-key");
         assert_eq!(file.metadata().unwrap().permissions().mode() & 0o777, 0o600);
-        // A power cut has left part of it.
+        // A power cut has left a part of the file.
         fs::write(&file, "0102").unwrap();
         assert_eq!(ask(99), [99; 32]);
         assert_eq!(ask(98), [99; 32]);

@@ -1,4 +1,4 @@
-//! What is left over and removed after 36 hours: files of writers that died, and directories that nobody uses.
+//! Removes what is left over after 36 hours: files of dead writers, and directories that are not used.
 
 use std::fmt;
 use std::fs;
@@ -10,13 +10,13 @@ use super::files::{list, remove_if_there, set_times};
 use crate::clock::Timestamp;
 use crate::net::trace::quoted;
 
-/// What was not used for this long is left over (maildir(5)).
+/// A file or directory that was not used for this long is left over (maildir(5)).
 const STALE_AGE: Duration = Duration::from_secs(36 * 60 * 60);
 
 /// Removes the files of a directory that were not used for 36 hours, if `is_left` is true of their names.
 ///
-/// A file that was last used before 2025 or in the future may be in use: its writer began before the clock was set. Its 36
-/// hours begin now.
+/// If a file was last used at an impossible time, its writer may have begun before the clock was set, and may still be
+/// writing: its 36 hours begin now.
 pub(super) fn sweep(directory: &Path, is_left: &dyn Fn(&str) -> bool) -> io::Result<()> {
     let now = SystemTime::now();
     for found in list(directory) {
@@ -25,7 +25,7 @@ pub(super) fn sweep(directory: &Path, is_left: &dyn Fn(&str) -> bool) -> io::Res
         if metadata.is_dir() || !is_left(&found.file_name().to_string_lossy()) {
             continue;
         }
-        // On a file system mounted noatime only the time of the last write is known (maildir(5)).
+        // On a file system that is mounted noatime, only the time of the last write is known (maildir(5)).
         let used = metadata.accessed().ok().max(metadata.modified().ok());
         if used.is_some_and(|used| !Timestamp::from(used).is_possible(now.into())) {
             set_times(&found.path(), now)?;
@@ -37,18 +37,17 @@ pub(super) fn sweep(directory: &Path, is_left: &dyn Fn(&str) -> bool) -> io::Res
     Ok(())
 }
 
-/// Removes a Maildir that holds nothing and, if `stale`, was not used for 36 hours, with `others`: the files beside its
-/// messages that it may have, and a Maildir of that kind within it. Anything else in it keeps it. Its caller has its lock.
+/// See [`Maildir::remove_unused`](super::Maildir::remove_unused).
 ///
-/// A writer may begin a message meanwhile: it makes what is missing. So `tmp` goes first, and stays if a writer has a file
-/// in it.
+/// A writer may begin a message meanwhile, and makes the directories that are missing. So `tmp` is removed first: if a
+/// writer has a file in it, that fails, and the Maildir stays.
 pub(super) fn remove_unused(path: &Path, others: &[&str], stale: bool) -> io::Result<bool> {
-    // An administrator may have put the Maildir elsewhere.
+    // An administrator may have replaced the Maildir by a symbolic link: it stays.
     let is_directory = |path: &Path| fs::symlink_metadata(path).is_ok_and(|metadata| metadata.is_dir());
     let parts = ["tmp", "new", "cur"].map(|name| path.join(name));
     let now = SystemTime::now();
     let is_unused = |part: &Path| {
-        // A part may be missing, if two processes have removed it and made it at the same time.
+        // A part may be missing if one process removes the Maildir while another makes it.
         let used = match fs::metadata(part).and_then(|metadata| metadata.modified()) {
             Err(error) => return error.kind() == io::ErrorKind::NotFound,
             Ok(used) => used,
@@ -89,7 +88,7 @@ fn is_stale(used: SystemTime, now: SystemTime) -> bool {
     now.duration_since(used).is_ok_and(|age| age > STALE_AGE)
 }
 
-/// Logs that what is left over in a queue could not be removed; `-`: elsewhere.
+/// Logs that left-over files could not be removed. `queue`: the domain of the queue; `-`: they are not in a queue.
 pub fn log_sweep_failed(queue: impl fmt::Display, error: &io::Error) {
     log::warn!("event=sweep-failed queue={queue} error={}", quoted(error));
 }

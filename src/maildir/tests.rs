@@ -1,4 +1,4 @@
-//! Tests of Maildirs: when a message becomes visible, and which files remain after a failure.
+//! Maildirs: when a message becomes visible, and which files remain after a failure.
 
 use super::*;
 use std::ffi::OsStr;
@@ -82,7 +82,7 @@ fn a_mailbox_has_the_permissions_that_the_mask_leaves() {
     let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
     for mask in [0o077, 0o027, 0o007, 0o022, 0] {
         let directory = tempfile::tempdir().unwrap();
-        // The umask of the test's own process applies too.
+        // The umask of this process applies too.
         let probe = directory.path().join("probe");
         DirBuilder::new().mode(0o777).create(&probe).unwrap();
         let umask = 0o777 & !mode(&probe);
@@ -111,7 +111,7 @@ fn a_sub_folder_gets_mail_if_it_exists_and_is_never_made() {
     assert!(!lists.exists());
     assert_eq!(deliver(&lists, "1", b"").unwrap_err().kind(), io::ErrorKind::NotFound);
     assert!(!lists.path().exists());
-    // Of a missing sub-folder only `tmp` is made.
+    // In a sub-folder only a missing `tmp` is made.
     for name in ["", "cur", "new"] {
         assert!(!lists.exists());
         fs::create_dir(lists.path().join(name)).unwrap();
@@ -188,7 +188,7 @@ fn no_file_is_ever_overwritten() {
     assert_eq!(error.kind(), io::ErrorKind::AlreadyExists);
     assert_eq!(fs::read(maildir.file(&entries[0])).unwrap(), b"head\nfirst");
     assert_eq!(inside(&maildir), [vec![], words(&["1,S=10,W=11"]), vec![]]);
-    // Nor is the file in `tmp` of another writer.
+    // The file of another writer in `tmp` is not overwritten either.
     fs::write(maildir.path().join("tmp/2"), "theirs").unwrap();
     assert_eq!(deliver(&maildir, "2", b"").unwrap_err().kind(), io::ErrorKind::AlreadyExists);
     assert_eq!(fs::read(maildir.path().join("tmp/2")).unwrap(), b"theirs");
@@ -320,14 +320,14 @@ fn old_files_in_tmp_are_removed_after_36_hours() {
     assert_eq!(names(maildir.path().join("tmp")), ["a-directory", "read", "written", "young"]);
 }
 
-/// Sets the time of last use.
+/// Sets the times of a file or directory to this many hours ago.
 fn set_used(path: &Path, hours: u64) {
     let time = SystemTime::now() - Duration::from_secs(hours * 60 * 60);
     File::open(path).unwrap().set_times(fs::FileTimes::new().set_accessed(time).set_modified(time)).unwrap();
 }
 
 #[test]
-fn a_queue_that_is_not_used_is_removed_and_one_with_anything_in_it_stays() {
+fn an_unused_queue_is_removed_unless_it_has_a_file() {
     let others = ["odmr.lock", ".refused"];
     let unused = |prepare: &dyn Fn(&Maildir)| {
         let (directory, maildir) = maildir();
@@ -355,7 +355,7 @@ fn a_queue_that_is_not_used_is_removed_and_one_with_anything_in_it_stays() {
             "{file}"
         );
     }
-    // An administrator has put it on another disk.
+    // An administrator has moved the queue to another disk.
     let (_directory, maildir) = unused(&|_| {});
     let link = maildir.path().with_file_name("link");
     std::os::unix::fs::symlink(maildir.path(), &link).unwrap();
@@ -363,9 +363,8 @@ fn a_queue_that_is_not_used_is_removed_and_one_with_anything_in_it_stays() {
     assert!(maildir.exists() && link.exists());
 }
 
-/// A writer that had begun before keeps its message.
 #[test]
-fn a_message_is_stored_although_its_queue_was_removed_under_it() {
+fn a_message_is_stored_even_if_its_queue_is_removed_while_it_is_written() {
     let (_directory, maildir) = maildir();
     maildir.create().unwrap();
     let mut writer = MessageWriter::default();
@@ -375,13 +374,13 @@ fn a_message_is_stored_although_its_queue_was_removed_under_it() {
     }
     maildir.remove_unused(&[], true).unwrap();
     assert!(maildir.exists(), "a writer has a file in it");
-    // What the other order of events leaves.
+    // In another order of events `new` is gone.
     fs::remove_dir(maildir.path().join("new")).unwrap();
     writer.commit().unwrap();
     assert_eq!(maildir.entries().unwrap().len(), 1);
 }
 
-/// A clock that was set while a message is being written does not make its file old.
+/// The clock may be set while a message is written.
 #[test]
 fn a_file_in_tmp_with_an_impossible_time_is_removed_36_hours_after_it_was_seen() {
     let (_directory, maildir) = maildir();
@@ -405,18 +404,18 @@ fn a_file_in_tmp_with_an_impossible_time_is_removed_36_hours_after_it_was_seen()
     }
 }
 
-/// A spool may be below directories that cannot be fsynced at all: those of autofs, or a root on squashfs.
+/// A spool may be below such directories: those of autofs, or a root on squashfs.
 #[test]
 fn directories_that_cannot_be_fsynced_are_left_out() {
     let process = Path::new("/proc/self/fd");
     if process.is_dir() {
-        assert!(sync_directory(process).is_err(), "as an example");
+        assert!(sync_directory(process).is_err(), "this is such a directory");
         sync_names(process).unwrap();
     }
 }
 
 #[test]
-fn what_is_made_once_is_not_made_again() {
+fn a_file_and_a_tree_that_exist_are_not_changed() {
     let root = tempfile::tempdir().unwrap();
     let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o777;
     let file = root.path().join("file");
@@ -432,7 +431,7 @@ fn what_is_made_once_is_not_made_again() {
     assert_eq!(make_tree(&file, &[], 0o700, None).unwrap_err().kind(), io::ErrorKind::NotADirectory);
     remove_file_durably(&file).unwrap();
     assert!(remove_file_durably(&file).unwrap_err().to_string().contains("/file: "));
-    // Nothing is left beside them.
+    // No temporary file is left beside them.
     assert_eq!(std::fs::read_dir(root.path()).unwrap().count(), 1);
     assert_eq!(std::fs::read_dir(root.path().join("above")).unwrap().count(), 1);
 }

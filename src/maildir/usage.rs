@@ -1,21 +1,23 @@
-//! How much several Maildirs hold together, and its limit: exact for all threads and processes, also after a crash.
+//! A limit for the messages of several Maildirs together. It is exact for all threads and processes, even after a
+//! crash.
 //!
-//! The file `ROOT/.odmr/usage-NAME` has an upper bound of what is held, and is locked for each change:
+//! The file `ROOT/.odmr/usage-NAME` has an upper bound of what is stored, and is locked for each change:
 //!
 //! ```text
 //! BOOT COUNTED TOOK OCTETS MESSAGES CHANGES .
 //!
-//! BOOT               the start of the system during which it was written: a power cut may lose what was written last
-//! COUNTED, TOOK      when the files were counted, since that start, and how long it took; in milliseconds, microseconds
+//! BOOT               the boot id of the system: after a power cut the file may lack the last changes, and is ignored
+//! COUNTED            when the files were counted, in milliseconds since the boot
+//! TOOK               how long the count took, in microseconds
 //! OCTETS, MESSAGES   the bound
-//! CHANGES            what the directories told of their last changes when they were counted, if nothing was added since
-//!                    and a later change would be seen by that; otherwise `-`
+//! CHANGES            a hash of the times of the directories at the count; `-` if a message was added since, or if these
+//!                    times were so recent that a later change might not be visible in them
 //! ```
 //!
-//! A message is added to the bound before it becomes visible, so a process that is killed leaves a bound that is too high.
-//! What is removed is not subtracted. So before a message is rejected the files are counted, unless nothing has changed since
-//! they were counted last. A count that took long is believed for ten times as long, so that counting takes a tenth of the
-//! time at most while mail comes and goes.
+//! A message is added to the bound before it becomes visible, so a process that is killed may leave a bound that is too
+//! high, never one that is too low. Removed messages are not subtracted. So before a message is rejected the files are
+//! counted, unless nothing has changed since the last count. If mail comes and goes all the time, a count that took
+//! long is valid for ten times as long, so that counting takes at most a tenth of the time.
 
 use std::collections::HashMap;
 use std::collections::hash_map::DefaultHasher;
@@ -36,20 +38,20 @@ use super::{CLOCK_STEP, Maildir};
 use crate::clock::uptime;
 use crate::platform::boot_id;
 
-/// How long a bound is believed: other agents add files too.
+/// How long a bound is valid. Other agents add files without changing it.
 const BOUND_LIFETIME: Duration = Duration::from_secs(10 * 60);
 
-/// How often the directories are read if they change meanwhile. A file that is renamed may be seen under neither name; it is
-/// not renamed again at once.
+/// How often the directories are read if they change meanwhile. A file that is renamed may be missed under both names,
+/// but is found the next time.
 const COUNT_ATTEMPTS: usize = 3;
 
-/// The longest time that a count is believed although the directories have changed.
-const LONGEST_BELIEF: Duration = Duration::from_secs(10);
+/// How long a count is valid at most after the directories have changed.
+const COUNT_LIFETIME: Duration = Duration::from_secs(10);
 
-/// How long a session waits for the lock: a process that was stopped may have it, or a thread whose disk hangs.
+/// How long a session waits for the lock: a stopped process may have it, or a thread whose disk hangs.
 const LOCK_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// How long a session waits for it that has the lock of another account, whose sessions wait meanwhile.
+/// How long a session waits for a lock while it has the lock of another account, for which other sessions wait.
 const SHARED_LOCK_TIMEOUT: Duration = Duration::from_millis(100);
 
 /// How long a start or a reload waits for each lock.
@@ -58,7 +60,7 @@ const RECOUNT_TIMEOUT: Duration = Duration::from_secs(1);
 /// Octets of the file at most.
 const RECORD_LIMIT: usize = 256;
 
-/// What may be in several Maildirs together.
+/// The limit for the messages of several Maildirs together.
 #[derive(Debug)]
 pub struct UsageLimit {
     root: PathBuf,
@@ -66,16 +68,17 @@ pub struct UsageLimit {
     maildirs: Vec<Maildir>,
     /// `u64::MAX`: no limit.
     limit: Usage,
-    /// The threads of this process wait for each other here, and one of them for other processes.
+    /// The threads of this process wait here for their turn; one of them waits for other processes.
     turn: Mutex<LockTurn>,
     turn_ended: Condvar,
 }
 
-/// Which thread of this process may have the lock.
+/// Whether a thread of this process has the turn to lock the file.
 #[derive(Debug, Default)]
 struct LockTurn {
     taken: bool,
-    /// The last one has waited for long, and in vain: then the next one does not wait.
+    /// The last thread has waited for long without getting the lock. So the next ones do not wait: otherwise all
+    /// threads would wait for one disk that hangs.
     in_vain: bool,
 }
 
@@ -87,7 +90,7 @@ impl PartialEq for UsageLimit {
 
 impl Eq for UsageLimit {}
 
-/// A message is too much. The payload of an [`io::Error`] of the kind `QuotaExceeded`.
+/// A message would exceed a limit. This is the payload of an [`io::Error`] of the kind `QuotaExceeded`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LimitExceeded {
     /// The name of the limit.
@@ -105,15 +108,14 @@ impl fmt::Display for LimitExceeded {
 impl Error for LimitExceeded {}
 
 impl LimitExceeded {
-    /// The payload of an error, if it has this one.
+    /// The payload of an error, if it is a `LimitExceeded`.
     pub fn of(error: &io::Error) -> Option<&LimitExceeded> {
         error.get_ref().and_then(|payload| payload.downcast_ref())
     }
 }
 
 impl UsageLimit {
-    /// The limit of the messages in all these Maildirs. `name`: that of an account, a part of the name of the file in
-    /// `ROOT/.odmr`.
+    /// The limit of the messages in all these Maildirs. `name`: the account's name, which is a part of the file's name.
     pub fn new(root: impl Into<PathBuf>, name: &str, maildirs: Vec<Maildir>, limit: Usage) -> UsageLimit {
         UsageLimit {
             root: root.into(),
@@ -125,39 +127,40 @@ impl UsageLimit {
         }
     }
 
-    /// Checks that there is room for so much more.
+    /// Checks that there is room for this much more.
     ///
     /// # Errors
     ///
-    /// [`LimitExceeded`]; the system's.
+    /// `QuotaExceeded` with [`LimitExceeded`] if there is not; `TimedOut` if the file stays locked; otherwise the
+    /// system's.
     pub fn check(&self, more: Usage) -> io::Result<()> {
-        // What is far from the limit needs no lock: it is checked once more when it is added.
+        // Far from the limit no lock is needed: the message is checked again when it is added.
         if self.is_far(more) { Ok(()) } else { self.lock(LOCK_TIMEOUT)?.check(more) }
     }
 
-    /// Whether there is room for so much more by the bound, without counting.
+    /// Whether the bound shows that there is room for this much more. Nothing is counted or locked.
     pub fn is_far(&self, more: Usage) -> bool {
         let bound = open_state_file(&self.root, &self.file_name()).ok().and_then(|file| Bound::read(&file));
         bound.is_some_and(|bound| self.exceeded(bound.used.plus(more)).is_none())
     }
 
-    /// Which of the two numbers is too large.
+    /// The unit of the number that is too large: `octets` or `messages`.
     fn exceeded(&self, used: Usage) -> Option<&'static str> {
         let Usage { octets, messages } = self.limit;
         let both = [("octets", used.octets, octets), ("messages", used.messages, messages)];
         both.into_iter().find(|(_, used, limit)| used > limit).map(|(unit, ..)| unit)
     }
 
-    /// Has the files counted before the next message is added.
+    /// Invalidates the bound, so that the files are counted before the next message is added.
     ///
     /// # Errors
     ///
-    /// The system's.
+    /// `TimedOut` if the file stays locked; otherwise the system's.
     pub fn recount_next(&self) -> io::Result<()> {
         self.lock(RECOUNT_TIMEOUT)?.file.set_len(0)
     }
 
-    /// Whose limit it is.
+    /// The name of the account.
     pub fn name(&self) -> &str {
         &self.name
     }
@@ -170,7 +173,7 @@ impl UsageLimit {
         self.turn.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Locks the file; `TimedOut` if another thread or process has its lock for longer than this.
+    /// Locks the file. The error is `TimedOut` if another thread or process has the lock for longer than `patience`.
     fn lock(&self, patience: Duration) -> io::Result<LockedUsage<'_>> {
         let name = self.file_name();
         let patience = if self.turn().in_vain { Duration::ZERO } else { patience };
@@ -194,8 +197,8 @@ impl UsageLimit {
         Ok(LockedUsage { limit: self, bound: Bound::read(&file), file, _turn: taken })
     }
 
-    /// What the directories tell of their last changes. `None`: a change from now on might not be seen by that, as the clock
-    /// of a file system is inexact.
+    /// A hash of the times of the directories. The second one is `None` if a change from now on might not be visible in
+    /// them, because the clock of a file system is inexact.
     fn changes(&self) -> (u64, Option<u64>) {
         let (now, mut hasher, mut settled) = (SystemTime::now(), DefaultHasher::new(), true);
         for directory in self.maildirs.iter().flat_map(|maildir| ["new", "cur"].map(|name| maildir.path.join(name))) {
@@ -207,7 +210,7 @@ impl UsageLimit {
         (hash, settled.then_some(hash))
     }
 
-    /// Counts the files as the status does. A file that is removed meanwhile may count.
+    /// Counts the files like `odmr status`. A file that is removed meanwhile may count.
     fn count(&self) -> io::Result<(Usage, Option<u64>)> {
         let mut files: HashMap<u64, u64> = HashMap::new();
         let mut changes = None;
@@ -234,15 +237,15 @@ impl UsageLimit {
     }
 }
 
-/// How the names of the files in `ROOT/.odmr` begin.
+/// The beginning of the names of these files in `ROOT/.odmr`.
 pub const USAGE_FILE: &str = "usage-";
 
-/// The file with the bound, while it is locked.
+/// The locked file with the bound.
 pub(super) struct LockedUsage<'a> {
     limit: &'a UsageLimit,
     /// `None`: the files must be counted.
     bound: Option<Bound>,
-    /// Closed, and so unlocked, before the next thread has its turn.
+    /// It comes before `_turn`: it is closed, and so unlocked, before the next thread has its turn.
     file: File,
     _turn: TakenTurn<'a>,
 }
@@ -258,13 +261,13 @@ impl Drop for TakenTurn<'_> {
 }
 
 impl LockedUsage<'_> {
-    /// Checks that there is room for so much more.
+    /// Checks that there is room for this much more. Counts the files before it fails.
     pub(super) fn check(&mut self, more: Usage) -> io::Result<()> {
         let bound = self.bound()?;
         if self.limit.exceeded(bound.used.plus(more)).is_none() {
             return Ok(());
         }
-        let bound = if self.is_believed(&bound) { bound } else { self.count()? };
+        let bound = if self.is_valid(&bound) { bound } else { self.count()? };
         match self.limit.exceeded(bound.used.plus(more)) {
             None => Ok(()),
             Some(unit) => {
@@ -274,7 +277,8 @@ impl LockedUsage<'_> {
         }
     }
 
-    /// Adds so much to the bound, if there is one. If that cannot be recorded, as on a full disk, the files must be counted.
+    /// Adds this much to the bound, if there is one. If the bound cannot be written, on a full disk say, invalidates
+    /// it: the files are counted next time.
     pub(super) fn add(&mut self, more: Usage) -> io::Result<()> {
         let Some(bound) = self.bound else { return Ok(()) };
         let recorded = self.record(Bound { used: bound.used.plus(more), changes: None, ..bound });
@@ -288,10 +292,10 @@ impl LockedUsage<'_> {
         }
     }
 
-    /// Whether it need not be counted again although it is too much.
-    fn is_believed(&self, bound: &Bound) -> bool {
+    /// Whether a message may be rejected by this bound without a new count.
+    fn is_valid(&self, bound: &Bound) -> bool {
         let since = uptime().saturating_sub(bound.counted);
-        since < (bound.took * 10).min(LONGEST_BELIEF)
+        since < (bound.took * 10).min(COUNT_LIFETIME)
             || bound.changes.is_some_and(|changes| changes == self.limit.changes().0)
     }
 
@@ -303,7 +307,8 @@ impl LockedUsage<'_> {
     }
 
     fn record(&mut self, bound: Bound) -> io::Result<Bound> {
-        // In place, as the file has the lock. What is left of a longer line comes after the end of this one.
+        // The file has the lock, so it is overwritten, not replaced. The rest of a longer line stays after this one's
+        // end, and is ignored.
         self.file
             .write_all_at(bound.to_text().as_bytes(), 0)
             .map_err(|error| with_path(&self.limit.root.join(".odmr").join(self.limit.file_name()), error))?;
@@ -312,7 +317,7 @@ impl LockedUsage<'_> {
     }
 }
 
-/// The content of the file, of this start of the system.
+/// The content of the file, since this boot of the system.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Bound {
     counted: Duration,
@@ -322,7 +327,7 @@ struct Bound {
 }
 
 impl Bound {
-    /// `None`: it is missing, damaged, old, or of an earlier start of the system.
+    /// Reads the bound. `None`: it is missing, damaged, too old, or from before the boot of the system.
     fn read(file: &File) -> Option<Bound> {
         let mut record = [0; RECORD_LIMIT];
         let octets = file.read_at(&mut record, 0).ok()?;
@@ -355,8 +360,8 @@ impl Bound {
     }
 }
 
-/// Adds to several limits what a message takes of each, or to none: checks all that are `enforced` before. The locks last as
-/// long as the result.
+/// Adds to all limits what a message needs of each, or to none. If `enforced`, checks all limits before. The limits are
+/// locked until the result is dropped.
 pub(super) fn lock_and_add(amounts: &[(Arc<UsageLimit>, Usage)], enforced: bool) -> io::Result<Vec<LockedUsage<'_>>> {
     let mut locked = lock_all(amounts)?;
     if enforced {
@@ -366,8 +371,9 @@ pub(super) fn lock_and_add(amounts: &[(Arc<UsageLimit>, Usage)], enforced: bool)
     Ok(locked.into_iter().map(|(usage, _)| usage).collect())
 }
 
-/// Locks several limits in their order, so that two messages seldom wait for each other. A session that has a lock waits for
-/// the next one for a short time only, and then for that one alone: an account whose lock is stuck holds up no other.
+/// Locks several limits in their order, so that two messages seldom wait for each other. While a session has a lock, it
+/// waits for the next one for a short time only; then it releases all locks and begins with that one. So an account
+/// whose lock is stuck does not block others.
 fn lock_all(amounts: &[(Arc<UsageLimit>, Usage)]) -> io::Result<Vec<(LockedUsage<'_>, Usage)>> {
     let late = Instant::now() + LOCK_TIMEOUT;
     let mut first = 0;

@@ -1,9 +1,9 @@
-//! One message into several Maildirs: all of them get it, or none.
+//! Writes one message into several Maildirs: all of them get it, or none.
 //!
-//! Its content is written once while it arrives, into the file of the first copy. The others are made of that at the end, each
-//! fsynced and closed before the next. So a message has two open files at most, however many Maildirs it is for, and takes no
-//! more than its size on the disk until it is complete. If other users may write into the first copy, a file without a name
-//! has the content instead: they must not change what others receive.
+//! While the content arrives, it is written once, into the file of the first copy. At the end the other copies are made
+//! of that file, each fsynced and closed before the next. So for any number of Maildirs a message has at most two open
+//! files, and needs its size on the disk only once until it is complete. If other users may write into the first copy,
+//! the content is written into a file without a name instead, so that they cannot change what others receive.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File, OpenOptions};
@@ -18,17 +18,18 @@ use super::quota::{QuotaCheck, Usage};
 use super::usage::{UsageLimit, lock_and_add};
 use super::{Entry, Kind, Maildir, continues_field, for_each_block, has_room};
 
-/// Octets of content after which the free space is checked again: its size may not have been announced.
+/// Octets of content after which the free space is checked again: the client may not have announced the size.
 const ROOM_CHECK_INTERVAL: u64 = 1 << 20;
 
-/// Octets of content that are collected for one write. Each connection has so many while its client is sending.
+/// Octets of content that are collected for one write. Each connection has such a buffer while its client sends
+/// content.
 const WRITE_BUFFER: usize = 16 * 1024;
 
-/// What the name of a file tells of what is in it.
+/// The facts about the content that the name of a file has.
 #[derive(Clone, Copy, Debug, Default)]
 struct ContentInfo {
     octets: u64,
-    /// LFs that get a CR on the wire.
+    /// The number of LFs that get a CR on the wire.
     lines: u64,
     eight_bit: bool,
     ends_in_cr: bool,
@@ -45,7 +46,7 @@ impl ContentInfo {
         self.eight_bit |= !octets.is_ascii();
     }
 
-    /// The same with more octets.
+    /// The facts with more octets.
     fn with(mut self, octets: &[u8]) -> ContentInfo {
         self.add(octets);
         self
@@ -57,12 +58,13 @@ impl ContentInfo {
 struct MessageCopy {
     maildir: Maildir,
     unique: String,
-    /// The lines that only this copy has, before the content.
+    /// The lines before the content that only this copy has.
     head: Vec<u8>,
+    /// The path of the file in `tmp`.
     temporary: PathBuf,
-    /// `temporary` is a file of this copy.
+    /// This copy has created `temporary`.
     exists: bool,
-    /// The message, once its file was moved out of `tmp`.
+    /// The message, after its file was moved to `new`.
     moved: Option<Entry>,
 }
 
@@ -90,15 +92,17 @@ impl MessageCopy {
         Ok(())
     }
 
-    /// Whether other users may write into the file, as far as its mode tells.
+    /// Whether other users may write into the file, according to its mode.
     fn is_open_to_others(&self) -> bool {
         self.maildir.mask & 0o022 != 0o022
     }
 
-    /// Creates the file with the content that begins `at` this octet of another one, durably. `octets`: how many there must be.
+    /// Creates the file and fsyncs it. The content begins `at` this octet of another file, and must have this many
+    /// `octets`.
     ///
     /// # Errors
-    /// `UnexpectedEof` if there are not as many: a disk that failed, or another process, has cut them off.
+    /// `UnexpectedEof` if there are fewer: the disk has failed, or another process has truncated the file. Without this
+    /// check, half a message would be stored.
     fn make_of(&mut self, content: &mut File, at: u64, octets: u64, modified: Option<SystemTime>) -> io::Result<()> {
         let mut file = self.create()?;
         let written = file.write_all(&self.head).and_then(|()| {
@@ -119,8 +123,8 @@ impl MessageCopy {
         timed.and_then(|()| file.sync_all()).map_err(|error| with_path(&self.temporary, error))
     }
 
-    /// Moves the file to `new`, under a name with its size on disk and on the wire (Maildir++ `S=` and `W=`)
-    /// and, if it has octets above 127, `E=8`.
+    /// Moves the file to `new`, under a name with its size on disk and on the wire (`S=` and `W=` of Maildir++) and, if
+    /// it has octets above 127, `E=8`.
     fn publish(&mut self, content: ContentInfo) -> io::Result<()> {
         let ContentInfo { octets, lines, eight_bit, .. } = content.with(&self.head);
         let bits = if eight_bit { ",E=8" } else { "" };
@@ -128,7 +132,7 @@ impl MessageCopy {
         let entry = Entry { name: name.into(), seen: false };
         let to = self.maildir.file(&entry);
         let publish = || move_file(&self.temporary, &to);
-        // A queue may just have been removed: `tmp` stays if a file is in it, but not `new`.
+        // Another process may be removing the queue: `tmp` stays because a file is in it, but `new` may be gone.
         if self.maildir.kind == Kind::Queue {
             self.maildir.remade(publish)?
         } else {
@@ -147,29 +151,29 @@ impl Drop for MessageCopy {
     }
 }
 
-/// Writes one message into several Maildirs: each copy begins with lines of its own, and then all have the same content.
-/// Dropped before `commit` or `prepare`, it leaves nothing.
+/// Writes one message into several Maildirs. Each copy begins with its own lines, then all have the same content. If
+/// the writer is dropped before `commit` or `prepare`, no file is left.
 #[derive(Debug, Default)]
 pub struct MessageWriter {
     copies: Vec<MessageCopy>,
-    /// The file of the first copy, or one without a name: that of which the other copies are made at the end.
+    /// The file of which the other copies are made at the end: that of the first copy, or one without a name.
     file: Option<BufWriter<File>>,
     content: ContentInfo,
     /// Octets of content since the free space was checked.
     unchecked: u64,
-    /// Octets that stay free on the disk of each copy.
+    /// Octets that must stay free on the disk of each copy.
     reserve: u64,
-    /// The time of modification of the copies, if it is not that of the last write.
+    /// The time of modification of the copies; `None`: that of the last write.
     modified: Option<SystemTime>,
     limits: CountedCopies,
 }
 
-/// The limits that the copies of a message count in.
+/// The limits in which the copies of a message count.
 #[derive(Debug, Default)]
 struct CountedCopies {
-    /// Each with the index of a copy.
+    /// Each limit with the index of a copy that counts in it.
     of_copies: Vec<(usize, Arc<UsageLimit>)>,
-    /// Whether a message that is too much is rejected.
+    /// A message that exceeds a limit is not stored.
     enforced: bool,
 }
 
@@ -180,6 +184,10 @@ impl MessageWriter {
     }
 
     /// Begins one more copy with `head`. Begin all copies before content is written: a later one would lack it.
+    ///
+    /// # Errors
+    ///
+    /// The file of the first copy cannot be created, or `tmp` of a later one cannot be written to.
     pub fn begin(&mut self, maildir: &Maildir, unique: &str, head: &[u8]) -> io::Result<()> {
         let mut copy = MessageCopy::new(maildir, unique, head);
         match &mut self.copies[..] {
@@ -189,10 +197,10 @@ impl MessageWriter {
                 self.file = Some(file);
             }
             [first, others @ ..] => {
-                // It is made at the end; if it cannot be, the client must hear that before it sends the content.
+                // The copy is made at the end. If it cannot be, reply so before the client sends the content.
                 maildir.check_writable()?;
                 if others.is_empty() && first.is_open_to_others() {
-                    // Without writing what it has collected.
+                    // Drop the buffer without writing it.
                     self.file.take().map(BufWriter::into_parts);
                     first.remove()?;
                     let file = first.maildir.unnamed_file(unique)?;
@@ -209,22 +217,24 @@ impl MessageWriter {
         self.modified = Some(time);
     }
 
-    /// Has the copy that was begun last count in a limit.
+    /// Counts the copy that was begun last in a limit.
     pub fn count_in(&mut self, limit: &Arc<UsageLimit>) {
         self.limits.of_copies.push((self.copies.len() - 1, limit.clone()));
     }
 
-    /// Has the message not stored if it is too much for a limit in which a copy counts.
+    /// Makes [`PreparedMessage::publish`] fail if the message exceeds a limit in which a copy counts. Otherwise it only
+    /// counts.
     pub fn enforce_limits(&mut self) {
         self.limits.enforced = true;
     }
 
-    /// Keeps this reserve free from now on, whatever size was announced, and checks that the disks of all copies have room for
-    /// this many octets of content more, in each copy.
+    /// Checks that the disks of all copies have room for this many more octets of content in each copy, and for the
+    /// reserve. The reserve is checked again while content is written, because a client may send more than it has
+    /// announced.
     ///
     /// # Errors
     ///
-    /// `StorageFull` if one of them has not.
+    /// `StorageFull` if a disk does not have the room.
     pub fn keep_free(&mut self, reserve: u64, octets: u64) -> io::Result<()> {
         self.reserve = reserve;
         self.check_room(octets)
@@ -241,8 +251,12 @@ impl MessageWriter {
 
     /// Appends content, with LF line ends, to all copies.
     ///
-    /// Content that begins with white space is no header: a blank line comes before it, so that it does not continue the last
-    /// field of the head (RFC 5322 section 2.2.3).
+    /// Content that begins with white space gets a blank line before it: otherwise it would continue the last field of
+    /// the head (RFC 5322 section 2.2.3).
+    ///
+    /// # Errors
+    ///
+    /// `StorageFull` if a disk has no room left; otherwise the file cannot be written.
     pub fn write(&mut self, octets: &[u8]) -> io::Result<()> {
         if self.content.octets == 0 && continues_field(octets) {
             self.append(b"\n")?;
@@ -261,8 +275,12 @@ impl MessageWriter {
         file.write_all(octets).map_err(|error| with_path(&first.temporary, error))
     }
 
-    /// Stores all copies durably, or none: [`MessageWriter::prepare`], then [`PreparedMessage::publish`]. Returns an
-    /// entry for each copy, in the order in which they were begun.
+    /// Commits all copies, or none: [`MessageWriter::prepare`], then [`PreparedMessage::publish`]. Returns an entry for
+    /// each copy, in the order in which they were begun.
+    ///
+    /// # Errors
+    ///
+    /// Those of these two functions.
     pub fn commit(self) -> io::Result<Vec<Entry>> {
         self.prepare()?.publish()
     }
@@ -271,11 +289,11 @@ impl MessageWriter {
     ///
     /// # Errors
     ///
-    /// `QuotaExceeded` if a mailbox has no room, `StorageFull` if a disk has none, else the system's. All copies are removed
-    /// then.
+    /// `QuotaExceeded` if a mailbox has no room, `StorageFull` if a disk has none, otherwise the system's. After an
+    /// error no copy is left.
     pub fn prepare(mut self) -> io::Result<PreparedMessage> {
         let mut quotas = QuotaCheck::default();
-        // Quotas first, so that the disk does not work for a message that is rejected.
+        // Check the quotas first, so that nothing is written for a message that is rejected.
         for copy in self.copies.iter().filter(|copy| copy.maildir.has_quota()) {
             let octets = self.content.octets + copy.head.len() as u64;
             quotas.admit(&copy.maildir.path, || copy.unique.clone(), octets)?;
@@ -291,14 +309,16 @@ impl MessageWriter {
             if !first.exists {
                 first.make_of(&mut file, at, octets, modified)?;
             }
-            // Last: only fsync reports that the system could not write what the copies were made of.
+            // Sync this file last: only fsync reports that the system could not write the content of which the copies
+            // were made.
             first.sync(&file, modified)?;
         }
         Ok(PreparedMessage { copies: self.copies, content: self.content, quotas, limits: self.limits })
     }
 }
 
-/// Copies of a message that are durable in `tmp` and not yet visible. Dropped before `publish`, it leaves nothing.
+/// Copies of a message that are fsynced in `tmp` and not yet visible. If this is dropped before `publish`, no file is
+/// left.
 pub struct PreparedMessage {
     copies: Vec<MessageCopy>,
     content: ContentInfo,
@@ -307,18 +327,18 @@ pub struct PreparedMessage {
 }
 
 impl PreparedMessage {
-    /// The second half of `commit`: makes all copies visible. It needs no disk space for content. Returns an entry for
-    /// each copy, in the order in which they were begun.
+    /// The second half of `commit`: makes all copies visible, and fsyncs their directories. It needs no disk space for
+    /// content. Returns an entry for each copy, in the order in which they were begun.
     ///
     /// # Errors
     ///
-    /// [`LimitExceeded`](super::LimitExceeded), which leaves nothing; the system's. If one copy cannot be moved, those that were
-    /// moved are removed again.
+    /// `QuotaExceeded` with [`LimitExceeded`](super::LimitExceeded); the system's, if a copy cannot be moved or a
+    /// directory fsynced. After an error no copy is left.
     pub fn publish(mut self) -> io::Result<Vec<Entry>> {
         let amounts = self.amounts();
         let locks = lock_and_add(&amounts, self.limits.enforced)?;
         let published = self.copies.iter_mut().try_for_each(|copy| copy.publish(self.content));
-        // Others that count in the same limits need not wait for the disk.
+        // Release the limits: other messages that count in them need not wait for the disk.
         drop(locks);
         let sync = |path: &PathBuf| sync_directory(path).and_then(|()| sync_names(path));
         let durable = published.and_then(|()| self.directories().iter().try_for_each(sync));
@@ -334,7 +354,7 @@ impl PreparedMessage {
         Ok(self.copies.iter().filter_map(|copy| copy.moved.clone()).collect())
     }
 
-    /// What the message takes of each limit, in the order of their names.
+    /// What the message adds to each limit, in the order of their names.
     fn amounts(&self) -> Vec<(Arc<UsageLimit>, Usage)> {
         let mut amounts: BTreeMap<&str, (Arc<UsageLimit>, Usage)> = BTreeMap::new();
         for (copy, limit) in &self.limits.of_copies {
@@ -345,7 +365,7 @@ impl PreparedMessage {
         amounts.into_values().collect()
     }
 
-    /// The directories in which the copies appear, each once: each fsync costs as much as a message.
+    /// The directories of the copies, each once, because each fsync costs as much as a message.
     fn directories(&self) -> BTreeSet<PathBuf> {
         self.copies.iter().map(|copy| copy.maildir.path.join("new")).collect()
     }

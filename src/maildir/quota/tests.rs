@@ -51,7 +51,7 @@ fn limits_are_parsed() {
     check(" 1000S , 10C \r", Some((1000, 10)));
     check("0S,10C", Some((UNLIMITED, 10)));
     check("0S", Some((UNLIMITED, UNLIMITED)));
-    // Unknown letters.
+    // Unknown units.
     check("7X,1000S,3s", Some((1000, UNLIMITED)));
     check("7X", Some((UNLIMITED, UNLIMITED)));
     check("1000S,rubbish", Some((1000, UNLIMITED)));
@@ -83,7 +83,7 @@ fn the_quota_file_is_parsed() {
     check(b"9S\n100 2\n-101 -1\n", None, 2);
     check(b"9S\n100 2\n-10 -3\n", None, 2);
     check(b"9S\n99999999999999999999 1\n", None, 1);
-    // The file was cut off.
+    // The file was truncated.
     check(b"9S\n100 2\n50", None, 2);
     check(b"9S\n100 2\n\0\0\0\0\n", None, 2);
     check(b"9S\n\xff\xfe\n", None, 0);
@@ -124,7 +124,7 @@ fn file_names_give_the_size_and_whether_a_message_counts() {
     check("1.M2P3.host,S=10,W=12:2,FS", Some(10), false);
     check("1.M2P3.host,W=12,S=10:2,ST", Some(10), true);
     check("1.M2P3.host:2,T", None, true);
-    // Small letters are keywords; after another character there are no flags.
+    // `a` to `z` are keywords; after another character there are no flags.
     check("1.M2P3.host,S=10:2,St", Some(10), false);
     check("1.M2P3.host,S=10:2,S,T", Some(10), false);
     check("1.M2P3.host,S=:1,T", None, false);
@@ -138,7 +138,7 @@ fn an_accepted_message_is_added_to_the_file() {
     let (_directory, maildir) = mailbox_with("100S,3C\n10 1\n");
     deliver(&maildir, "1", 40).unwrap();
     assert_eq!(maildirsize(&maildir), "100S,3C\n10 1\n40 1\n");
-    // Up to the last octet.
+    // The last octet of the quota may be used.
     deliver(&maildir, "2", 50).unwrap();
     assert_eq!(maildirsize(&maildir), "100S,3C\n10 1\n40 1\n50 1\n");
 }
@@ -166,13 +166,13 @@ fn a_mailbox_without_quota_gets_no_file() {
     fs::remove_file(maildir.path().join(NAME)).unwrap();
     deliver(&maildir, "1", 10).unwrap();
     assert!(!maildir.path().join(NAME).exists());
-    // A file that defines no quota is left alone.
+    // A file that defines no quota is not changed.
     for content in ["", "\n", "hello\n1 1\n"] {
         let (_directory, maildir) = mailbox_with(content);
         deliver(&maildir, "1", 10).unwrap();
         assert_eq!(maildirsize(&maildir), content);
     }
-    // A quota without limits is kept up to date: mail readers show how much the mailbox holds.
+    // A quota without limits is kept up to date: mail readers show what is stored in the mailbox.
     let (_directory, maildir) = mailbox_with("0S\n70 7\n");
     deliver(&maildir, "1", 10).unwrap();
     assert_eq!(maildirsize(&maildir), "0S\n70 7\n10 1\n");
@@ -216,22 +216,22 @@ fn a_message_that_is_not_published_is_not_counted() {
     let mut writer = MessageWriter::default();
     writer.begin(&maildir, "1", b"0123456789").unwrap();
     drop(writer);
-    // Nor is one whose file could not be moved.
+    // A message whose file could not be moved is not counted either.
     fs::write(maildir.path().join("new/2,S=10,W=10"), "").unwrap();
     assert_eq!(deliver(&maildir, "2", 10).unwrap_err().kind(), io::ErrorKind::AlreadyExists);
     assert_eq!(maildirsize(&maildir), "100S\n0 0\n");
 }
 
-/// The mailbox holds one message of 20 octets.
+/// The mailbox has one message of 20 octets.
 #[test]
 fn a_mailbox_is_counted_again_if_the_file_may_be_wrong() {
     let young = Duration::from_secs(14 * 60);
     let long = format!("100S\n{}", "0 00\n".repeat(1023));
     for (content, written, recounted) in [
-        // Enough room: the sum is believed, however old.
+        // There is enough room: the sum is valid at any age.
         ("100S\n90 1\n", COUNT_LIFETIME, false),
         ("100S\n50 1\n40 1\n", COUNT_LIFETIME, false),
-        // Full: a fresh count is believed.
+        // The mailbox is full: only a recent count is valid.
         ("100S\n91 1\n", young, false),
         ("100S\n91 1\n", COUNT_LIFETIME, true),
         ("100S\n50 1\n41 1\n", young, true),
@@ -306,7 +306,7 @@ fn a_message_in_a_sub_folder_counts_in_the_mailbox() {
     assert_eq!(maildirsize(&maildir), "30S\n0 0\n20 1\n");
     let error = quota_error(deliver(&maildir.folder("lists"), "2", 11));
     assert!(error.starts_with(&format!("{}: ", maildir.path().display())), "{error}");
-    // The trash needs no room.
+    // A message for the trash needs no room.
     deliver(&maildir.folder("Trash"), "3", 1000).unwrap();
     assert_eq!(maildirsize(&maildir), "30S\n20 1\n");
     // A directory with a dot is a sub-folder only within a mailbox.
@@ -319,7 +319,7 @@ fn a_message_in_a_sub_folder_counts_in_the_mailbox() {
 }
 
 #[test]
-fn a_link_directory_or_pipe_instead_of_the_file_is_an_error() {
+fn a_link_a_directory_or_a_pipe_instead_of_the_file_is_an_error() {
     let (directory, maildir) = mailbox_with("");
     let path = maildir.path().join(NAME);
     let other = directory.path().join("other");
@@ -357,7 +357,7 @@ fn a_failure_to_record_does_not_undo_the_delivery() {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(16))]
 
-    /// One writer, and a reader that records what it removes: the sum is always exact.
+    /// With one writer, and a mail reader that records what it removes, the sum is always exact.
     #[test]
     fn a_message_is_rejected_exactly_when_there_is_no_room(
         limits in (100_u64..400, 2_u64..8),

@@ -1,4 +1,4 @@
-//! Tests of limits: the bound, counting, several writers, and several limits.
+//! Limits: the bound, counting, several writers, and several limits.
 
 use super::*;
 use crate::maildir::{Entry, MessageWriter};
@@ -35,9 +35,9 @@ impl LimitedMaildirs {
         writer.commit().map(|mut entries| entries.remove(0))
     }
 
-    /// Stores a message for which there is room, as soon as the last count is not believed any more.
-    fn store_at_last(&self, index: usize, unique: &str, octets: usize) {
-        let late = Instant::now() + LONGEST_BELIEF;
+    /// Stores a message for which there is room, as soon as the last count is no longer valid.
+    fn store_after_count(&self, index: usize, unique: &str, octets: usize) {
+        let late = Instant::now() + COUNT_LIFETIME;
         while let Err(error) = self.store(index, unique, octets) {
             assert!(Instant::now() < late, "{error}");
             std::thread::sleep(Duration::from_millis(5));
@@ -63,9 +63,9 @@ fn a_limit_is_reached_and_never_exceeded() {
     let second = place.store(1, "2", 400).unwrap();
     assert_eq!(place.exceeded(place.store(0, "3", 1)), "octets");
     assert_eq!(place.held(), Usage { octets: 1000, messages: 2 });
-    // What is removed makes room, and what other agents add takes it.
+    // A removed message makes room, and other agents use it up.
     place.maildirs[1].remove(&second).unwrap();
-    place.store_at_last(0, "3", 1);
+    place.store_after_count(0, "3", 1);
     std::fs::write(place.maildirs[0].path().join("cur/4:2,S"), vec![b'x'; 399]).unwrap();
     place.store_as(0, "5", 1, false).unwrap();
     assert_eq!(place.held(), Usage { octets: 1001, messages: 4 });
@@ -84,7 +84,7 @@ fn messages_are_limited_without_octets() {
 }
 
 #[test]
-fn the_files_decide_if_the_bound_is_of_no_use() {
+fn the_files_are_counted_if_the_bound_is_not_valid() {
     let place = place(1000, u64::MAX);
     place.store(0, "1", 500).unwrap();
     let good = std::fs::read_to_string(place.file()).unwrap();
@@ -106,7 +106,7 @@ fn the_files_decide_if_the_bound_is_of_no_use() {
     }
     std::fs::remove_file(place.file()).unwrap();
     place.store(0, "2", 500).unwrap();
-    // A bound that is too high, as of a process that was killed, is only a reason to count.
+    // A process that was killed has left a bound that is too high: the files are counted.
     std::fs::write(place.file(), format!("{boot} {now} 0 9999 9 - .\n{good}")).unwrap();
     assert_eq!(place.exceeded(place.store(0, "3", 1)), "octets");
     let counted = Bound::read(&File::open(place.file()).unwrap()).unwrap();
@@ -128,7 +128,7 @@ fn a_full_account_is_not_counted_for_each_recipient() {
             File::open(maildir.path().join(name)).unwrap().set_modified(long_ago).unwrap();
         }
     }
-    // A first count that took long would be believed.
+    // If the first count had taken long, it would be valid for some time.
     place.limit.recount_next().unwrap();
     assert!(place.limit.check(more).is_err());
     let first = counted();
@@ -136,7 +136,7 @@ fn a_full_account_is_not_counted_for_each_recipient() {
     std::thread::sleep(Duration::from_millis(20));
     assert!(place.limit.check(more).is_err());
     assert_eq!(counted(), first);
-    // A count that has taken long is believed for longer, whatever changes.
+    // A count that has taken long is valid for longer, even after changes.
     let slow = Bound { counted: uptime(), took: Duration::from_secs(1), changes: None, ..first };
     std::fs::write(place.file(), slow.to_text()).unwrap();
     assert!(place.limit.check(more).is_err());
@@ -178,20 +178,20 @@ fn many_writers_fill_an_account_and_never_exceed_it() {
     std::thread::scope(|scope| {
         for writer in 0..8 {
             scope.spawn(move || {
-                let mut refused = 0;
+                let mut rejected = 0;
                 for number in 0.. {
-                    // Sizes from 100 to 2,000 octets, in an order that each writer has for itself.
+                    // The sizes are 100 to 2,000 octets, in another order for each writer.
                     let octets = 100 + (number * 7919 + writer * 104_729) % 1901;
                     match place.store(number % 2, &format!("{writer}-{number}"), octets) {
                         Ok(entry) if number % 3 == 0 => place.maildirs[number % 2].remove(&entry).unwrap(),
                         Ok(_) => {}
                         Err(error) => {
                             assert_eq!(error.kind(), io::ErrorKind::QuotaExceeded, "{error}");
-                            refused += 1;
+                            rejected += 1;
                         }
                     }
                     assert!(place.held().octets <= 100_000 + 8 * 2000);
-                    if refused > 60 {
+                    if rejected > 60 {
                         break;
                     }
                 }
@@ -199,14 +199,14 @@ fn many_writers_fill_an_account_and_never_exceed_it() {
         }
     });
     assert!(place.held().octets <= 100_000);
-    // Only what is left decides.
+    // Then exactly what is left can be stored.
     let left = 100_000 - place.held().octets;
-    place.store_at_last(0, "last", usize::try_from(left).unwrap());
+    place.store_after_count(0, "last", usize::try_from(left).unwrap());
     assert_eq!(place.held().octets, 100_000);
 }
 
 #[test]
-fn an_account_whose_lock_is_stuck_holds_up_no_other() {
+fn an_account_whose_lock_is_stuck_does_not_block_others() {
     let directory = tempfile::tempdir().unwrap();
     let of = |name: &str| {
         let maildir = Maildir::new(directory.path().join(name));
@@ -247,7 +247,7 @@ fn an_account_whose_lock_is_stuck_holds_up_no_other() {
 }
 
 #[test]
-fn threads_give_up_a_lock_that_is_stuck() {
+fn threads_do_not_wait_for_ever_for_a_lock_that_is_stuck() {
     let place = place(1000, u64::MAX);
     let held = place.limit.lock(LOCK_TIMEOUT).unwrap();
     let patience = Duration::from_millis(50);

@@ -1,4 +1,4 @@
-//! Messages written into several Maildirs.
+//! Messages that are written into several Maildirs.
 
 use std::collections::HashSet;
 
@@ -15,7 +15,7 @@ fn maildirs<const N: usize>(names: [&str; N]) -> (tempfile::TempDir, [Maildir; N
     masked(names, 0o077)
 }
 
-/// How many files are in `tmp`, `new` and `cur`.
+/// The numbers of files in `tmp`, `new` and `cur`.
 fn files(maildir: &Maildir) -> [usize; 3] {
     ["tmp", "new", "cur"].map(|name| fs::read_dir(maildir.path.join(name)).unwrap().count())
 }
@@ -56,7 +56,7 @@ fn content_is_written_once_while_it_arrives_and_the_copies_are_made_at_the_end()
 }
 
 #[test]
-fn a_copy_that_cannot_be_created_is_known_before_there_is_content() {
+fn a_copy_that_cannot_be_created_is_an_error_before_the_content() {
     let (_directory, maildirs) = maildirs(["a", "b", "c"]);
     for broken in 0..3 {
         let mut writer = begin(&maildirs[..broken]);
@@ -87,9 +87,9 @@ fn no_copy_is_left_if_one_cannot_be_made() {
     }
 }
 
-/// A disk that fails later than the write, or another process, has cut it.
+/// The disk fails after the write, or another process truncates the file.
 #[test]
-fn a_copy_of_content_that_has_become_shorter_is_not_made() {
+fn no_copy_is_made_of_content_that_was_truncated() {
     let (_directory, maildirs) = maildirs(["a", "b"]);
     let mut writer = begin(&maildirs);
     writer.write(&[b'x'; 2 * WRITE_BUFFER]).unwrap();
