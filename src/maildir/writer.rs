@@ -340,6 +340,7 @@ impl PreparedMessage {
         let published = self.copies.iter_mut().try_for_each(|copy| copy.publish(self.content));
         // Release the limits: other messages that count in them need not wait for the disk.
         drop(locks);
+        // The commit point: after the fsync a power cut does not lose the message.
         let sync = |path: &PathBuf| sync_directory(path).and_then(|()| sync_names(path));
         let durable = published.and_then(|()| self.directories().iter().try_for_each(sync));
         if let Err(error) = durable {

@@ -26,7 +26,7 @@ use crate::smtp::command::{Envelope, Recipient};
 use crate::smtp::content::WireSize;
 use crate::smtp::status::{DecidedBy, DeliveryResult, RecipientStatus};
 
-/// Names tried for a message in `.refused`: an earlier version put copies there, one for each rejection.
+/// Names tried for a message in `.refused`: an earlier version may have put copies for other recipients there.
 const SET_ASIDE_NAMES: usize = 1000;
 
 /// Octets of a header that are read at most to find whether it needs SMTPUTF8. A few threads do this for all turned
@@ -383,6 +383,8 @@ impl QueuedMessage {
             }
             return finished.map(|()| true);
         }
+        // The settlement: after the fsync a power cut does not send the message to these recipients again. A single
+        // recipient needs no mark, because the file is moved.
         if !marks.is_empty() && (self.marks.len() > 1 || !all_settled) {
             self.write_marks(&marks)?;
             self.file.sync_data().map_err(|error| with_path(&self.maildir.file(&self.entry), error))?;
@@ -410,7 +412,7 @@ impl QueuedMessage {
         let write = || {
             let modified = self.file.metadata()?.modified()?;
             marks.iter().try_for_each(|(place, mark)| self.file.write_all_at(&[mark.octet()], *place))?;
-            // An error is not one of the marks: the system may permit only the owner to set times.
+            // The marks are written even if this fails: the system may permit only the owner to set times.
             let _ = self.file.set_modified(modified);
             Ok(())
         };
