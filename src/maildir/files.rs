@@ -76,7 +76,6 @@ impl FileId {
     /// Returns the id of an open file.
     ///
     /// # Errors
-    ///
     /// The system's, without the path.
     pub fn of_file(file: &File) -> io::Result<FileId> {
         file.metadata().map(|metadata| FileId::of(&metadata))
@@ -85,7 +84,6 @@ impl FileId {
     /// Returns the id of the file, link or directory of this name.
     ///
     /// # Errors
-    ///
     /// `NotFound` if there is none; otherwise the system's. Without the path.
     pub fn of_path(path: &Path) -> io::Result<FileId> {
         fs::symlink_metadata(path).map(|metadata| FileId::of(&metadata))
@@ -234,7 +232,6 @@ fn same_file(one: &Path, other: &Path) -> bool {
 /// Removes a file. If it is gone already, that is not an error.
 ///
 /// # Errors
-///
 /// The file cannot be removed.
 pub fn remove_if_there(path: &Path) -> io::Result<()> {
     match fs::remove_file(path) {
@@ -259,7 +256,6 @@ pub(super) fn set_times(path: &Path, time: SystemTime) -> io::Result<()> {
 /// [`Maildir::unnamed_file`](super::Maildir::unnamed_file) does.
 ///
 /// # Errors
-///
 /// The file cannot be created.
 pub fn unnamed_file_in(directory: &Path, unique: &str) -> io::Result<File> {
     let path = directory.join(format!("odmr-{unique}"));
@@ -283,7 +279,6 @@ pub fn write_denial(directory: &Path) -> Option<io::Error> {
 /// missing. Nothing is fsynced: a power cut may lose both texts.
 ///
 /// # Errors
-///
 /// The file cannot be written; the old one stays.
 pub fn replace_file(path: &Path, text: &str) -> io::Result<()> {
     replace(path, text, &|_| Ok(()))
@@ -292,7 +287,6 @@ pub fn replace_file(path: &Path, text: &str) -> io::Result<()> {
 /// Like [`replace_file`], but fsyncs the file and its name. If the file exists, its mode and its owner stay.
 ///
 /// # Errors
-///
 /// The file cannot be written; the old one stays.
 pub fn replace_file_durably(path: &Path, text: &str) -> io::Result<()> {
     replace(path, text, &|file| {
@@ -316,7 +310,6 @@ pub fn replace_file_durably(path: &Path, text: &str) -> io::Result<()> {
 /// of this process. Other users cannot read it before it has its mode.
 ///
 /// # Errors
-///
 /// `AlreadyExists` if there is a file of that name, which stays; otherwise the file cannot be written.
 pub fn create_file_durably(path: &Path, text: &str, mode: u32, group: Option<u32>) -> io::Result<()> {
     let complete = |file: &File| {
@@ -335,7 +328,6 @@ pub fn create_file_durably(path: &Path, text: &str, mode: u32, group: Option<u32
 /// made if they are missing. Returns whether it was made: a directory that exists stays as it is.
 ///
 /// # Errors
-///
 /// `NotADirectory` if there is a file of that name; otherwise a directory cannot be made.
 pub fn make_tree(path: &Path, below: &[PathBuf], mode: u32, owner: Option<(u32, u32)>) -> io::Result<bool> {
     match fs::metadata(path) {
@@ -381,7 +373,6 @@ pub fn make_tree(path: &Path, below: &[PathBuf], mode: u32, owner: Option<(u32, 
 /// Removes a file, and fsyncs its directory: it stays removed after a power cut.
 ///
 /// # Errors
-///
 /// The file cannot be removed.
 pub fn remove_file_durably(path: &Path) -> io::Result<()> {
     fs::remove_file(path).map_err(|error| with_path(path, error))?;

@@ -115,7 +115,6 @@ impl Maildir {
     /// ([`MessageWriter::commit`]).
     ///
     /// # Errors
-    ///
     /// A directory cannot be made.
     pub fn create(&self) -> io::Result<()> {
         self.remade(|| self.make_missing())
@@ -152,7 +151,6 @@ impl Maildir {
     /// new file name, which is used if the mailbox must be counted again.
     ///
     /// # Errors
-    ///
     /// `QuotaExceeded` if there is no room; the system's, if the quota cannot be read.
     pub fn check_quota(&self, unique: impl FnOnce() -> String, octets: u64) -> io::Result<()> {
         if self.has_quota() { QuotaCheck::default().admit(&self.path, unique, octets) } else { Ok(()) }
@@ -214,7 +212,6 @@ impl Maildir {
     /// when its last descriptor is closed, even if the process is killed. `unique` is its name for a moment.
     ///
     /// # Errors
-    ///
     /// The file cannot be created.
     pub fn unnamed_file(&self, unique: &str) -> io::Result<File> {
         let file = self.create_temporary(unique, OpenOptions::new().read(true).mode(0o600))?;
@@ -227,7 +224,6 @@ impl Maildir {
     /// memory: use [`Maildir::list`] for queues that may have a million messages.
     ///
     /// # Errors
-    ///
     /// A directory cannot be read.
     pub fn entries(&self) -> io::Result<Vec<Entry>> {
         let mut entries = self.list().collect::<io::Result<Vec<Entry>>>()?;
@@ -239,7 +235,6 @@ impl Maildir {
     /// `file` if that is known. `None`: the message is gone.
     ///
     /// # Errors
-    ///
     /// A directory cannot be read.
     pub fn find(&self, entry: &Entry, file: Option<FileId>) -> io::Result<Option<Entry>> {
         let is_it = |other: &Entry| {
@@ -270,7 +265,6 @@ impl Maildir {
     /// Returns whether there is no message. Reads the directories only up to the first one.
     ///
     /// # Errors
-    ///
     /// A directory cannot be read.
     pub fn is_empty(&self) -> io::Result<bool> {
         Ok(self.count(1)? == 0)
@@ -279,7 +273,6 @@ impl Maildir {
     /// Counts the messages, and stops at `limit`.
     ///
     /// # Errors
-    ///
     /// A directory cannot be read.
     pub fn count(&self, limit: usize) -> io::Result<usize> {
         self.count_if(limit, |_| true)
@@ -288,7 +281,6 @@ impl Maildir {
     /// Counts the messages for which `counts` is true, and stops at `limit`.
     ///
     /// # Errors
-    ///
     /// A directory cannot be read.
     pub fn count_if(&self, limit: usize, counts: impl Fn(&Entry) -> bool) -> io::Result<usize> {
         let counted = self.list().filter(|entry| entry.as_ref().map_or(true, &counts));
@@ -309,7 +301,6 @@ impl Maildir {
     /// Calls `show` for each plain file that may be a message, in no order. No file is opened.
     ///
     /// # Errors
-    ///
     /// A directory cannot be read, or `show` fails.
     pub fn each_file(&self, show: &mut dyn FnMut(Entry, &DirEntry) -> io::Result<()>) -> io::Result<()> {
         for (directory, seen) in [("new", false), ("cur", true)] {
@@ -335,7 +326,6 @@ impl Maildir {
     /// twice, but it is not lost.
     ///
     /// # Errors
-    ///
     /// `NotFound` if there is no file of that name.
     pub fn remove(&self, entry: &Entry) -> io::Result<()> {
         let path = self.file(entry);
@@ -345,7 +335,6 @@ impl Maildir {
     /// Renames a message: adds the flag, if there is one, and replaces the record of attempts. Returns the new entry.
     ///
     /// # Errors
-    ///
     /// `AlreadyExists` if another file has that name; `NotFound` if there is no file of the old name.
     pub fn rename(&self, entry: &Entry, flag: Option<char>, record: &AttemptRecord) -> io::Result<Entry> {
         let recorded = entry.with_record(record);
@@ -359,7 +348,6 @@ impl Maildir {
     /// Moves a message to `new` of another Maildir on the same disk, which is made if it is missing, under this name.
     ///
     /// # Errors
-    ///
     /// `AlreadyExists` if another file has that name; `NotFound` if there is no file of the old name.
     pub fn move_to(&self, entry: &Entry, other: &Maildir, name: OsString) -> io::Result<()> {
         other.create()?;
@@ -372,7 +360,6 @@ impl Maildir {
     /// so that a power cut leaves one of the two. Returns the copy.
     ///
     /// # Errors
-    ///
     /// `NotFound` if a mail reader has moved the original meanwhile; the system's, if the copy cannot be made.
     pub fn replace_by_copy(&self, entry: &Entry, original: &File, unique: &str) -> io::Result<File> {
         let (path, temporary) = (self.file(entry), self.temporary(unique));
@@ -397,7 +384,6 @@ impl Maildir {
     /// Removes the files that dead writers have left in `tmp`: those not used for 36 hours.
     ///
     /// # Errors
-    ///
     /// The directory cannot be read, or a file cannot be removed.
     pub fn sweep(&self) -> io::Result<()> {
         sweep::sweep(&self.path.join("tmp"), &|_| true)
@@ -408,7 +394,6 @@ impl Maildir {
     /// lock. A writer that needs the Maildir meanwhile makes it again. Returns whether it was removed.
     ///
     /// # Errors
-    ///
     /// A directory cannot be read, or a file cannot be removed.
     pub fn remove_unused(&self, others: &[&str], stale: bool) -> io::Result<bool> {
         sweep::remove_unused(&self.path, others, stale)
@@ -424,7 +409,6 @@ pub fn continues_field(content: &[u8]) -> bool {
 /// line.
 ///
 /// # Errors
-///
 /// Those of `content` and of `each`.
 pub fn for_each_block(content: &mut dyn Read, mut each: impl FnMut(&[u8]) -> io::Result<()>) -> io::Result<()> {
     let mut block = vec![0; BLOCK_SIZE];

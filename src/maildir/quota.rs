@@ -51,7 +51,6 @@ impl QuotaCheck {
     /// `unique` returns a new file name, which is used for a new count.
     ///
     /// # Errors
-    ///
     /// `QuotaExceeded` with the mailbox that has no room; the system's, if the quota cannot be read or the mailbox
     /// counted.
     pub fn admit(&mut self, maildir: &Path, unique: impl FnOnce() -> String, octets: u64) -> io::Result<()> {

@@ -14,7 +14,6 @@ pub trait Content: Read {
     /// Goes back to the beginning of the content.
     ///
     /// # Errors
-    ///
     /// The system's.
     fn rewind(&mut self) -> io::Result<()>;
 }
@@ -36,7 +35,6 @@ impl SpooledContent {
     /// [`Maildir::unnamed_file`](super::Maildir::unnamed_file).
     ///
     /// # Errors
-    ///
     /// Those of `file`; the system's, if the file cannot be written.
     pub fn write(&mut self, octets: &[u8], file: impl FnOnce() -> io::Result<File>) -> io::Result<()> {
         self.wire_size.feed(octets);

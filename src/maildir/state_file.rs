@@ -21,7 +21,6 @@ const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 /// not followed: if this process is root, the user that owns the directory could make it write into any file.
 ///
 /// # Errors
-///
 /// The directory or the file cannot be created or opened; the text has its path, and what to do.
 pub fn open_state_file(root: &Path, name: &str) -> io::Result<File> {
     let directory = root.join(".odmr");
@@ -41,7 +40,6 @@ pub fn open_state_file(root: &Path, name: &str) -> io::Result<File> {
 /// Makes the directory `ROOT/.odmr`, if it is missing.
 ///
 /// # Errors
-///
 /// The directory cannot be made; the text has its path.
 pub fn make_state_directory(directory: &Path) -> io::Result<()> {
     let made = DirBuilder::new().recursive(true).mode(0o700).create(directory);
@@ -58,7 +56,6 @@ fn options() -> OpenOptions {
 /// followed, and a pipe does not block.
 ///
 /// # Errors
-///
 /// The file cannot be opened or read, or is not UTF-8. The text has no path.
 pub fn read_state_file(path: &Path, limit: u64) -> io::Result<String> {
     let flags = (OFlags::NOFOLLOW | OFlags::NONBLOCK).bits().cast_signed();
@@ -71,7 +68,6 @@ pub fn read_state_file(path: &Path, limit: u64) -> io::Result<String> {
 /// Opens the file `ROOT/.odmr/NAME` if another process has locked it; `None`: it is not locked, or does not exist.
 ///
 /// # Errors
-///
 /// The file cannot be opened or locked; the text has its path.
 pub fn locked_state_file(root: &Path, name: &str) -> io::Result<Option<File>> {
     let path = root.join(".odmr").join(name);
@@ -90,7 +86,6 @@ pub fn locked_state_file(root: &Path, name: &str) -> io::Result<Option<File>> {
 /// the lock.
 ///
 /// # Errors
-///
 /// Those of [`open_state_file`], or the file cannot be locked.
 pub fn lock_state_file(root: &Path, name: &str) -> io::Result<Option<File>> {
     let file = open_state_file(root, name)?;
@@ -105,7 +100,6 @@ pub fn lock_state_file(root: &Path, name: &str) -> io::Result<Option<File>> {
 /// Another thread of this process is locked out like another process.
 ///
 /// # Errors
-///
 /// `TimedOut` if the lock was not released until `late`; those of [`lock_state_file`].
 pub fn wait_for_state_file(root: &Path, name: &str, late: Instant) -> io::Result<File> {
     let (path, mut pause) = (root.join(".odmr").join(name), Duration::from_micros(100));
@@ -129,7 +123,6 @@ pub fn wait_for_state_file(root: &Path, name: &str, late: Instant) -> io::Result
 /// whether a daemon runs ([`locked_state_file`]) have the lock for a moment: this function waits for them.
 ///
 /// # Errors
-///
 /// Those of [`lock_state_file`].
 pub fn lock_for_daemon(root: &Path, name: &str) -> io::Result<Option<File>> {
     match wait_for_state_file(root, name, Instant::now() + LOOK_TIME) {
@@ -142,7 +135,6 @@ pub fn lock_for_daemon(root: &Path, name: &str) -> io::Result<Option<File>> {
 /// it.
 ///
 /// # Errors
-///
 /// Those of [`open_state_file`], or the file cannot be locked or written.
 pub fn state_key(root: &Path, name: &str, new: [u8; 32]) -> io::Result<[u8; 32]> {
     let path = root.join(".odmr").join(name);
@@ -186,7 +178,6 @@ fn begin_daily(root: &Path) -> io::Result<Option<File>> {
 /// temporary files of processes that were killed while they replaced a file.
 ///
 /// # Errors
-///
 /// The directory cannot be read, or a file cannot be removed.
 pub fn sweep_state_files(root: &Path, is_left: &dyn Fn(&str) -> bool) -> io::Result<()> {
     sweep(&root.join(".odmr"), &|name| name.starts_with('.') || is_left(name))

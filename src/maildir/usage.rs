@@ -130,7 +130,6 @@ impl UsageLimit {
     /// Checks that there is room for this much more.
     ///
     /// # Errors
-    ///
     /// `QuotaExceeded` with [`LimitExceeded`] if there is not; `TimedOut` if the file stays locked; otherwise the
     /// system's.
     pub fn check(&self, more: Usage) -> io::Result<()> {
@@ -154,7 +153,6 @@ impl UsageLimit {
     /// Invalidates the bound, so that the files are counted before the next message is added.
     ///
     /// # Errors
-    ///
     /// `TimedOut` if the file stays locked; otherwise the system's.
     pub fn recount_next(&self) -> io::Result<()> {
         self.lock(RECOUNT_TIMEOUT)?.file.set_len(0)

@@ -186,7 +186,6 @@ impl MessageWriter {
     /// Begins one more copy with `head`. Begin all copies before content is written: a later one would lack it.
     ///
     /// # Errors
-    ///
     /// The file of the first copy cannot be created, or `tmp` of a later one cannot be written to.
     pub fn begin(&mut self, maildir: &Maildir, unique: &str, head: &[u8]) -> io::Result<()> {
         let mut copy = MessageCopy::new(maildir, unique, head);
@@ -233,7 +232,6 @@ impl MessageWriter {
     /// announced.
     ///
     /// # Errors
-    ///
     /// `StorageFull` if a disk does not have the room.
     pub fn keep_free(&mut self, reserve: u64, octets: u64) -> io::Result<()> {
         self.reserve = reserve;
@@ -255,7 +253,6 @@ impl MessageWriter {
     /// the head (RFC 5322 section 2.2.3).
     ///
     /// # Errors
-    ///
     /// `StorageFull` if a disk has no room left; otherwise the file cannot be written.
     pub fn write(&mut self, octets: &[u8]) -> io::Result<()> {
         if self.content.octets == 0 && continues_field(octets) {
@@ -279,7 +276,6 @@ impl MessageWriter {
     /// each copy, in the order in which they were begun.
     ///
     /// # Errors
-    ///
     /// Those of these two functions.
     pub fn commit(self) -> io::Result<Vec<Entry>> {
         self.prepare()?.publish()
@@ -288,7 +284,6 @@ impl MessageWriter {
     /// The first half of `commit`: checks the quotas, makes the copies and fsyncs every file. Readers see nothing yet.
     ///
     /// # Errors
-    ///
     /// `QuotaExceeded` if a mailbox has no room, `StorageFull` if a disk has none, otherwise the system's. After an
     /// error no copy is left.
     pub fn prepare(mut self) -> io::Result<PreparedMessage> {
@@ -331,7 +326,6 @@ impl PreparedMessage {
     /// content. Returns an entry for each copy, in the order in which they were begun.
     ///
     /// # Errors
-    ///
     /// `QuotaExceeded` with [`LimitExceeded`](super::LimitExceeded); the system's, if a copy cannot be moved or a
     /// directory fsynced. After an error no copy is left.
     pub fn publish(mut self) -> io::Result<Vec<Entry>> {

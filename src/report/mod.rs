@@ -364,9 +364,8 @@ impl Reporter {
     }
 
     /// Sends a DSN of success, if the sender has asked for it: about recipients whose mail is in a mailbox here (RFC
-    /// 3461 section
-    /// 5.2.3), and about `others`, whose next server sends no DSN (sections 5.2.2 and 5.2.7.3). `header`: the header of the
-    /// message.
+    /// 3461 section 5.2.3), and about `others`, whose next server sends no DSN (sections 5.2.2 and 5.2.7.3). `header`:
+    /// the header of the message.
     ///
     /// # Errors
     /// The DSN cannot be stored.
@@ -474,8 +473,7 @@ fn record_delay(message: &mut QueuedMessage) -> io::Result<()> {
 }
 
 /// Whether a rejected message is dropped instead of set aside: outgoing mail without a sender, such as a DSN (RFC 5321
-/// section
-/// 6.1). Mail for recipients here is set aside for the postmaster.
+/// section 6.1). Mail for recipients here is set aside for the postmaster.
 fn is_dropped(message: &QueuedMessage, attempt: &Attempt<'_>) -> bool {
     let is_outgoing = matches!(attempt.via, Via::Mx | Via::Smarthost | Via::Provider | Via::Submission);
     message.envelope.from == ReversePath::Null && (is_outgoing || message.queue().shared)
