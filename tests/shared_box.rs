@@ -232,7 +232,7 @@ fn a_listener_that_is_not_the_daemon_is_reported() {
     fails("close", to, 75, "before its greeting");
     fails("close", &["-bs"], 75, "is `odmr pull --daemon` running?");
     fails("SSH-2.0-x\r\n", to, 75, "not a reply of an SMTP server");
-    fails(&"x".repeat(1_000_000), to, 75, "without end");
+    fails(&"x".repeat(1_000_000), to, 75, "a reply line is too long");
     fails("554 5.7.1 no\u{1b}[2J\r\n", to, 69, ": the greeting was rejected: no?[2J");
     fails(&format!("{}554 no\r\n", "554-no\r\n".repeat(20_000)), to, 69, ": the greeting was rejected: no no");
     fails("421 later\r\n", to, 75, "later");

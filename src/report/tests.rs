@@ -110,8 +110,8 @@ fn sent() -> RecipientStatus {
 }
 
 /// RFC 3461 section 5.2. Each check has the sender, NOTIFY, the age in hours, the status, and whether the peer offers
-/// DSN; then the action and status in the DSN, and the numbers of messages that are left. Rules: SMTP-66, DSN-06,
-/// DSN-07, DSN-08.
+/// DSN; then the action and status in the DSN, and the numbers of messages that are left.
+/// Rules: SMTP-66, DSN-06, DSN-07, DSN-08.
 #[test]
 fn each_status_is_reported_as_the_sender_asked() {
     let check = |from, notify, age, status: RecipientStatus, dsn, wanted: &str, left| {
