@@ -33,7 +33,9 @@ const RECORD_LIMIT: u64 = 1 << 24;
 /// How a call ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CallResult {
+    /// The session ended with QUIT, and no mail was deferred.
     Done,
+    /// There was no mail for the customer.
     NoMail,
     /// Mail was deferred, or was left because the session was stopped.
     Deferred,
@@ -83,7 +85,7 @@ pub struct CallRecord {
     pub failed: u64,
     /// The last calls without mail, the oldest first.
     pub without_mail: Vec<CallWithoutMail>,
-    /// The counters of this call; empty: its connection did not turn.
+    /// The counters of this call; empty at the provider if the connection did not turn.
     pub counts: Vec<(String, u64)>,
 }
 

@@ -39,7 +39,9 @@ const LEFT_LIMIT: usize = 16;
 /// The clock was set forward, between the looks at these times.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct ClockJump {
+    /// The last look before the jump, by the old clock.
     pub before: Timestamp,
+    /// The first look after the jump, by the new clock.
     pub after: Timestamp,
 }
 
