@@ -25,6 +25,7 @@ mod setup;
 mod shared_box;
 mod signals;
 mod supervised;
+mod tour;
 mod transcripts;
 mod trust;
 mod words;

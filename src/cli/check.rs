@@ -136,23 +136,16 @@ struct Places<'a> {
 impl<'a> Places<'a> {
     fn of(config: &'a Config, path: &'a Path) -> Places<'a> {
         let line = |keys: &[&str]| line_of_key(path, keys);
-        let (queue, limits) = (line(&["outgoing", "queue"]), line(&["limits"]));
-        let is_public = fs::metadata(path).is_ok_and(|found| found.mode() & 0o004 != 0);
-        match config {
-            Config::Provider(config) => Places {
-                file: path,
-                root: line(&["spool"]),
-                queue,
-                limits,
-                is_public,
-                directories: vec![&config.spool],
-            },
+        let (root, directories) = match config {
+            Config::Provider(config) => (line(&["spool"]), vec![&*config.spool]),
             Config::Customer(config) => {
                 let outgoing = config.outgoing.iter().map(|outgoing| &*outgoing.queue);
-                let directories = std::iter::once(&*config.mailboxes.root).chain(outgoing).collect();
-                Places { file: path, root: line(&["mailboxes", "root"]), queue, limits, is_public, directories }
+                (line(&["mailboxes", "root"]), std::iter::once(&*config.mailboxes.root).chain(outgoing).collect())
             }
-        }
+        };
+        let (queue, limits) = (line(&["outgoing", "queue"]), line(&["limits"]));
+        let is_public = fs::metadata(path).is_ok_and(|found| found.mode() & 0o004 != 0);
+        Places { file: path, root, queue, limits, is_public, directories }
     }
 
     /// Warns of directories on whose disk less than `min-free` is free.

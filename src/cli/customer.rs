@@ -68,26 +68,21 @@ pub(super) fn run(matches: &Matches) -> Result<(), ExitError> {
     if let (false, Some(word)) = (pins.is_empty(), words.first().filter(|word| **word != "add")) {
         return Err(ExitError::usage(format!("--pin is for add, not for {word}"), HINT));
     }
-    match words[..] {
-        ["add", name, _, ..] => add(&path, name, &words[2..], &pins),
+    let text = match words[..] {
+        ["add", name, _, ..] => return add(&path, name, &words[2..], &pins),
+        ["list"] => return list(&path),
+        ["show", name] => return show(&path, name),
+        ["remove", name] => return remove(&path, name),
         ["add", ..] => {
-            let text = "add needs the customer's name and its domains: `odmr customer -c FILE add acme example.org >acme.toml`";
-            Err(ExitError::usage(text, HINT))
+            "add needs the customer's name and its domains: `odmr customer -c FILE add acme example.org >acme.toml`"
         }
-        ["list"] => list(&path),
-        ["show", name] => show(&path, name),
-        ["remove", name] => remove(&path, name),
-        [word @ ("show" | "remove"), ..] => Err(ExitError::usage(
-            format!("{word} needs the name of one customer: see `odmr customer -c FILE list`"),
-            HINT,
-        )),
-        ["list", ..] => Err(ExitError::usage("list needs no more words", HINT)),
-        [] => Err(ExitError::usage("what to do is missing: add, list, show or remove", HINT)),
-        [word, ..] => Err(ExitError::usage(
-            format!("customer does not know {word:?}: there are add, list, show and remove"),
-            HINT,
-        )),
-    }
+        ["list", ..] => "list needs no more words",
+        ["show", ..] => "show needs the name of one customer: see `odmr customer -c FILE list`",
+        ["remove", ..] => "remove needs the name of one customer: see `odmr customer -c FILE list`",
+        [] => "what to do is missing: add, list, show or remove",
+        [word, ..] => &format!("customer does not know {word:?}: there are add, list, show and remove"),
+    };
+    Err(ExitError::usage(text, HINT))
 }
 
 /// Adds a customer.
@@ -129,12 +124,8 @@ fn add(path: &Path, name: &str, domains: &[&str], pins: &[String]) -> Result<(),
     drop(lock);
     let reload = reload::request(&config);
     let mut report = format!("{name} is a customer: {} is made, and {reload}.\n", file.display());
-    let (place, secret) = match (io::stdout().is_terminal(), secret.is_some()) {
-        (true, true) => ("Above is", ", with the secret, which is stored nowhere here"),
-        (true, false) => ("Above is", ""),
-        (false, true) => ("Standard output has", ", with the secret, which is stored nowhere here"),
-        (false, false) => ("Standard output has", ""),
-    };
+    let place = if io::stdout().is_terminal() { "Above is" } else { "Standard output has" };
+    let secret = secret.map_or("", |_| ", with the secret, which is stored nowhere here");
     let _ = writeln!(
         report,
         "{place} the customer's whole file{secret}.\nSend it so that nobody else can read it, and keep no copy. On the customer's \

@@ -34,7 +34,7 @@ use super::check_report::CheckReport;
 use super::exit::ExitError;
 use super::process::print;
 use super::terminal::{has_colours, highlighted};
-use crate::config::{Config, CustomerConfig, ProviderConfig};
+use crate::config::{Config, CustomerConfig, ProviderConfig, TlsFiles};
 use crate::mail::address::Domain;
 use crate::net::reserved::{is_own, not_public};
 use crate::net::resolver::{Rtype, address_for_name};
@@ -78,14 +78,9 @@ struct DomainPlan<'a> {
 /// The certificates in [tls] of a provider, its own first; none: it has no TLS, or the file cannot be read, which `odmr
 /// check` reports. Root reads them before it becomes the owner of the mail.
 pub(super) fn certificates(config: &Config) -> Vec<CertificateInfo> {
-    match config {
-        Config::Provider(config) => config
-            .tls
-            .as_ref()
-            .and_then(|files| CertificateInfo::load_chain(&files.certificate).ok())
-            .unwrap_or_default(),
-        Config::Customer(_) => Vec::new(),
-    }
+    let Config::Provider(config) = config else { return Vec::new() };
+    let load = |files: &TlsFiles| CertificateInfo::load_chain(&files.certificate).ok();
+    config.tls.as_ref().and_then(load).unwrap_or_default()
 }
 
 /// Prints what DNS says, and what it should say; `chain`: see [`certificates`].

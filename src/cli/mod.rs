@@ -174,8 +174,14 @@ const SUBCOMMANDS: [Subcommand; 11] = [
         summary: "Shows two messages in one call over TLS: one to the provider, the turn, one into a Maildir.",
         has_config: false,
         arguments: "",
-        options: |_| {},
-        run: |_| demo::run(),
+        options: |options| {
+            options.optflag(
+                "",
+                demo::EXPLAIN,
+                "also explains each line: the RFC section, why it is sent, and the source file that sends it",
+            );
+        },
+        run: demo::run,
     },
 ];
 

@@ -65,17 +65,16 @@ pub(super) fn options(options: &mut Options) {
 /// The first failure of a call, or that recipients were deferred here; what was sent and received before stays so.
 pub(super) fn run(matches: &Matches) -> Result<(), ExitError> {
     let (is_daemon, now) = (matches.opt_present("daemon"), matches.opt_present("now"));
+    let wrong = |text: &str| Err(ExitError::usage(text, "odmr pull -h"));
     if is_daemon && now {
-        let text = "--daemon and --now exclude each other: --now is for a daemon that runs already";
-        return Err(ExitError::usage(text, "odmr pull -h"));
+        return wrong("--daemon and --now exclude each other: --now is for a daemon that runs already");
     }
     let soft_bounce = matches.opt_present("soft-bounce");
     if soft_bounce && (is_daemon || now) {
-        let text = "--soft-bounce is for one call, without --daemon and --now";
-        return Err(ExitError::usage(text, "odmr pull -h"));
+        return wrong("--soft-bounce is for one call, without --daemon and --now");
     }
     if !is_daemon && process::has_readiness_option(matches) {
-        return Err(ExitError::usage("--ready-fd is for --daemon", "odmr pull -h"));
+        return wrong("--ready-fd is for --daemon");
     }
     let supervision = is_daemon.then(|| process::supervision(matches)).transpose()?;
     let quiet = matches.opt_present("quiet");

@@ -656,23 +656,17 @@ fn show_message(out: &mut dyn Write, QueueItem { label, name, message }: &QueueI
     }
     let record = &message.record;
     let time = |time: Timestamp| time.rfc3339();
+    let ended = record.ended.map(|ended| {
+        let skips = counted(ended.skip, "call skips", "calls skip");
+        format!("{}, the last one {}; {skips} it", ended.sessions, time(ended.at))
+    });
     for (key, value) in [
         ("first seen", record.first_seen.map(time)),
         ("first offered", record.first_offered.map(time)),
         ("attempts", Some(record.attempts.to_string())),
         ("first rejected", record.first_rejected.map(time)),
         ("in doubt", message.in_doubt.then(|| "it may have been sent".to_owned())),
-        (
-            "sessions ended",
-            record.ended.map(|e| {
-                format!(
-                    "{}, the last one {}; {} it",
-                    e.sessions,
-                    time(e.at),
-                    counted(e.skip, "call skips", "calls skip")
-                )
-            }),
-        ),
+        ("sessions ended", ended),
         ("last reply", message.last_reply()),
         ("next attempt", message.next_attempt.map(time)),
     ] {

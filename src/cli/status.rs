@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use getopts::{Matches, Options};
 
+use super::check_report::check_error;
 use super::exit::{ExitError, Sysexit};
 use super::json::Json;
 use super::process::{config_path, print};
@@ -72,16 +73,15 @@ struct Finding {
 /// An option is wrong; there is no such account or domain; a directory cannot be read; with `--warn`, there is something
 /// that needs a person (code 1).
 pub(super) fn run(matches: &Matches) -> Result<(), ExitError> {
+    let wrong = |text: String| Err(ExitError::usage(text, HINT));
     let format = match matches.opt_str("format").as_deref() {
         None | Some("text") => Format::Text,
         Some("json") => Format::Json,
         Some("prometheus") => Format::Prometheus,
-        Some(other) => {
-            return Err(ExitError::usage(format!("--format is text, json or prometheus, not {other}"), HINT));
-        }
+        Some(other) => return wrong(format!("--format is text, json or prometheus, not {other}")),
     };
     if let Some(other) = matches.opt_str("by").filter(|by| by != "domain") {
-        return Err(ExitError::usage(format!("--by is domain, not {other}"), HINT));
+        return wrong(format!("--by is domain, not {other}"));
     }
     let warn = matches.opt_str("warn").map(|age| config::duration(&age)).transpose();
     let warn = warn.map_err(|text| ExitError::usage(format!("--warn: {text}"), HINT))?.map(|age| age.as_secs());
@@ -91,7 +91,7 @@ pub(super) fn run(matches: &Matches) -> Result<(), ExitError> {
     let name = match matches.free.as_slice() {
         [] => None,
         [name] => Some(name.as_str()),
-        [_, other, ..] => return Err(ExitError::usage(format!("one account or domain, not {other:?} too"), HINT)),
+        [_, other, ..] => return wrong(format!("one account or domain, not {other:?} too")),
     };
     let show = Show { now: Clock::System.now(), by_domain: matches.opt_present("by"), warn, format };
     let path = config_path(matches);
@@ -106,10 +106,7 @@ pub(super) fn run(matches: &Matches) -> Result<(), ExitError> {
     }
     match findings.len() {
         0 => Ok(()),
-        count => Err(ExitError::new(
-            Sysexit::CheckFailed,
-            counted(count, "finding needs a person", "findings need a person"),
-        )),
+        count => Err(check_error(counted(count, "finding needs a person", "findings need a person"))),
     }
 }
 
@@ -267,12 +264,9 @@ fn provider_text(status: &ProviderStatus, show: &Show) -> String {
             show.waiting(&mut text, &account.name, &account.held, &call);
         }
         if let Some(learned @ 1..) = account.learned {
-            let _ = writeln!(
-                text,
-                "    {}: its server does not know {}",
-                counted(learned, "recipient is rejected", "recipients are rejected"),
-                if learned == 1 { "it" } else { "them" }
-            );
+            let rejected = counted(learned, "recipient is rejected", "recipients are rejected");
+            let them = if learned == 1 { "it" } else { "them" };
+            let _ = writeln!(text, "    {rejected}: its server does not know {them}");
         }
         if account.quota_used().is_some() && account.is_whole {
             let _ = writeln!(text, "    quota: {}", quota_text(account));
@@ -507,12 +501,8 @@ impl Metrics {
         self.add(&name("deferred_messages"), "Messages that were offered and stayed.", labels, &waiting.deferred);
         let soft_bounced = &waiting.soft_bounced;
         self.add(&name("soft_bounced_messages"), "Messages that were rejected, and stayed.", labels, soft_bounced);
-        self.add(
-            &name("set_aside_messages"),
-            "Rejected messages of which no sender can be told.",
-            labels,
-            &waiting.set_aside,
-        );
+        let help = "Rejected messages whose sender gets no DSN.";
+        self.add(&name("set_aside_messages"), help, labels, &waiting.set_aside);
         self.add_time(&name("oldest_timestamp_seconds"), "Arrival of the oldest message.", labels, waiting.oldest);
         let next = waiting.next_attempt;
         self.add_time(&name("next_attempt_timestamp_seconds"), "When the next attempt is due.", labels, next);
@@ -521,13 +511,8 @@ impl Metrics {
     fn add_call(&mut self, labels: &[(&str, &str)], call: Option<&CallRecord>) {
         let Some(call) = call else { return };
         self.add_time("odmr_last_call_timestamp_seconds", "End of the last call.", labels, Some(call.at));
-        let success = call.success;
-        self.add_time(
-            "odmr_last_success_timestamp_seconds",
-            "End of the last call that did not fail.",
-            labels,
-            success,
-        );
+        let help = "End of the last call that did not fail.";
+        self.add_time("odmr_last_success_timestamp_seconds", help, labels, call.success);
         let successful = u8::from(call.result != CallResult::Failed);
         self.add("odmr_last_call_successful", "Whether the last call did not fail.", labels, &successful);
         self.add("odmr_last_call_duration_seconds", "Duration of the last call.", labels, &seconds(call.duration));
@@ -702,10 +687,8 @@ fn provider_findings(status: &ProviderStatus, warn: u64, show: &Show) -> Vec<Fin
         let text = format!("it is valid until {}: renew it", until.rfc3339());
         findings.push(Finding { about: "certificate".to_owned(), text });
     }
-    for (name, error) in &status.skipped {
-        findings
-            .push(Finding { about: format!("customer {}", shown(name)), text: format!("skipped: {}", shown(error)) });
-    }
+    let skipped = status.skipped.iter().map(|(name, error)| (format!("customer {}", shown(name)), shown(error)));
+    findings.extend(skipped.map(|(about, error)| Finding { about, text: format!("skipped: {error}") }));
     findings.extend(reload_finding(status.reload.as_ref()));
     findings
 }
