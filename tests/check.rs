@@ -393,7 +393,10 @@ fn a_provider_that_does_not_list_domains_passes_the_check() {
     });
     let (code, output, error) = run(&directory, "customer.toml", &["check", "--call"]);
     assert_eq!((code, &*error), (0, ""), "{output}");
-    assert!(output.contains(" [127.0.0.1]: in clear; logged in as acme by CRAM-MD5; domains: not told\n"), "{output}");
+    assert!(
+        output.contains(" [127.0.0.1]: in clear; logged in as acme by CRAM-MD5; domains: not listed\n"),
+        "{output}"
+    );
     assert!(!output.contains("no provider holds"), "{output}");
     let (code, _, error) = run(&directory, "customer.toml", &["pull"]);
     assert!(code == 75 && error.contains(" before its greeting: another service? check the port"), "{error}");

@@ -201,7 +201,10 @@ fn check_and_serve_name_the_files_that_only_root_may_read() {
         place.give(file, None);
         let text = place.check(0);
         let line = text.lines().find(|line| line.contains(phrase)).unwrap_or_else(|| panic!("{phrase}: {text}"));
-        assert!(line.contains("root may, and nobody may not, so SIGHUP cannot: chgrp it"), "{line}");
+        assert!(
+            line.contains("root may read it, and nobody may not, so a reload (SIGHUP) would fail: chgrp it"),
+            "{line}"
+        );
         let hook = "install -o nobody -m 0600 ";
         assert_eq!(text.contains(hook), file.ends_with(".pem"), "{text}");
         let mut serve = Running::start(&mut place.command(&["serve"]));
@@ -233,7 +236,10 @@ fn check_and_the_daemon_of_a_customer_name_the_files_that_only_root_may_read() {
         place.give(file, None);
         let text = place.check(0);
         let line = text.lines().find(|line| line.contains(phrase)).unwrap_or_else(|| panic!("{phrase}: {text}"));
-        assert!(line.contains("root may, and nobody may not, so SIGHUP cannot: chgrp it"), "{line}");
+        assert!(
+            line.contains("root may read it, and nobody may not, so a reload (SIGHUP) would fail: chgrp it"),
+            "{line}"
+        );
         let mut daemon = Running::start(&mut place.command(&["pull", "--daemon"]));
         assert!(daemon.wait_for("event=reload-prevented").contains("let nobody read it"));
         daemon.listening("local");

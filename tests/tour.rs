@@ -88,7 +88,7 @@ fn reply_text(line: &str) -> Option<String> {
     let (begin, _) = text.split_once(OMITTED).unwrap_or((text, ""));
     let mut words: Vec<_> = begin.get(1..)?.split(' ').collect();
     words.retain(|word| {
-        !word.is_empty() && !(word.starts_with("2.") || word.ends_with(".net") || word.ends_with(".org"))
+        !(word.is_empty() || word.starts_with("2.") || word.ends_with(".net") || word.ends_with(".org"))
     });
     let changes = |word: &&str| word.contains(|character: char| character.is_ascii_digit());
     let count = words.iter().skip(1).position(changes).map_or(words.len(), |at| at + 1);

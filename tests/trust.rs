@@ -202,7 +202,7 @@ fn a_certificate_in_clear_text_is_reported() {
     let mut check = Command::new(env!("CARGO_BIN_EXE_odmr"));
     let done = check.current_dir(directory.path()).args(["check", "--call", "-c", "customer.toml"]).output().unwrap();
     let output = [done.stdout, done.stderr].map(|text| String::from_utf8(text).unwrap()).concat();
-    assert!(output.contains("; logged in as acme by EXTERNAL under TLSv1.2; domains: not told"), "{output}");
+    assert!(output.contains("; logged in as acme by EXTERNAL under TLSv1.2; domains: not listed"), "{output}");
     assert!(
         output.contains("customer.toml:7: localhost:") && output.contains(" uses TLS 1.2, which sends this"),
         "{output}"
@@ -243,7 +243,8 @@ fn keys_that_another_user_cannot_read_are_named_with_the_remedy() {
     let expected = "me.key may not be read by this user: chown it";
     let line = output.lines().find(|line| line.contains(expected)).unwrap_or_else(|| panic!("{output}"));
     assert!(
-        line.contains("customer.toml:8: ") && line.contains("root may, and nobody may not, so SIGHUP cannot"),
+        line.contains("customer.toml:8: ")
+            && line.contains("root may read it, and nobody may not, so a reload (SIGHUP) would fail"),
         "{line}"
     );
     std::os::unix::fs::chown(place.directory.path().join("me.key"), Some(65534), None).unwrap();

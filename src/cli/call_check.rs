@@ -1,4 +1,4 @@
-//! `odmr check --call`: what each provider shows when a customer logs in, and whether its domains fit `accept`.
+//! `odmr check --call`: logs in to each provider, and compares the certificate and the domains with the configuration.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -16,7 +16,7 @@ use crate::provider::certificate::DAYS_TO_RENEW;
 use crate::sasl::Mechanism;
 use crate::smtp::extensions::AccountDomains;
 
-/// Logs in to each provider of a customer, and reports what does not fit.
+/// Logs in to each provider of a customer, and reports what does not fit its configuration.
 ///
 /// # Errors
 ///
@@ -24,7 +24,7 @@ use crate::smtp::extensions::AccountDomains;
 pub(super) fn run(config: &CustomerConfig, path: &Path, report: &mut CheckReport) -> Result<(), ExitError> {
     let (ids, cancel) = (Ids::system(tls::random), CancelToken::new()?);
     let accept = line_of_key(path, &["mailboxes", "accept"]);
-    // The domains that the providers hold mail for; `None`: not all of them are told.
+    // The domains that the providers hold mail for; `None`: a provider does not list them all.
     let mut held = Some(BTreeSet::new());
     for provider in &config.providers {
         let (address, account) = (&provider.remote.address, provider.remote.login_name());
@@ -33,7 +33,7 @@ pub(super) fn run(config: &CustomerConfig, path: &Path, report: &mut CheckReport
             Err(error) => {
                 held = None;
                 match error {
-                    // It has its line.
+                    // The text names the file and the line already.
                     CallError::Config(text) => report.error(text),
                     error => report.error(provider.address_error(error.to_string())),
                 }
@@ -44,17 +44,17 @@ pub(super) fn run(config: &CustomerConfig, path: &Path, report: &mut CheckReport
         let tls = found.certificate.as_ref().map_or_else(|| "in clear".to_owned(), describe);
         let (version, mechanism) = check_login(provider, &found, report);
         let domains = match &found.domains {
-            None => "not told".to_owned(),
-            Some(told) => told.names.join(", ") + if told.has_more { ", …" } else { "" },
+            None => "not listed".to_owned(),
+            Some(listed) => listed.names.join(", ") + if listed.has_more { ", ..." } else { "" },
         };
         report.note(format!(
             "{address} {}: {tls}; logged in as {account} by {mechanism}{version}; domains: {domains}",
             found.address
         ));
         match found.domains {
-            Some(told) => {
-                check_domains(config, provider, &told, &accept, report);
-                held = held.filter(|_| !told.has_more).map(|held| held.into_iter().chain(told.names).collect());
+            Some(listed) => {
+                check_domains(config, provider, &listed, &accept, report);
+                held = held.filter(|_| !listed.has_more).map(|held| held.into_iter().chain(listed.names).collect());
             }
             None => held = None,
         }
@@ -69,8 +69,8 @@ pub(super) fn run(config: &CustomerConfig, path: &Path, report: &mut CheckReport
     Ok(())
 }
 
-/// Checks that our own certificate, if there is one, was what we have logged in by. Returns the TLS version and the
-/// mechanism, for the user.
+/// Checks that the login was by our own certificate, if there is one. Returns the TLS version and the mechanism, for the
+/// user.
 fn check_login(provider: &ProviderAccount, found: &Probe, report: &mut CheckReport) -> (String, &'static str) {
     let version = found.tls.as_ref().map(|tls| tls.version);
     let mechanism = found.mechanism.map_or("-", Mechanism::name);
@@ -84,15 +84,15 @@ fn check_login(provider: &ProviderAccount, found: &Probe, report: &mut CheckRepo
         } else if version == Some("TLSv1.2") {
             // RFC 5246 section 7.4.6; TLS 1.3 encrypts it.
             report.warn(provider.certificate_error(format!(
-                "{address} uses TLS 1.2, which sends this certificate in clear text: whoever reads the connection sees who \
-                 calls; ask its operator for TLS 1.3"
+                "{address} uses TLS 1.2, which sends this certificate in clear text: anybody who reads the connection sees \
+                 which customer calls; ask its operator for TLS 1.3"
             )));
         }
     }
     (version.map_or_else(String::new, |version| format!(" under {version}")), mechanism)
 }
 
-/// A pinned certificate is trusted after its end, and other customers may not be able to call.
+/// Warns of the end of the provider's certificate: with a pin it is trusted after it, but other customers cannot call then.
 fn check_validity(provider: &ProviderAccount, found: &Probe, report: &mut CheckReport) {
     let validity = found.certificate.as_ref().and_then(|certificate| validity(certificate, Clock::System.now()));
     if let Some((until, days)) = validity.filter(|(_, days)| *days < DAYS_TO_RENEW) {
@@ -104,11 +104,11 @@ fn check_validity(provider: &ProviderAccount, found: &Probe, report: &mut CheckR
 
 /// Compares the domains of an account with those that are asked for and those that are accepted.
 fn check_domains(
-    config: &CustomerConfig, provider: &ProviderAccount, told: &AccountDomains, accept: &SourceLine,
+    config: &CustomerConfig, provider: &ProviderAccount, listed: &AccountDomains, accept: &SourceLine,
     report: &mut CheckReport,
 ) {
     let (rules, address) = (&config.mailboxes.rules, &provider.remote.address);
-    for name in &told.names {
+    for name in &listed.names {
         if !rules.domains().iter().any(|domain| domain.as_str() == name) {
             report.warn(accept.error(format!(
                 "{address} holds mail for {name}, and no address in it is accepted, so that mail would be rejected: add \
@@ -122,7 +122,7 @@ fn check_domains(
         }
     }
     for domain in &provider.domains {
-        if !told.has_more && !told.names.iter().any(|name| name == domain.as_str()) {
+        if !listed.has_more && !listed.names.iter().any(|name| name == domain.as_str()) {
             report.error(provider.domains_error(format!(
                 "{domain} is not a domain of the account at {address}, which would reject the whole call: remove it"
             )));

@@ -2,9 +2,9 @@
 //! `--call`, and asks name servers only with `--dns`.
 //!
 //! It reports all errors, each with the file, the line and what to do, and ends with exit code 1 if there are any. A warning
-//! is about what works, and is probably not meant so. `--address` shows where mail for an address goes, and by which rule;
-//! `--print` shows the configuration that is in force; `--call` logs in to each provider; `--dns` prints the records of DNS as
-//! they are and as they should be.
+//! is about what works, but is probably a mistake. `--address` prints where mail for an address goes, and by which rule;
+//! `--print` prints the configuration that is in force; `--call` logs in to each provider; `--dns` prints the records of DNS
+//! as they are and as they should be.
 
 use std::cell::Cell;
 use std::ffi::OsStr;
@@ -45,33 +45,33 @@ use crate::report::clock_watch::ClockWatch;
 use crate::session::{ClientIdentity, Limits};
 use crate::smtp::reply::Severity;
 
-/// What programs call to send mail (LSB).
+/// The program that others call to send mail (LSB).
 const SENDMAIL: &str = "/usr/sbin/sendmail";
 
 /// The options of `odmr check`.
 pub(super) fn options(options: &mut Options) {
-    let help = "says where mail for ADDR goes, and by which rule; may be given several times";
+    let help = "prints where mail for ADDR goes, and by which rule; may be given several times";
     options.optmulti("", "address", help, "ADDR");
     options.optflag("", "print", "prints the configuration with all defaults, without secrets");
     options.optflag("", "call", "also logs in to each provider of a customer, and fetches nothing");
-    options.optflag("", "dns", "also says what DNS says about mail, and what it should say");
-    options.optflag("", "inetd", "also says where the log of `odmr serve --inetd` goes");
+    options.optflag("", "dns", "also prints the DNS records about mail, as they are and as they should be");
+    options.optflag("", "inetd", "also prints where the log of `odmr serve --inetd` goes");
 }
 
 /// Checks the file that `-c` names, of either side.
 ///
 /// # Errors
 ///
-/// What is wrong; an option that is not for this side; an address that gets no mail here.
+/// The configuration has errors; an option is not for this side; an address gets no mail here.
 pub(super) fn run(matches: &Matches) -> Result<(), ExitError> {
     let path = config_path(matches);
     let (addresses, call) = (matches.opt_strs("address"), matches.opt_present("call"));
     let dns = matches.opt_present("dns");
     if dns && (matches.opt_present("print") || !addresses.is_empty()) {
-        return Err(ExitError::usage("--dns goes neither with --print nor with --address", "odmr check -h"));
+        return Err(ExitError::usage("--dns excludes --print and --address", "odmr check -h"));
     }
     let (config, findings) = Config::examine(&path);
-    let for_customers = [(!addresses.is_empty(), "--address", "it says into which mailbox mail for an address goes")];
+    let for_customers = [(!addresses.is_empty(), "--address", "it prints into which mailbox mail for an address goes")];
     let for_customers = for_customers.into_iter().chain([(call, "--call", "it logs in to the provider")]);
     if let (Some(Config::Provider(_)), Some((_, option, why))) =
         (&config, for_customers.clone().find(|(used, ..)| *used))
@@ -80,7 +80,7 @@ pub(super) fn run(matches: &Matches) -> Result<(), ExitError> {
         return Err(ExitError::usage(text, "odmr check -h"));
     }
     if let (Some(Config::Customer(_)), true) = (&config, matches.opt_present("inetd")) {
-        let text = "a customer's file, and --inetd is for a provider's file: it says where the log of `serve` goes";
+        let text = "a customer's file, and --inetd is for a provider's file: it prints where the log of `serve` goes";
         return Err(ExitError::usage(format!("{} is {text}", path.display()), "odmr check -h"));
     }
     let is_sound = findings.errors.is_empty();
@@ -171,7 +171,7 @@ impl<'a> Places<'a> {
     }
 }
 
-/// Checks what a file names, where the program would be the owner of the mail with that user's rights. Returns the summary.
+/// Checks what a file names, with the rights of the owner of the mail where the program would have them. Returns the summary.
 fn check_named(
     config: &Config, path: &Path, places: &Places<'_>, report: &mut CheckReport,
 ) -> Result<String, ExitError> {
@@ -198,8 +198,8 @@ fn check_named(
     }
 }
 
-/// As root becomes the owner of the mail, and reports what a reload could not read then. Returns the owner that this process
-/// has become; `None`: it stays what it is.
+/// As root, becomes the owner of the mail, and reports what a reload could not read as that user. Returns the owner that
+/// this process has become; `None`: it has stayed what it is.
 fn take_rights(
     config: &Config, path: &Path, known: &[String], report: &mut CheckReport,
 ) -> Result<Option<SystemUser>, ExitError> {
@@ -225,7 +225,8 @@ fn take_rights(
     let name = owner.name();
     if !is_root {
         if !owner.may_read(path)? {
-            report.warn(format!("{}: {name} may not read it, so SIGHUP cannot: chgrp it", path.display()));
+            report
+                .warn(format!("{}: {name} may not read it, so a reload (SIGHUP) would fail: chgrp it", path.display()));
         }
         return Ok(None);
     }
@@ -235,7 +236,7 @@ fn take_rights(
         return Ok(None);
     }
     for error in reload_errors(path).iter().filter(|error| !known.contains(error)) {
-        report.warn(format!("{error}; root may, and {name} may not, so SIGHUP cannot: chgrp it to a group of {name}"));
+        report.warn(format!("{error}; root may read it, and {name} may not, so a reload (SIGHUP) would fail: chgrp it to a group of {name}"));
     }
     if let Config::Provider(config) = config
         && let Some(files) = &config.tls
@@ -310,7 +311,7 @@ fn check_recipients(file: &Path, account: &Account, report: &mut CheckReport) {
     }
 }
 
-/// Says where the log of `odmr serve --inetd` goes, which inetd gives no descriptor for it.
+/// Reports where the log of `odmr serve --inetd` goes: inetd gives that process no descriptor for a log.
 fn check_inetd_log(path: &Path, report: &mut CheckReport) {
     match syslog::connect(None) {
         Ok(_) => report.note("the log of `odmr serve --inetd` goes to the system log, facility mail".to_owned()),
@@ -347,7 +348,7 @@ fn check_certificate(files: &TlsFiles, hostname: &str, report: &mut CheckReport)
     report.note(format!("{name}: {}", describe(&certificate)));
 }
 
-/// Warns if root checks what another user serves, who may not read the key.
+/// Warns if the spool belongs to another user than root, and that user may not read the key.
 fn check_key_owner(files: &TlsFiles, spool: &Path, report: &mut CheckReport) {
     if rustix::process::geteuid().is_root()
         && let Ok(Some(owner)) = SystemUser::owner_of(spool)
@@ -361,8 +362,8 @@ fn check_key_owner(files: &TlsFiles, spool: &Path, report: &mut CheckReport) {
     }
 }
 
-/// Checks that all directories of queues are on one file system, as messages are moved in them; `access`: and that they can
-/// be written to.
+/// Checks that all directories of queues are on one file system, because messages are moved between them; `access`: also
+/// that they can be written to.
 fn check_spool(line: &SourceLine, spool: &Path, access: bool, report: &mut CheckReport) {
     let Ok(root) = fs::metadata(spool) else { return };
     for directory in subdirectories(spool, SPOOL_DEPTH + 1) {
@@ -426,8 +427,8 @@ fn check_expired(config: &ProviderConfig, report: &mut CheckReport) {
     }
 }
 
-/// The descriptors that the connections of a listener have at most: each has itself, the content that arrives, and a copy
-/// that is made of it. A quarter as many have made room for others and have not ended yet.
+/// The most descriptors that the connections of a listener have: each has one for itself, one for the content that arrives,
+/// and one for a copy of it. A quarter as many connections have made room for others and have not ended yet.
 fn descriptors_of_listener(limits: &Limits) -> usize {
     limits.connections * 3 + limits.connections / 4
 }
@@ -536,11 +537,11 @@ fn mailbox_of_directory(root: &Path, path: &Path) -> Option<Mailbox> {
     recipients::address(local, &domain).filter(|_| directory_name(local) == local)
 }
 
-/// Warns of each user without a mailbox, which DSNs need: root, for whom cron sends, and `user`, who runs this.
-/// `domain`: that of their addresses.
+/// Warns of each user whose DSNs would have no mailbox: root, as whom cron sends mail, and `user`, who runs this. `domain`:
+/// that of their addresses.
 fn warn_of_senders(mailboxes: &MailboxesConfig, domain: &Domain, user: &str, report: &mut CheckReport) {
     for name in ["root", user].iter().take(if user == "root" { 1 } else { 2 }) {
-        // Mail for a domain elsewhere is the matter of its host.
+        // Whether mail for a domain elsewhere has a mailbox is not known here.
         let Some(sender) = user_mailbox(name, domain).filter(|_| mailboxes.rules.serves(domain)) else { continue };
         let resolved = mailboxes.rules.resolve(&ForwardPath::Mailbox(sender.clone()), &mailbox_exists);
         // An alias that is not served has a warning of its own.
@@ -583,7 +584,7 @@ fn note_other_senders(
 ///
 /// # Errors
 ///
-/// An address gets no mail here, or this user may not see whether its mailbox exists.
+/// An address gets no mail here, or this user has no right to see whether its mailbox exists.
 fn explain(rules: &RecipientRules, addresses: &[String]) -> Result<(), ExitError> {
     let mut rejected = 0;
     let unseen = Cell::new(None);

@@ -1,4 +1,4 @@
-//! What `odmr check` has found, and how it describes a certificate.
+//! The findings of `odmr check`, and how it describes a certificate.
 
 use std::io;
 
@@ -9,12 +9,12 @@ use crate::clock::{Clock, Timestamp};
 use crate::net::tls::CertificateInfo;
 use crate::provider::certificate::days_left;
 
-/// What was found, in lines for the user.
+/// The errors, warnings and notes that were found, each a line for the user.
 #[derive(Default)]
 pub(super) struct CheckReport {
     errors: Vec<String>,
     warnings: Vec<String>,
-    /// What the user may need to know.
+    /// Facts that the user may need.
     notes: Vec<String>,
 }
 
@@ -24,7 +24,7 @@ impl CheckReport {
         self.warnings.clear();
     }
 
-    /// Adds an error, unless it is known.
+    /// Adds an error, unless it is there already.
     pub fn error(&mut self, text: impl ToString) {
         let text = text.to_string();
         if !self.errors.contains(&text) {
@@ -37,7 +37,7 @@ impl CheckReport {
         self.warnings.push(text.to_string());
     }
 
-    /// Adds what is neither, unless it is known.
+    /// Adds a note, unless it is there already.
     pub fn note(&mut self, text: impl ToString) {
         let text = text.to_string();
         if !self.notes.contains(&text) {
@@ -45,7 +45,7 @@ impl CheckReport {
         }
     }
 
-    /// Prints all; `summary`: the last line if there are no errors.
+    /// Prints warnings and notes; then, if there are no errors, `summary`.
     ///
     /// # Errors
     ///
@@ -61,7 +61,7 @@ impl CheckReport {
     }
 }
 
-/// The exit code of errors that are found.
+/// The error of a check that has found errors.
 pub(super) fn check_error(text: impl ToString) -> ExitError {
     ExitError::new(Sysexit::CheckFailed, text)
 }

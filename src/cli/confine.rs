@@ -1,7 +1,7 @@
 //! The directories that a provider or a customer needs after its start; the kernel denies it all others ([`sandbox`]).
 //!
-//! It comes when this process is the user that it stays, has bound its listeners, and has read its configuration with all
-//! that it names; and before other threads than that of the log.
+//! It is called when this process has become the user that it stays, has bound its listeners, and has read its configuration
+//! with all that it names; and before there are threads other than that of the log.
 
 use std::path::Path;
 
@@ -21,7 +21,7 @@ pub(super) fn confine_provider(spool: &Path, is_daemon: bool) {
     enter([MailDirectory { path: spool.to_owned(), depth: SPOOL_DEPTH }], is_daemon);
 }
 
-/// The same for a customer, who calls.
+/// The same for a customer that calls.
 pub(super) fn confine_customer(config: &CustomerConfig, is_daemon: bool) {
     let directories = store::mail_directories(config);
     directories.iter().for_each(|(directory, mode)| prepare_directory(&directory.path, Some(*mode)));
@@ -35,13 +35,13 @@ pub(super) fn confine_sender(config: &CustomerConfig) {
     enter(directories.into_iter().map(|(directory, _)| directory), false);
 }
 
-/// The same for a user who submits mail to the daemon: only a message that is long goes into a file without a name.
+/// The same for a user who submits mail to the daemon: only a long message is stored, in a file without a name.
 pub(super) fn confine_submitter() {
     enter([MailDirectory { path: temporary_directory(), depth: 0 }], false);
 }
 
 fn enter(directories: impl IntoIterator<Item = MailDirectory>, is_daemon: bool) {
-    // It is read in /proc, which is not among the directories.
+    // This reads /proc, which is denied afterwards.
     process::ignores_hangup();
     let result = sandbox::enter(directories.into_iter().collect::<Vec<_>>().as_slice(), logging::do_in_thread);
     match (result, is_daemon) {

@@ -1,7 +1,7 @@
 //! `odmr customer`: a provider's administrator adds, lists, shows and removes customers, beside a running `odmr serve`.
 //!
-//! What a machine reads, the customer's own file, is on stdout; what a person reads is on stderr. A change holds when the
-//! file is there; `serve` reads it at once.
+//! The customer's own file is written to stdout, and what is for a person to stderr. A change is in force when its file is
+//! there; a running `serve` reads it at once.
 
 mod block;
 mod reload;
@@ -37,16 +37,16 @@ use block::{Opening, block_for};
 pub(super) const CUSTOMER_SUMMARY: &str = "\
 Adds, lists, shows and removes the customers of a provider; FILE is the provider's. A running `odmr serve` reads the change.
 
-    add NAME DOMAIN…    makes the account NAME for these domains, with a new secret, and prints the customer's whole file:
-                        odmr customer -c FILE add acme example.org >acme.toml
-                        the customer types `odmr setup customer acme.toml`. The secret is stored nowhere here
-    list                a line for each customer
-    show NAME           the settings of a customer, its own file without the secret, and what the DNS says of its domains
-    remove NAME         removes the account; mail that is held for it stays";
+    add NAME DOMAIN ...  makes the account NAME for these domains, with a new secret, and prints the customer's whole file:
+                         odmr customer -c FILE add acme example.org >acme.toml
+                         the customer types `odmr setup customer acme.toml`. The secret is stored nowhere here
+    list                 prints a line for each customer
+    show NAME            prints the settings of a customer, its own file without the secret, and the DNS records of its domains
+    remove NAME          removes the account; mail that is held for it stays";
 
 const HINT: &str = "odmr customer -h";
 
-/// How long another `odmr customer` is waited for.
+/// How long to wait for another `odmr customer`.
 const LOCK_WAIT: Duration = Duration::from_secs(5);
 const LOCK_PAUSE: Duration = Duration::from_millis(20);
 
@@ -56,7 +56,7 @@ pub(super) fn options(options: &mut Options) {
     options.optmulti("", "pin", help, "PIN");
 }
 
-/// Does what the arguments say.
+/// Runs the command that the arguments name.
 ///
 /// # Errors
 ///
@@ -87,7 +87,7 @@ pub(super) fn run(matches: &Matches) -> Result<(), ExitError> {
 
 /// Adds a customer.
 fn add(path: &Path, name: &str, domains: &[&str], pins: &[String]) -> Result<(), ExitError> {
-    // What is made here says itself who may read it.
+    // Each file and directory is made with a mode of its own.
     platform::set_umask(0o022);
     check_customer_name(name)?;
     let command = format!("odmr customer -c {} add {name}", path.display());
@@ -111,7 +111,7 @@ fn add(path: &Path, name: &str, domains: &[&str], pins: &[String]) -> Result<(),
     let text = account_text(&domains, secret.as_deref(), pins);
     check_new_account(&file, &text, config.tls.is_some())?;
     let opening = secret.as_deref().map_or(Opening::Certificate, Opening::Secret);
-    // Before the account exists: if nobody can read the secret, there is none, and the command can be repeated.
+    // Before the account exists: if the secret cannot be printed, there is no account, and the command can be repeated.
     print_secret(&block_for(&config, name, &domains, &opening, true))?;
     let group = group_of_files(&places, path)?;
     create_file_durably(&file, &text, 0o640, group).map_err(|error| {
@@ -128,15 +128,15 @@ fn add(path: &Path, name: &str, domains: &[&str], pins: &[String]) -> Result<(),
     let secret = secret.map_or("", |_| ", with the secret, which is stored nowhere here");
     let _ = writeln!(
         report,
-        "{place} the customer's whole file{secret}.\nSend it so that nobody else can read it, and keep no copy. On the customer's \
+        "{place} the customer's whole file{secret}.\nSend it so that no other person can read it, and keep no copy. On the customer's \
          machine type as root:\n\n    odmr setup customer {name}.toml"
     );
     for (domain, messages) in held(&config, &domains).into_iter().filter(|(_, held)| !matches!(held, Ok(0))) {
         let _ = writeln!(report, "Held for {domain} already: {}. {name} gets that.", amount(&messages));
     }
-    tell(&report);
-    // Slow name servers hold up nothing else.
-    tell(&dns_report(&config, &domains, true));
+    print_to_person(&report);
+    // Last: name servers may be slow.
+    print_to_person(&dns_report(&config, &domains, true));
     Ok(())
 }
 
@@ -213,7 +213,10 @@ fn account_text(domains: &[Domain], secret: Option<&str>, pins: &[String]) -> St
     let domains: Vec<_> = domains.iter().map(Domain::to_string).collect();
     let opened_by = match secret {
         Some(secret) => {
-            format!("# Of the secret, which the customer alone has.\nscram = \"{}\"\n", new_verifier(secret))
+            format!(
+                "# The verifier of the secret, which only the customer has.\nscram = \"{}\"\n",
+                new_verifier(secret)
+            )
         }
         None => format!("# The pin of the customer's certificate.\ncertificate = [{}]\n", list(pins)),
     };
@@ -234,15 +237,15 @@ fn group_of_files(places: &ProviderPlaces, path: &Path) -> Result<Option<u32>, E
     Ok(owner.map(|owner| owner.gid()).or_else(group_of_config))
 }
 
-/// Writes to standard output what nobody can have again.
+/// Writes to standard output what cannot be printed again.
 ///
 /// # Errors
 ///
-/// It cannot be written, or its reader has gone.
+/// Standard output cannot be written to, or its reader has closed it.
 fn print_secret(text: &str) -> Result<(), ExitError> {
     let mut out = Waiting(io::stdout());
     let written = out.write_all(text.as_bytes()).and_then(|()| out.flush());
-    // A power cut must not take the only copy; what is no file needs it not.
+    // A power cut must not destroy the only copy. For a pipe or a terminal it fails, and is not needed.
     let _ = rustix::fs::fsync(io::stdout());
     written.map_err(|error| {
         ExitError::new(Sysexit::InputOutput, format!("standard output: {error}; there is no new customer"))
@@ -255,11 +258,11 @@ fn cannot_change(error: io::Error) -> ExitError {
 }
 
 /// Writes to stderr, for a person.
-fn tell(text: &str) {
+fn print_to_person(text: &str) {
     let _ = Waiting(io::stderr()).write_all(text.as_bytes());
 }
 
-/// What the DNS says of domains, and what it should say.
+/// The DNS records of domains, as they are and as they should be.
 fn dns_report(config: &ProviderConfig, domains: &[Domain], relays: bool) -> String {
     let lookups = DnsLookups::brief(config.relay.resolver);
     let mut text = String::new();
@@ -283,10 +286,13 @@ fn list(path: &Path) -> Result<(), ExitError> {
     }
     print(&text)?;
     for skipped in config.accounts.skipped() {
-        tell(&format!("odmr: {}\n", skipped.error));
+        print_to_person(&format!("odmr: {}\n", skipped.error));
     }
     if text.is_empty() && config.accounts.skipped().is_empty() {
-        tell(&format!("there is no customer: `odmr customer -c {} add NAME DOMAIN` makes one\n", path.display()));
+        print_to_person(&format!(
+            "there is no customer: `odmr customer -c {} add NAME DOMAIN` makes one\n",
+            path.display()
+        ));
     }
     Ok(())
 }
@@ -332,12 +338,12 @@ fn remove(path: &Path, name: &str) -> Result<(), ExitError> {
     remove_file_durably(&file).map_err(cannot_change)?;
     drop(lock);
     let reload = reload::request(&config);
-    print(&format!("{name} is no customer any more: {} is removed, and {reload}.\n", file.display()))?;
+    print(&format!("{name} is not a customer any more: {} is removed, and {reload}.\n", file.display()))?;
     // After the reload no more mail is accepted.
     print(&match config.accounts.account(name) {
         Some(account) => held_report(&config, path, &account.domains),
         None => format!(
-            "Its file had a mistake, so its domains are not known: `odmr check -c {}` names held mail that nobody has.\n",
+            "Its file had a mistake, so its domains are not known: `odmr check -c {}` names held mail that no customer has.\n",
             path.display()
         ),
     })
@@ -357,7 +363,7 @@ fn amount(messages: &io::Result<usize>) -> String {
     }
 }
 
-/// How much mail is held for domains that nobody has any more, and what to do with it.
+/// How much mail is held for domains that no customer has any more, and what to do with it.
 fn held_report(config: &ProviderConfig, path: &Path, domains: &[Domain]) -> String {
     let (mut text, file) = (String::new(), shell_word(path));
     for (domain, messages) in held(config, domains) {

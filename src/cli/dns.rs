@@ -1,5 +1,5 @@
-//! `odmr check --dns`: what DNS says of a provider's host and of the domains of customers, and what it should say; for `odmr
-//! setup` and `odmr customer` the same records, in the form to paste into a zone file.
+//! `odmr check --dns`: the DNS records of a provider's host and of the domains of customers, as they are and as they should
+//! be; for `odmr setup` and `odmr customer` the same records, in the form to paste into a zone file.
 //!
 //! ```text
 //! lookups ─ answers ─▶ spf ─ results ─▶ host, mx, texts: each set of records is judged ─ findings ─▶ lines
@@ -44,7 +44,7 @@ use crate::net::tls::CertificateInfo;
 const PARALLEL_LOOKUPS: usize = 8;
 const DOMAIN_BLOCK: usize = 64;
 
-/// A host that takes or sends the mail of domains.
+/// A host that receives or sends the mail of domains.
 struct KnownHost {
     host: Domain,
     addresses: Vec<IpAddr>,
@@ -58,18 +58,18 @@ impl KnownHost {
 
 /// Which host sends the mail of a domain.
 enum SentBy<'a> {
-    /// Mail of the domain is not sent through this program.
-    Nobody,
+    /// No mail of the domain is sent through this program.
+    NotHere,
     Host(&'a KnownHost),
-    /// Another host, whose addresses nobody knows here, and why.
+    /// Another host, whose addresses are not known here, for this reason.
     Elsewhere(&'a str),
 }
 
-/// A domain, and what its records should say.
+/// A domain, and what its records should have.
 struct DomainPlan<'a> {
     domain: &'a Domain,
-    /// The host that should take its mail.
-    taken_by: &'a KnownHost,
+    /// The host that should receive its mail.
+    received_by: &'a KnownHost,
     /// Whether that host has this name, and sends too, as its own provider knows.
     is_certain: bool,
     sent_by: SentBy<'a>,
@@ -83,7 +83,7 @@ pub(super) fn certificates(config: &Config) -> Vec<CertificateInfo> {
     config.tls.as_ref().and_then(load).unwrap_or_default()
 }
 
-/// Prints what DNS says, and what it should say; `chain`: see [`certificates`].
+/// Prints the records as they are and as they should be; `chain`: see [`certificates`].
 ///
 /// # Errors
 ///
@@ -133,18 +133,18 @@ fn check_provider(config: &ProviderConfig, chain: &[CertificateInfo], tally: &mu
     let smarthost = config.relay.smarthost.as_ref();
     let smarthost = smarthost.map(|remote| format!("mail is sent by {}, which is not evaluated here", remote.host));
     let sent_by = |relay: bool| match &smarthost {
-        _ if !relay => SentBy::Nobody,
+        _ if !relay => SentBy::NotHere,
         Some(text) => SentBy::Elsewhere(text),
         None => SentBy::Host(&known),
     };
-    let plan = |domain, relay| DomainPlan { domain, taken_by: &known, is_certain: true, sent_by: sent_by(relay) };
+    let plan = |domain, relay| DomainPlan { domain, received_by: &known, is_certain: true, sent_by: sent_by(relay) };
     let domains =
         config.accounts.iter().flat_map(|account| account.domains.iter().map(move |domain| (domain, account.relay)));
     let plans: Vec<_> = domains.map(|(domain, relay)| plan(domain, relay)).collect();
     check_domains(&plans, &lookups, tally)
 }
 
-/// Judges what DNS says about the host of a provider.
+/// Judges the records of a provider's host.
 fn judge_host(
     config: &ProviderConfig, known: &KnownHost, chain: &[CertificateInfo], lookups: &DnsLookups,
 ) -> Vec<DnsFinding> {
@@ -157,7 +157,7 @@ fn judge_host(
     for &address in &known.addresses {
         findings.push(judge_address(host, &AddressFact::new(address, is_own(address), listen), allow_private));
     }
-    // A smarthost sends from addresses of its own.
+    // A smarthost sends from its own addresses.
     let sends = config.relay.smarthost.is_none();
     findings.extend(own.iter().filter(|_| sends).filter_map(|source| judge_source(host, *source, &known.addresses)));
     let has_name = |address: &&IpAddr| sends && (allow_private || not_public(**address).is_none());
@@ -172,7 +172,7 @@ fn judge_host(
     findings
 }
 
-/// What SPF of `domain` says about each address of a host.
+/// The SPF results of `domain` for each address of a host.
 fn sending_host<'a>(known: &'a KnownHost, domain: &Domain, is_certain: bool, lookups: &DnsLookups) -> SendingHost<'a> {
     let ask = |name: &Domain, kind| lookups.ask(name, kind);
     let result = |address: &IpAddr| (*address, check_spf(domain, *address, &ask));
@@ -191,12 +191,12 @@ fn check_customer(config: &CustomerConfig, tally: &mut DnsTally) -> Result<(), E
         let asked = |domains: &[Domain]| domains.is_empty() || domains.contains(domain);
         let provider = config.providers.iter().position(|provider| asked(&provider.domains)).unwrap_or(0);
         let sent_by = match (&submission, sender) {
-            _ if config.outgoing.is_none() => SentBy::Nobody,
+            _ if config.outgoing.is_none() => SentBy::NotHere,
             (Some(text), _) => SentBy::Elsewhere(text),
             (None, Some(host)) if address_for_name(&host.host).is_none() => SentBy::Host(host),
             (None, _) => SentBy::Elsewhere("the name of the host that sends is not known here"),
         };
-        Some(DomainPlan { domain, taken_by: known.get(provider)?, is_certain: false, sent_by })
+        Some(DomainPlan { domain, received_by: known.get(provider)?, is_certain: false, sent_by })
     };
     let plans: Vec<_> = config.mailboxes.rules.domains().iter().filter_map(plan).collect();
     check_domains(&plans, &lookups, tally)
@@ -218,7 +218,7 @@ fn check_domains(plans: &[DomainPlan<'_>], lookups: &DnsLookups, tally: &mut Dns
         };
         thread::scope(|scope| {
             for _ in 1..PARALLEL_LOOKUPS.min(block.len()) {
-                // Without it, this thread does the work of all.
+                // Without more threads, this one does all the work.
                 let _ = thread::Builder::new().spawn_scoped(scope, work);
             }
             work();
@@ -236,17 +236,17 @@ fn check_domains(plans: &[DomainPlan<'_>], lookups: &DnsLookups, tally: &mut Dns
     Ok(())
 }
 
-/// Judges what DNS says about one domain.
+/// Judges the records of one domain.
 fn judge_domain(plan: &DomainPlan<'_>, lookups: &DnsLookups) -> Vec<DnsFinding> {
-    let DomainPlan { domain, taken_by, is_certain, sent_by } = plan;
-    let expected = ExpectedHost { host: &taken_by.host, addresses: &taken_by.addresses, is_certain: *is_certain };
+    let DomainPlan { domain, received_by, is_certain, sent_by } = plan;
+    let expected = ExpectedHost { host: &received_by.host, addresses: &received_by.addresses, is_certain: *is_certain };
     let facts = lookups.mx_facts(domain, &expected);
     let exists = !matches!(facts, MxFacts::NoDomain | MxFacts::Failed(_));
-    let mut findings = vec![match (address_for_name(&taken_by.host), facts) {
+    let mut findings = vec![match (address_for_name(&received_by.host), facts) {
         (Some(_), MxFacts::Hosts(hosts)) => {
             let is = hosts.iter().map(|fact| mx_line(domain, fact.preference, fact.host.as_ref())).collect();
             let text =
-                "`address` of [provider] is no name, so it is not known here what it should be: ask its operator";
+                "`address` of [provider] is not a name, so it is not known here what it should be: ask its operator";
             DnsFinding::new(DnsVerdict::Note, "MX", text).with(is, Vec::new())
         }
         (Some(_), facts) => DnsFinding { should: Vec::new(), ..judge_mx(domain, &expected, &facts) },
@@ -254,7 +254,7 @@ fn judge_domain(plan: &DomainPlan<'_>, lookups: &DnsLookups) -> Vec<DnsFinding> 
     }];
     let sender = match sent_by {
         _ if !exists => return findings,
-        SentBy::Nobody => return findings,
+        SentBy::NotHere => return findings,
         SentBy::Host(host) => sending_host(host, domain, *is_certain, lookups),
         SentBy::Elsewhere(text) => SendingHost::Elsewhere(text),
     };
@@ -288,13 +288,13 @@ pub(super) fn provider_records(hostname: &str, certificate: Option<&CertificateI
     records
 }
 
-/// The MX records of a customer's domain as they are, and as they should be with the provider `host`; with `relays`, which
-/// says that the provider sends mail of the domain, SPF and DMARC too. Lines for a person, the first with the name of the
-/// domain. A name server that does not answer has a line that says so.
+/// The MX records of a customer's domain as they are, and as they should be with the provider `host`; with `relays`, if
+/// the provider sends mail of the domain, SPF and DMARC too. Lines for a person, the first with the name of the domain. If a
+/// name server does not answer, a line reports it.
 pub(super) fn domain_records(domain: &Domain, host: &str, relays: bool, lookups: &DnsLookups) -> Vec<String> {
     let Some(host) = Domain::parse(host) else { return Vec::new() };
     let known = KnownHost::look_up(&host, lookups);
-    let sent_by = if relays { SentBy::Host(&known) } else { SentBy::Nobody };
-    let plan = DomainPlan { domain, taken_by: &known, is_certain: true, sent_by };
+    let sent_by = if relays { SentBy::Host(&known) } else { SentBy::NotHere };
+    let plan = DomainPlan { domain, received_by: &known, is_certain: true, sent_by };
     lines(domain, &judge_domain(&plan, lookups), false).lines().map(str::to_owned).collect()
 }

@@ -1,6 +1,6 @@
 //! Exit codes: the one place where each failure of the program gets its code of sysexits.h.
 //!
-//! Callers of `odmr send` decide by it what to do with their message, and supervisors whether to try again.
+//! Programs that call `odmr send` decide by it what to do with their message, and supervisors whether to try again.
 
 use std::io;
 use std::path::Path;
@@ -68,7 +68,7 @@ impl ExitError {
         ExitError { code, text: text.to_string() }
     }
 
-    /// A file or directory that cannot be made or changed; `rights`: what somebody does who has not the right to it.
+    /// A file or directory that cannot be made or changed; `rights`: what to do if the right to that is missing.
     pub fn cannot_create(error: io::Error, rights: &str) -> ExitError {
         match error.kind() {
             io::ErrorKind::PermissionDenied => ExitError::new(Sysexit::NoPermission, format!("{error}; {rights}")),
@@ -142,7 +142,7 @@ impl From<io::Error> for ExitError {
     fn from(error: io::Error) -> ExitError {
         let (code, text) = (Sysexit::of_system(error.kind()), error.to_string());
         match code {
-            // It may name a better way out already.
+            // The text may name a better remedy already.
             _ if text.contains("; ") => ExitError::new(code, text),
             Sysexit::NoPermission => {
                 ExitError::new(code, format!("{text}; be root, or the user whose files these are"))

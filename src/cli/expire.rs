@@ -25,13 +25,13 @@ use crate::report::Reporter;
 use crate::report::clock_watch::ClockWatch;
 
 pub(super) const EXPIRE_SUMMARY: &str = "\
-Lets the mail that is held for customers expire, and warns its senders of the delay, as their files say. `odmr serve` does
+Lets the mail that is held for customers expire, and warns its senders of the delay, as the customers' files demand. `odmr serve` does
 that by itself once a minute; where it runs only with --inetd, cron runs this once an hour or once a day.";
 
-/// How long a session that has a queue is waited for.
+/// How long to wait for a session that has a queue.
 const LOCK_WAIT: Duration = Duration::from_secs(5);
 
-/// Makes a pass over all held mail.
+/// Makes passes over all held mail, until nothing more expires.
 ///
 /// # Errors
 ///
@@ -56,7 +56,7 @@ pub(super) fn run(matches: &Matches) -> Result<(), ExitError> {
     let mut left = BTreeMap::new();
     loop {
         let result = pass.run(&plan);
-        // What failed is not looked at again; the others were.
+        // This pass has looked again at the others, but not at what has failed.
         left.retain(|_, reason| *reason == LeftFor::Failure);
         left.extend(result.left.into_iter().map(|(domain, reason)| (domain.to_string(), reason)));
         if !result.more || cancel.is_cancelled() {

@@ -1,4 +1,4 @@
-//! What helps somebody who has typed a wrong word, and the page about exit codes.
+//! Suggestions for a wrong word of the command line, and the page about exit codes.
 
 use getopts::{Fail, Options};
 
@@ -19,7 +19,7 @@ odmr ends with these exit codes, those of sysexits.h but for 0 and 1
     71    a system call has failed
     73    a directory or file cannot be made: it is missing, in the way, or read-only
     74    reading or writing has failed
-    75    try again later: the other side defers, a disk is full, another process is at it
+    75    try again later: the other side defers, a disk is full, another process has the lock
     76    the peer or its certificate breaks the protocol
     77    no permission: wrong name or secret, or files of another user
     78    the configuration is wrong

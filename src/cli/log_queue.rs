@@ -1,7 +1,7 @@
 //! The log lines that wait to be written, and the thread that writes them.
 //!
-//! A pipe that nobody reads, a stopped terminal, a slow disk and a syslogd that hangs stop this thread alone: no session
-//! waits for it. Lines beyond [`QUEUE_LIMIT`] and lines that cannot be written are lost; `event=log-lost` counts them, as
+//! A pipe without a reader, a stopped terminal, a slow disk and a syslogd that hangs stop only this thread: no session waits
+//! for it. Lines beyond [`QUEUE_LIMIT`] and lines that cannot be written are lost; `event=log-lost` counts them, as
 //! soon as a line can be written again.
 
 use std::collections::VecDeque;
@@ -18,7 +18,7 @@ use crate::clock::Timestamp;
 /// Octets of the lines that wait at most.
 const QUEUE_LIMIT: usize = 1024 * 1024;
 
-/// Octets that a line takes beside its text, about.
+/// About how many octets of memory a line needs besides its text.
 const LINE_OVERHEAD: usize = 64;
 
 /// The begin of the line that counts lost ones.
@@ -41,7 +41,7 @@ impl LogLine {
 
 /// Where log lines go.
 pub(super) trait LogSink: Send {
-    /// Writes one line; it may wait as long as it likes.
+    /// Writes one line; it may block without limit.
     ///
     /// # Errors
     ///
@@ -54,7 +54,7 @@ pub(super) trait LogSink: Send {
 pub(super) struct LogQueue {
     state: Mutex<QueueState>,
     changed: Condvar,
-    /// Only if the system gives no thread: then each line is written where it is logged.
+    /// Only if the system has no thread for it: then each line is written where it is logged.
     direct: Option<Mutex<Box<dyn LogSink>>>,
 }
 
@@ -141,7 +141,7 @@ impl LogQueue {
                 (false, true) => reported = 0,
                 (false, false) => {}
             }
-            // A report needs room too. While a report waits there is no other.
+            // A report needs room too. While one waits, no other is made.
             if state.lost > 0 && reported == 0 && !state.is_failing && state.octets < QUEUE_LIMIT / 2 {
                 reported = mem::take(&mut state.lost);
                 drop(state);

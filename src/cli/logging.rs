@@ -33,7 +33,7 @@ struct ProcessLog {
     /// Whether it goes to the system log.
     in_syslog: bool,
     /// How long the end of the program waits for the last lines to be written.
-    patience: Duration,
+    end_timeout: Duration,
     format: StderrFormat,
 }
 
@@ -52,7 +52,7 @@ impl Log for ProcessLog {
     fn flush(&self) {}
 }
 
-/// Adds the options that say where the log goes.
+/// Adds the options for where the log goes.
 pub(super) fn options(options: &mut Options) {
     let help = "logs to the system log, facility mail: to /dev/log or /var/run/log, or to the socket PATH";
     options.optflagopt("", "syslog", help, "PATH");
@@ -69,8 +69,8 @@ pub(super) struct LogTarget {
 }
 
 impl LogTarget {
-    /// What the options say; `inetd`: without `--syslog` it is the system log too if stderr is `/dev/null`, as it is after
-    /// [`keep_stderr_out_of_connection`].
+    /// The target that the options name. `inetd`: also without `--syslog` it is the system log if stderr is `/dev/null`, as it
+    /// is after [`keep_stderr_out_of_connection`].
     ///
     /// [`keep_stderr_out_of_connection`]: super::inetd::keep_stderr_out_of_connection
     pub fn new(matches: &Matches, inetd: bool) -> LogTarget {
@@ -101,8 +101,8 @@ impl LogTarget {
                 None => stderr(),
                 Some(path) => Box::new(Syslog::new(path.as_deref(), (!in_syslog).then(stderr))),
             });
-            let patience = if is_daemon || in_syslog { END_TIMEOUT } else { Duration::MAX };
-            ProcessLog { filter: builder.build(), queue, in_syslog, patience, format }
+            let end_timeout = if is_daemon || in_syslog { END_TIMEOUT } else { Duration::MAX };
+            ProcessLog { filter: builder.build(), queue, in_syslog, end_timeout, format }
         });
         // It fails only if this process has a logger already; then that one stays.
         if log::set_logger(log).is_ok() {
@@ -134,7 +134,7 @@ pub(super) fn verbosity(matches: &Matches) -> LevelFilter {
     if matches.opt_present("verbose") { LevelFilter::Debug } else { LevelFilter::Info }
 }
 
-/// Shows once why the program fails, on stderr, and in the system log if the log goes there.
+/// Reports why the program fails, on stderr, and in the system log if the log goes there.
 pub(super) fn report_failure(program: &str, text: &str, inetd: bool) {
     if inetd && LOG.get().is_none() {
         // After a wrong option the log has not been started.
@@ -150,9 +150,9 @@ pub(super) fn report_failure(program: &str, text: &str, inetd: bool) {
     if write_out() {
         let priority = if stderr_is_journal() { "<3>" } else { "" };
         let name = highlighted(&format!("{program}:"), true, has_colours(io::stderr()));
-        // A word of the command line may come from somebody else, as the ID of a message does.
+        // An argument may have control characters: the ID of a message comes from its sender.
         let text = text.split('\n').map(|line| printable(line.as_bytes())).collect::<Vec<_>>().join("\n");
-        // Each of the errors that `odmr check` has found begins with the name.
+        // `odmr check` has found several errors; each begins with the name.
         let text = text.replace(&format!("\n{program}: "), &format!("\n{name} "));
         let text = fitted(&format!("{name} {text}\n"), io::stderr());
         let _ = Waiting(io::stderr()).write_all(format!("{priority}{text}").as_bytes());
@@ -162,7 +162,7 @@ pub(super) fn report_failure(program: &str, text: &str, inetd: bool) {
 /// Waits until the log is written, and returns whether it is. What a syslogd that hangs does not accept goes to stderr.
 pub(super) fn write_out() -> bool {
     let Some(log) = LOG.get() else { return true };
-    if log.queue.wait_until_written(log.patience) || !log.in_syslog {
+    if log.queue.wait_until_written(log.end_timeout) || !log.in_syslog {
         return log.queue.wait_until_written(Duration::ZERO);
     }
     let (lines, lost) = log.queue.unwritten();
@@ -252,8 +252,8 @@ impl LogSink for StderrSink {
         let text = if self.is_torn { format!("\n{text}") } else { text };
         let mut octets = text.as_bytes();
         while !octets.is_empty() {
-            // The caller may have made stderr non-blocking. writev(2), so that who lets the n-th write(2) of each thread fail
-            // meets mail, and not as many lines of the log.
+            // The caller may have made stderr non-blocking. It is writev(2), because tests let the n-th write(2) of each thread
+            // fail, which must be a write of mail.
             match Waiting(io::stderr()).write_vectored(&[IoSlice::new(octets)]) {
                 Ok(written) => {
                     octets = &octets[written..];

@@ -76,7 +76,7 @@ struct Subcommand {
     summary: &'static str,
     /// Whether it needs `-c FILE`.
     has_config: bool,
-    /// Its arguments, for the help; empty: it takes none.
+    /// Its arguments, for the help; empty: it has none.
     arguments: &'static str,
     /// Adds its own options.
     options: fn(&mut Options),
@@ -141,7 +141,7 @@ const SUBCOMMANDS: [Subcommand; 11] = [
         name: "customer",
         summary: customer::CUSTOMER_SUMMARY,
         has_config: true,
-        arguments: " add NAME DOMAIN… | list | show NAME | remove NAME",
+        arguments: " add NAME DOMAIN ... | list | show NAME | remove NAME",
         options: customer::options,
         run: customer::run,
     },
@@ -190,7 +190,7 @@ pub fn main() -> ExitCode {
     sandbox::harden();
     let arguments: Vec<String> =
         std::env::args_os().skip(1).map(|argument| argument.to_string_lossy().into_owned()).collect();
-    // Before the options are parsed: the error about a wrong option must not go into the connection either.
+    // Before the options are parsed: an error about a wrong option must not go into the connection.
     let inetd = arguments.iter().any(|argument| argument.starts_with("--inetd"));
     if inetd && inetd::keep_stderr_out_of_connection().is_err() {
         return ExitCode::from(Sysexit::OsError as u8);
@@ -340,14 +340,14 @@ fn only_listener(config: &ProviderConfig) -> Option<&'static str> {
 fn run_daemon(
     provider: PreparedProvider, path: PathBuf, signals: DaemonSignals, readiness: Arc<Readiness>,
 ) -> Result<(), ExitError> {
-    // What a command asks for is what the signal asks for.
+    // A command beside `serve` asks for a reload by a socket: it is done as at SIGHUP.
     let reload = || {
         let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::HUP);
     };
     let (running, stopped) = (provider.start(Box::new(reload))?, CancelToken::new()?);
     readiness.ready();
     let (reloader, reporter) = (running.reloader().clone(), readiness.clone());
-    // Signals that came before wait for this.
+    // Signals that have arrived before wait for this.
     signals.handle(&stopped, move |signal| {
         if signal == SIGHUP {
             reporter.reloading();

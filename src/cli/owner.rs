@@ -1,4 +1,5 @@
-//! `user` and `group`: a process that root has started becomes the owner of the mail, and what that user may read and write.
+//! `user` and `group`: a process that root has started becomes the owner of the mail; checks of what that user may read and
+//! write.
 
 use std::fs::{self, Metadata};
 use std::io;
@@ -80,11 +81,10 @@ pub(super) fn become_customer_owner(config: &CustomerConfig, owner: Option<&Syst
     Ok(())
 }
 
-/// Logs what a reload could not read any more since this process has become its owner. `known`: errors that there were
-/// before.
+/// Logs what a reload cannot read any more because this process has become the owner. `known`: the errors before that.
 pub(super) fn log_prevented_reload(owner: &SystemUser, path: &Path, known: &[String]) {
     for error in reload_errors(path).iter().filter(|error| !known.contains(error)) {
-        let consequence = format!("SIGHUP cannot read that again; let {} read it", owner.name());
+        let consequence = format!("a reload (SIGHUP) would fail; let {} read it", owner.name());
         log::warn!("event=reload-prevented error={} consequence={consequence:?}", quoted(error));
     }
 }
@@ -113,12 +113,11 @@ pub(super) fn reload_errors(path: &Path) -> Vec<String> {
     errors
 }
 
-/// Finds a directory that this process cannot write into: this one, or one below it, down to a depth. A text says what
-/// to type.
+/// Finds a directory that this process cannot write into: this one, or one below it, down to a depth.
 ///
 /// # Errors
 ///
-/// There is one.
+/// There is such a directory; the text names it, and what to type.
 pub(super) fn check_owned(owner: &SystemUser, root: &Path, depth: usize) -> Result<(), String> {
     for directory in std::iter::once(root.to_owned()).chain(subdirectories(root, depth)) {
         if let Err(error) = rustix::fs::access(&directory, Access::WRITE_OK | Access::EXEC_OK) {

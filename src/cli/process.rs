@@ -26,7 +26,7 @@ pub(super) fn config_path(matches: &Matches) -> PathBuf {
     PathBuf::from(matches.opt_str("config").unwrap_or_default())
 }
 
-/// Writes to standard output. The reader may have seen enough, such as `head`.
+/// Writes to standard output. It is not an error if the reader has closed it, as head(1) does.
 ///
 /// # Errors
 ///
@@ -48,12 +48,12 @@ pub(super) fn print_fitted(text: &str) -> Result<(), ExitError> {
     print(&fitted(text, io::stdout()))
 }
 
-/// What a supervisor has passed to this process: the sockets of `LISTEN_FDS`, and the descriptor of `--ready-fd`. Call it
+/// Takes what a supervisor has passed to this process: the sockets of `LISTEN_FDS`, and the descriptor of `--ready-fd`. Call it
 /// before this process opens descriptors.
 ///
 /// # Errors
 ///
-/// What cannot be used.
+/// A socket or the descriptor cannot be used.
 pub(super) fn supervision(matches: &Matches) -> Result<(PassedSockets, Readiness), ExitError> {
     let option = matches.opt_str(READY_FD);
     let wrong = |text: &dyn Display| {
@@ -90,11 +90,11 @@ pub(super) fn has_readiness_option(matches: &Matches) -> bool {
     matches.opt_present(READY_FD)
 }
 
-/// Signals that end a process by default, but no daemon: a stray one must not cut its sessions. SIGPIPE is not among them,
-/// because the runtime of Rust ignores it, and SIGXFSZ not, because [`catch_file_size_signal`] catches it.
+/// Signals that end a process by default, and must not end a daemon: a stray one would cut its sessions. SIGPIPE is not among
+/// them, because the runtime of Rust ignores it, nor SIGXFSZ, because [`catch_file_size_signal`] catches it.
 const IGNORED_BY_DAEMONS: [i32; 9] = [SIGHUP, SIGQUIT, SIGUSR1, SIGUSR2, SIGALRM, SIGVTALRM, SIGPROF, SIGXCPU, SIGIO];
 
-/// The signals of a daemon. None of them ends the process any more; those that come before [`DaemonSignals::handle`] wait.
+/// The signals of a daemon. None of them ends the process any more; signals before [`DaemonSignals::handle`] wait for it.
 pub(super) struct DaemonSignals(Signals);
 
 impl DaemonSignals {
@@ -148,7 +148,7 @@ fn for_each_signal(mut signals: Signals, act: impl FnMut(i32) + Send + 'static) 
     thread::Builder::new().name("signals".to_owned()).spawn(move || signals.forever().for_each(act)).map(drop)
 }
 
-/// Whether this process ignored SIGHUP when it was asked for the first time. Only Linux can tell without unsafe code.
+/// Whether this process ignored SIGHUP at the first call of this function. Only Linux shows that without unsafe code.
 /// Elsewhere it is true if neither stdout nor stderr is a terminal, because that is how nohup(1) starts a command.
 pub(super) fn ignores_hangup() -> bool {
     static IGNORED: OnceLock<bool> = OnceLock::new();

@@ -1,6 +1,6 @@
 //! `odmr pull`: one call to each provider, or the daemon.
 //!
-//! On a terminal a call shows how far it is, and at its end what it has sent and received. The daemon's signals are read
+//! On a terminal a call shows its progress, and at its end what it has sent and received. The daemon's signals are handled
 //! here: SIGTERM and SIGINT end it, SIGHUP reloads the configuration, SIGUSR1 asks for a call; the others are ignored. One
 //! call ends at SIGHUP too.
 
@@ -47,7 +47,7 @@ pub(super) fn options(options: &mut Options) {
     options.optflag(
         "",
         "daemon",
-        "calls by [schedule], and accepts mail by SMTP where [outgoing] says, until SIGTERM; SIGUSR1: call at once; \
+        "calls by [schedule], and accepts mail by SMTP at `listen` of [outgoing], until SIGTERM; SIGUSR1: call at once; \
          SIGHUP: read the configuration again",
     );
     process::readiness_option(options);
@@ -82,7 +82,7 @@ pub(super) fn run(matches: &Matches) -> Result<(), ExitError> {
     let interactive = !is_daemon && io::stderr().is_terminal() && !matches.opt_present("verbose");
     let target = LogTarget::new(matches, false);
     let level = match (quiet, interactive) {
-        // What is printed has nothing to do with the system log.
+        // `--quiet` is about what is printed, and not about the system log.
         _ if target.is_syslog() => logging::verbosity(matches),
         (true, _) => LevelFilter::Error,
         (false, true) => LevelFilter::Warn,
@@ -139,7 +139,7 @@ fn call(customer: &Customer, cancel: &CancelToken, quiet: bool, interactive: boo
     // On one terminal or in one file the log comes before the summary.
     logging::write_out();
     let printed = if text.is_empty() { Ok(()) } else { print(&format!("{text}\n")) };
-    // A job of cron that calls often would mail the same each time: the call before it has brought no mail.
+    // Otherwise a cron job that calls often would mail this error each time.
     if let (true, Err(CallError::TooSoon(_))) = (quiet, &called) {
         return Err(ExitError::new(Sysexit::Temporary, ""));
     }
@@ -200,7 +200,7 @@ pub(super) fn request_call(process: i32, quiet: bool) -> Result<(), ExitError> {
     if quiet { Ok(()) } else { print(&format!("the daemon, process {process}, calls now\n")) }
 }
 
-/// Shows on the terminal how far the call is, until the sender of `ended` is dropped.
+/// Shows the progress of the call on the terminal, until the sender of `ended` is dropped.
 fn show_progress(counters: &CallCounters, ended: &Receiver<()>) {
     let mut delay = PROGRESS_DELAY;
     while ended.recv_timeout(delay) == Err(RecvTimeoutError::Timeout) {

@@ -1,7 +1,7 @@
 //! `odmr queue`: an administrator looks at messages that wait, and decides on them, beside a running daemon.
 //!
-//! Looking needs no lock. Whatever changes a message has the lock of its queue, as a session has; if a session has it, the
-//! exit code is 75.
+//! Commands that only read need no lock. A command that changes a message locks its queue, as a session does; if a session
+//! has the lock, the exit code is 75.
 
 use std::borrow::Cow;
 use std::io::{self, BufRead, BufReader, BufWriter, Read, Write};
@@ -53,18 +53,18 @@ DOMAIN after it, only the copy in the queue of that domain is meant.
 
     list     a line for each message, or for those of an account or a domain
     show     the envelope, the history and the header of a message
-    remove   removes a message; its sender is not told
+    remove   removes a message; its sender gets no DSN
     bounce   returns a message, or all those of a domain, to its sender, with a DSN
     retry    makes a message, or those of a domain, due at once
     export   writes the messages of a domain to stdout as batch SMTP (RFC 2442); the files stay
-    import   stores messages that come on stdin as batch SMTP";
+    import   stores messages from stdin, which are batch SMTP";
 
 const HINT: &str = "odmr queue -h";
 
 /// Queues that each thread lists before their lines are written.
 const QUEUES_AT_ONCE: usize = 50;
 
-/// How long a session that has the lock of a queue is waited for.
+/// How long to wait for a session that has the lock of a queue.
 const LOCK_WAIT: Duration = Duration::from_secs(5);
 
 /// Octets of a header that `show` prints.
@@ -72,7 +72,7 @@ const HEADER_LIMIT: u64 = 64 << 10;
 
 /// The queues of either side.
 struct Queues {
-    /// That of the spool or the mailboxes.
+    /// The directory of the spool or of the mailboxes.
     root: PathBuf,
     /// The configuration, as a word for a shell.
     file: String,
@@ -98,7 +98,7 @@ struct QueueItem<'a> {
     message: ListedMessage,
 }
 
-/// Does what the arguments say.
+/// Runs the command that the arguments name.
 ///
 /// # Errors
 ///
@@ -130,7 +130,7 @@ pub(super) fn run(matches: &Matches) -> Result<(), ExitError> {
         _ => queues.list(&mut out, words.get(1).copied()),
     };
     match done.and_then(|()| Ok(out.flush()?)) {
-        // `head` has seen enough.
+        // The reader has closed it, as head(1) does.
         Err(Failure::Io(error)) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
         Err(Failure::Io(error)) => Err(error.into()),
         Err(Failure::Exit(error)) => {
@@ -141,12 +141,12 @@ pub(super) fn run(matches: &Matches) -> Result<(), ExitError> {
     }
 }
 
-/// What is wrong with the words of the command line.
+/// The error about a wrong command line.
 fn wrong_words(words: &[&str]) -> ExitError {
     let text = match words {
         [] => "what to do is missing: list, show, remove, bounce, retry, export or import".to_owned(),
         ["list", ..] => "list needs no more than one account or domain".to_owned(),
-        ["import", ..] => "import needs no argument: the messages come on stdin".to_owned(),
+        ["import", ..] => "import has no argument: it reads the messages from stdin".to_owned(),
         ["export", ..] => "export needs one domain".to_owned(),
         [word @ ("show" | "remove"), ..] => format!("{word} needs one id, or an id and a domain"),
         [word @ ("bounce" | "retry"), ..] => format!("{word} needs one id or domain, or an id and a domain"),
@@ -277,8 +277,8 @@ impl Queues {
         if all.is_empty() { failure(Sysexit::DataError, text()) } else { Ok(all) }
     }
 
-    /// As [`Queues::find`] for a command that takes mail away. A message to customers of several accounts has one id, and
-    /// what is decided for one of them must not take the mail of another.
+    /// As [`Queues::find`] for a command that removes mail. A message to customers of several accounts has one id, and a
+    /// decision for one of them must not remove the mail of another.
     fn find_of_one_account(&self, word: &str, id: &str, domain: Option<&str>) -> Result<Vec<QueueItem<'_>>, Failure> {
         let all = self.find(id, domain)?;
         let Side::Provider(spool) = &self.side else {
@@ -300,8 +300,8 @@ impl Queues {
         failure(Sysexit::DataError, text)
     }
 
-    /// Locks the queues of these messages and, with `each`, the messages of a shared directory, all or none; a session that has
-    /// one is waited for, but not for long.
+    /// Locks the queues of these messages and, with `each`, the messages of a shared directory, all or none. Waits up to
+    /// [`LOCK_WAIT`] for sessions that have one.
     fn lock(&self, found: &[QueueItem<'_>], each: bool) -> Result<QueueLock, Failure> {
         let begun = Instant::now();
         loop {
@@ -346,7 +346,7 @@ impl Queues {
             })?;
             io::Result::Ok(text)
         };
-        // Each file is opened: every processor has a part of the queues.
+        // Each file is opened, so the queues are divided between all processors.
         let threads = thread::available_parallelism().map_or(1, NonZero::get).min(8);
         for names in names.chunks(threads * QUEUES_AT_ONCE) {
             let share = names.len().div_ceil(threads);
@@ -369,7 +369,7 @@ impl Queues {
                     "{name} is not an account or domain with mail here: `odmr queue -c {} list` shows all",
                     self.file
                 );
-                // The relay may have sent the last message for any domain a moment ago.
+                // A domain without mail is not an error: the relay may have sent its last message a moment ago.
                 if !name.contains('.') || Domain::parse_any(name).is_err() {
                     return failure(Sysexit::DataError, text);
                 }
@@ -401,7 +401,7 @@ impl Queues {
     }
 
     fn bounce(&self, out: &mut dyn Write, what: &str, domain: Option<&str>) -> Result<(), Failure> {
-        // A customer's message to that domain is one to others as well.
+        // A customer's message to that domain may have recipients elsewhere.
         let whole = domain.is_none() && matches!(self.side, Side::Provider(_));
         let all = if whole { self.select(None, Some(what))? } else { Vec::new() };
         let all = if all.is_empty() { self.find_of_one_account("bounce", what, domain)? } else { all };
@@ -410,7 +410,7 @@ impl Queues {
         for QueueItem { label, name, message: ListedMessage { id, entry, .. } } in all {
             let Some(message) = lock.open_message(name, entry)? else {
                 let show = format!("`odmr queue -c {} show {}`", self.file, shell_word(Path::new(&id)));
-                writeln!(out, "{id}: not bounced: it is gone, or no mail ({show}), in {label}")?;
+                writeln!(out, "{id}: not bounced: it is gone, or is not mail ({show}), in {label}")?;
                 stays.get_or_insert((Sysexit::DataError, "remove what is not mail"));
                 continue;
             };
@@ -419,17 +419,17 @@ impl Queues {
             let recipients = message.envelope.recipients.len();
             let result = DeliveryResult::all(RecipientStatus::Rejected(reply), recipients, DecidedBy::Us);
             let settled = self.reporter.finish_attempt(message, result, &Attempt::by_administrator(), &mut lock)?;
-            let told = match settled.recipients.iter().any(RecipientStatus::is_open) {
+            let done = match settled.recipients.iter().any(RecipientStatus::is_open) {
                 true => "not bounced: the DSN cannot be stored",
                 false if !has_sender && name.shared => "removed: it has no sender",
                 false if !has_sender => "set aside: it has no sender",
                 false if !self.reporter.can_report() => "set aside: this customer sends no mail, so no DSN",
                 false => "bounced",
             };
-            if told.starts_with("not") {
+            if done.starts_with("not") {
                 stays = Some((Sysexit::Temporary, "it stays in its queue: try again later"));
             }
-            writeln!(out, "{id}: {told}, from {label}")?;
+            writeln!(out, "{id}: {done}, from {label}")?;
         }
         self.wake();
         stays.map_or(Ok(()), |(code, text)| failure(code, text))
@@ -441,7 +441,7 @@ impl Queues {
         let (mut lock, mut due) = (self.lock(&all, false)?, 0);
         for found in all.into_iter().filter(|found| found.message.envelope.is_ok()) {
             match lock.make_due(found.name, found.message.entry) {
-                // It is being tried right now.
+                // A session is sending it.
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 made => due += usize::from(made?),
             }
@@ -453,7 +453,7 @@ impl Queues {
 
     /// Wakes the running daemon, so that it looks at its queues.
     fn wake(&self) {
-        // Without a daemon, the next one finds it.
+        // If no daemon runs, the next one looks at its queues at its start.
         let _ = WakeReason::Retry.send_surely(&self.root);
     }
 
@@ -490,7 +490,7 @@ impl Queues {
                 Ok(true) => imported += 1,
                 Ok(false) => break Ok(()),
                 Err(BatchError::Input(error)) if error.kind() != io::ErrorKind::InvalidInput => {
-                    // The disk, say: the batch from this message on may be stored later.
+                    // The disk may be full: the rest of the batch, from this message on, can be imported later.
                     break Err((Sysexit::Temporary, reader.wrong(error.to_string())));
                 }
                 Err(BatchError::Input(error)) => break Err((Sysexit::DataError, reader.wrong(error.to_string()))),
@@ -528,7 +528,7 @@ impl Queues {
             }
         }
         let first = reader.content()?;
-        // Octet for octet, unless the content would be read as a part of the envelope.
+        // The content is stored unchanged, unless its first line would be read as a part of the envelope.
         let head = match &first {
             Some(line) if continues_envelope(line) => {
                 format!("Received: by {} (import) id {id}; {}\n", self.hostname, arrived.rfc5322())

@@ -1,7 +1,7 @@
 //! `odmr secret`: makes the verifier that a provider stores in place of a customer's secret, of a secret that is typed or made
 //! here.
 //!
-//! The secret itself is printed once if it was made here, for the customer, and is never written to a file.
+//! A secret that was made here is printed once, for the customer. No secret is written to a file.
 
 use std::collections::BTreeSet;
 use std::io::{self, BufRead, IsTerminal, Write};
@@ -22,8 +22,8 @@ use crate::plural::counted;
 use crate::sasl::{ITERATIONS, SALT_OCTETS, ScramVerifier, is_usable};
 
 pub(super) const SECRET_SUMMARY: &str = "\
-Makes a verifier, which the provider stores in place of a customer's secret: whoever reads it cannot log in with it.
-It asks for the secret, without showing it; if that is empty, it makes one and prints it. If the input is no terminal,
+Makes a verifier, which the provider stores in place of a customer's secret: a person who reads it cannot log in with it.
+It asks for the secret, without showing it; if that is empty, it makes one and prints it. If the input is not a terminal,
 the secret is its first line.
 
     odmr secret                  prints the line for the customer's file at the provider
@@ -34,11 +34,11 @@ const HINT: &str = "odmr secret -h";
 /// Where a new secret belongs. `odmr setup customer` makes a file of its own for it.
 const FOR_CUSTOMER: &str = "# for the customer, in [provider] of its file; if that has `secret-file`, write nothing but the secret into that file";
 
-/// The letters of a secret that is made here: those that are not mistaken for each other. 32 of them, five bits each.
-const LETTERS: &[u8; 32] = b"abcdefghijkmnpqrstuvwxyz23456789";
+/// The characters of a secret that is made here: those that are not mistaken for each other. 32 of them, five bits each.
+const ALPHABET: &[u8; 32] = b"abcdefghijkmnpqrstuvwxyz23456789";
 
-/// Letters of such a secret: 140 bits.
-const LETTERS_OF_SECRET: usize = 28;
+/// Characters of such a secret: 140 bits.
+const SECRET_LENGTH: usize = 28;
 
 /// A shorter secret can be guessed.
 const SHORT_SECRET: usize = 12;
@@ -76,7 +76,7 @@ pub(super) fn run(matches: &Matches) -> Result<(), ExitError> {
 /// Writes a verifier into the file of this customer, in one step.
 fn write(config: &Path, name: &str) -> Result<(), ExitError> {
     let ProviderConfig { accounts, tls, .. } = ProviderConfig::load(config)?;
-    // A file with a mistake, perhaps in `scram`, is mended by this.
+    // A file with a mistake is permitted: it may be in `scram`, which this replaces.
     if accounts.account(name).is_none() && !accounts.skipped().iter().any(|skipped| skipped.name == name) {
         let file = accounts.file(name);
         let text = format!("there is no customer {name:?}: make {} first, with its `domains`", file.display());
@@ -87,15 +87,15 @@ fn write(config: &Path, name: &str) -> Result<(), ExitError> {
         let changed = with_verifier(&file, &verifier.to_string())?;
         changed.check_account(tls.is_some()).map(|()| changed)
     };
-    // Nobody types a secret in vain.
+    // Report what is wrong with the file before the secret is typed.
     change(&ScramVerifier::fake(b"", name, &BTreeSet::new()))?;
     let (verifier, made) = make()?;
     let ChangedFile { text, secret_file, .. } = change(&verifier)?;
-    // Before the file is changed: if nobody can read it, the old secret stays.
+    // Before the file is changed: if the secret cannot be printed, the old one stays.
     if let Some(secret) = made {
         print(&format!("{FOR_CUSTOMER}; this machine does not store it:\nsecret = \"{secret}\"\n"))?;
     }
-    // A link stays one.
+    // A symbolic link stays, and its target is replaced.
     replace_file_durably(&file.canonicalize()?, &text)?;
     let mut report = format!("# {} is changed; SIGHUP makes a running `odmr serve` read it\n", file.display());
     if let Some(old) = secret_file {
@@ -129,15 +129,15 @@ pub(super) fn new_verifier(secret: &str) -> ScramVerifier {
 
 /// Makes a secret.
 pub(super) fn new_secret() -> String {
-    let mut octets = [0; LETTERS_OF_SECRET];
+    let mut octets = [0; SECRET_LENGTH];
     tls::random(&mut octets);
     let groups = octets
         .chunks(4)
-        .map(|group| group.iter().map(|octet| char::from(LETTERS[usize::from(octet % 32)])).collect::<String>());
+        .map(|group| group.iter().map(|octet| char::from(ALPHABET[usize::from(octet % 32)])).collect::<String>());
     groups.collect::<Vec<_>>().join("-")
 }
 
-/// The secret that is typed, twice, or the first line of the input.
+/// Returns the secret that is typed, twice, or the first line of the input.
 fn read_secret() -> Result<String, ExitError> {
     if !io::stdin().is_terminal() {
         return Ok(read_line()?);
@@ -156,13 +156,13 @@ fn read_line() -> io::Result<String> {
     Ok(line.trim_end_matches(['\n', '\r']).to_owned())
 }
 
-/// The terminal does not show what is typed, as long as this is there.
+/// Hides what is typed on the terminal until it is dropped.
 struct HiddenInput(Termios);
 
 impl HiddenInput {
     fn begin() -> io::Result<HiddenInput> {
         let before = tcgetattr(rustix::stdio::stdin())?;
-        // A signal that ends the process must not leave the terminal so.
+        // A signal that ends the process must not leave the terminal without echo.
         let (restored, mut signals) = (before.clone(), Signals::new([SIGINT, SIGQUIT, SIGTERM])?);
         thread::spawn(move || {
             if let Some(signal) = signals.forever().next() {

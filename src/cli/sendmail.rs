@@ -41,7 +41,7 @@ Usage: odmr send [options] [recipients]        (also under the name sendmail; ma
 
 Accepts a message on stdin, with LF or CRLF line ends, and puts it into the outgoing queue; a bare CR ends a line too.
 The next call sends it. Users who may not write into the queue submit to `odmr pull --daemon` instead, at the first
-address on loopback in `listen` of [outgoing]. If one recipient is bad, nobody gets the message. In a message without a
+address on loopback in `listen` of [outgoing]. If one recipient is bad, no recipient gets the message. In a message without a
 signature addresses without a domain get `domain` of [outgoing], and text beyond ASCII in the header is encoded (RFC
 2047).
 
@@ -70,14 +70,14 @@ Exit codes are those of sysexits.h: 64 usage, 65 address or header, 67 no such m
 73 and 74 files, 75 try again later, 77 permission, 78 configuration.
 ";
 
-/// The names that programs call sendmail(8) by (LSB; Debian policy 11.6), and the `-b` that each stands for.
+/// The names by which programs call sendmail(8) (LSB; Debian policy 11.6), and the `-b` that each means.
 pub(super) const NAMES: [(&str, Option<&str>); 3] =
     [("sendmail", None), ("mailq", Some("-bp")), ("newaliases", Some("-bi"))];
 
-/// What `-b` asks for, if it submits mail.
+/// A mode of `-b` that submits mail.
 type Mode = fn(&CustomerConfig, &Ids, &SendmailOptions, SubmissionRoute) -> Result<(), ExitError>;
 
-/// Runs `odmr send` with these arguments, after the one that the name stands for.
+/// Runs `odmr send` with these arguments, after the option `mode` that its name means.
 ///
 /// # Errors
 ///
@@ -120,8 +120,8 @@ pub(super) fn run(mode: Option<&str>, arguments: &[String]) -> Result<(), ExitEr
     mode(&config, &Ids::system(tls::random), &options, route)
 }
 
-/// `$ODMR_CONFIG`. A program with the rights of another user (setuid, setgid) has it from the user who has started that program,
-/// who could have any file read with these rights, and directories made.
+/// `$ODMR_CONFIG`. A program with the rights of another user (setuid, setgid) ignores it: the user who has started that
+/// program could have any file read, and directories made, with these rights.
 fn config_of_environment() -> Option<OsString> {
     use rustix::process::{getegid, geteuid, getgid, getuid};
     std::env::var_os("ODMR_CONFIG").filter(|_| getuid() == geteuid() && getgid() == getegid())
@@ -193,7 +193,7 @@ fn sendmail_options(matches: &Matches, user: LoginUser) -> SendmailOptions {
     }
 }
 
-/// An error about what a file says.
+/// An error about the content of a file, which the text names.
 fn of_file(path: &Path, error: SendmailError) -> ExitError {
     ExitError::from(SendmailError { text: format!("{}: {}", path.display(), error.text), ..error })
 }

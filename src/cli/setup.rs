@@ -1,4 +1,4 @@
-//! `odmr setup`: makes what a provider or a customer needs on this system, and says what to type next.
+//! `odmr setup`: makes what a provider or a customer needs on this system, and prints what to type next.
 
 pub(super) mod customer;
 mod installer;
@@ -12,7 +12,7 @@ use super::exit::{ExitError, Sysexit};
 use super::process::print;
 
 const HELP: &str = "\
-Makes a user, directories, a certificate and a configuration, and says what to type next. Nothing that exists is changed.
+Makes a user, directories, a certificate and a configuration, and prints what to type next. Nothing that exists is changed.
 
     odmr setup provider HOSTNAME    this machine holds mail; HOSTNAME is its name in the DNS, such as relay.example.net
     odmr setup customer FILE        this machine calls a provider; FILE is what `odmr customer add` has printed there

@@ -1,4 +1,4 @@
-//! `odmr status`: what waits, for whom, since when, and what became of the last calls. It reads files only.
+//! `odmr status`: what waits, for whom, since when, and the results of the last calls. It reads files only.
 
 use std::fmt::{Display, Write as _};
 use std::path::Path;
@@ -26,13 +26,13 @@ use crate::report::calls::{CallRecord, CallResult, seconds};
 
 const HINT: &str = "odmr status -h";
 
-/// An account that has used up so much of its quota needs a person.
+/// An account that has used this much of its quota needs a person.
 const FULL_PERCENT: u64 = 90;
 
 /// A certificate that ends sooner needs a person.
 const CERTIFICATE_DAYS: i64 = 14;
 
-/// Held mail that expires sooner does.
+/// Held mail that expires sooner needs a person.
 const EXPIRY_NEAR: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// The options of `odmr status`.
@@ -195,7 +195,7 @@ impl Show {
         Some(format!("{messages} rejected by its server, and deferred, since {since} ago: {reply}"))
     }
 
-    /// In so much time, or `now`.
+    /// `in 2h30m`, or `now`.
     fn until(&self, time: Timestamp) -> String {
         if time <= self.now { "now".to_owned() } else { format!("in {}", short_time(age(self.now, time).as_secs())) }
     }
@@ -222,8 +222,8 @@ impl Show {
             .filter(|(key, count)| *count > 0 && key != "octets")
             .map(|(key, count)| format!("{count} {}", shown(key)))
             .collect();
-        let is_told = call.result == CallResult::Failed || !["", "done"].contains(&call.reason.as_str());
-        let reason = if is_told { format!(": {}", call.reason) } else { String::new() };
+        let has_reason = call.result == CallResult::Failed || !["", "done"].contains(&call.reason.as_str());
+        let reason = if has_reason { format!(": {}", call.reason) } else { String::new() };
         let counts = if counts.is_empty() { String::new() } else { format!(", {}", counts.join(", ")) };
         format!("{} ago, {}, {}{}{counts}", self.ago(call.at), shown(&call.peer), call.result.word(), shown(&reason))
     }
@@ -310,7 +310,7 @@ fn quota_text(account: &AccountStatus) -> String {
     bytes.into_iter().chain(messages).collect::<Vec<_>>().join(", ")
 }
 
-/// What is known of a domain that no account has.
+/// Why a domain has no account.
 fn of_no_account(status: &ProviderStatus) -> &'static str {
     if status.skipped.is_empty() { "of no account any more" } else { "of no account that can be read" }
 }
@@ -339,7 +339,7 @@ fn customer_text(status: &CustomerStatus, show: &Show) -> String {
     text
 }
 
-// JSON; README has the keys
+// JSON; doc/operating.md has the keys
 
 fn waiting_json(waiting: &QueueSummary) -> Vec<(&'static str, Json)> {
     let reply = |(reply, messages): (&str, u64)| {
@@ -467,7 +467,7 @@ fn customer_json(status: &CustomerStatus, hostname: &str) -> Json {
 
 // Prometheus text
 
-/// Metrics in the text format of Prometheus; those of one name come together.
+/// Metrics in the text format of Prometheus; those of one name are together.
 #[derive(Default)]
 struct Metrics(Vec<(String, String)>);
 
@@ -569,7 +569,7 @@ fn provider_metrics(status: &ProviderStatus, show: &Show) -> Metrics {
             limit.iter().for_each(|limit| metrics.add(metric, help, &[name], limit));
         }
     }
-    // The destinations are without number, so they are labels only if each domain is asked for.
+    // The number of destinations has no limit, so they are labels only with `--by domain`.
     for (prefix, label, list) in [("unowned", "domain", &status.unowned), ("outgoing", "destination", &status.outgoing)]
     {
         let prefix = format!("odmr_{prefix}");
@@ -610,7 +610,7 @@ fn customer_metrics(status: &CustomerStatus) -> Metrics {
 
 // What needs a person
 
-/// What of a queue needs a person; `warn`: seconds that mail may wait.
+/// What needs a person in a queue; `warn`: seconds that mail may wait.
 fn queue_findings(about: &str, waiting: &QueueSummary, warn: u64, now: Timestamp) -> Vec<Finding> {
     let mut findings = Vec::new();
     let mut add = |text: String| findings.push(Finding { about: about.to_owned(), text });
@@ -630,7 +630,7 @@ fn queue_findings(about: &str, waiting: &QueueSummary, warn: u64, now: Timestamp
     if waiting.set_aside > 0 {
         let rejected = counted(waiting.set_aside, "message was rejected", "messages were rejected");
         let are = if waiting.set_aside == 1 { "it is" } else { "they are" };
-        add(format!("{rejected} and no sender can be told: {are} in .refused"));
+        add(format!("{rejected} and the sender gets no DSN: {are} in .refused"));
     }
     findings
 }
@@ -702,7 +702,7 @@ fn list_error(error: &str) -> String {
     format!("its list of recipients cannot be used: {}", shown(error))
 }
 
-/// That an account has used up nearly all of its quota.
+/// An account has used nearly all of its quota.
 fn quota_finding(account: &AccountStatus) -> Option<Finding> {
     let used = account.quota_used().filter(|used| account.is_whole && *used >= FULL_PERCENT)?;
     let text = format!("{used} % of its quota is used up: {}", quota_text(account));

@@ -18,10 +18,10 @@ const USUAL_PATHS: [&str; 3] = ["/dev/log", "/var/run/log", "/var/run/syslog"];
 /// The facility `mail` of RFC 3164 section 4.1.1.
 const MAIL_FACILITY: u8 = 2;
 
-/// A syslogd that reads nothing for so long is connected to anew: another one may have its path now.
+/// After this time without a read by syslogd, the socket is connected anew: another syslogd may have the path.
 const SEND_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// The pause before the next attempt at a syslogd that is away or, on a BSD, full.
+/// The pause before the next attempt if syslogd is away or, on a BSD, its buffer is full.
 const RETRY_PAUSE: Duration = Duration::from_millis(100);
 
 /// A line that the system rejects as too long is cut, but not to fewer octets than every syslogd must accept.
@@ -87,7 +87,7 @@ impl LogSink for Syslog {
                     datagram.push('…');
                     self.socket = Some(socket);
                 }
-                // A socket of its own for the next attempt: another syslogd may have the path by then.
+                // The next attempt connects anew: another syslogd may have the path by then.
                 Some(Errno::AGAIN | Errno::INTR) => {}
                 _ => thread::sleep(RETRY_PAUSE),
             }

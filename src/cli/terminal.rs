@@ -1,18 +1,18 @@
-//! What is written for a person: on a terminal no line is longer than that is wide, and two words have a colour. Elsewhere
-//! the text is as it is.
+//! Text for a person: on a terminal no line is wider than the terminal, and two words have a colour. Elsewhere the text is
+//! unchanged.
 
 use std::os::fd::AsFd;
 
 use rustix::termios::{isatty, tcgetwinsize};
 
-/// A narrower terminal does not say how wide it is.
+/// A terminal that reports fewer columns does not know its width.
 const LEAST_WIDTH: usize = 20;
 
 const RED: &str = "\x1b[1;31m";
 const YELLOW: &str = "\x1b[1;33m";
 const PLAIN: &str = "\x1b[0m";
 
-/// Whether what is written there may have colours: it is a terminal, and its user does not forbid it (no-color.org).
+/// Whether the stream may have colours: it is a terminal, and its user does not forbid them (no-color.org).
 pub(super) fn has_colours(stream: impl AsFd) -> bool {
     let variable = |name| std::env::var(name).unwrap_or_default();
     isatty(stream) && variable("NO_COLOR").is_empty() && variable("TERM") != "dumb"
@@ -34,8 +34,8 @@ pub(super) fn fitted(text: &str, stream: impl AsFd) -> String {
     }
 }
 
-/// Divides a line between words. What follows begins below the second column of a table, if the line has one or is in it.
-/// Other lines that are indented, also with a comment behind them, are left alone: they are there to be copied.
+/// Divides a line between words. The parts after the first begin below the second column of a table, if the line has one or is
+/// in it. Other indented lines, also with a comment after them, are not divided: they are there to be copied.
 fn wrapped(line: &str, width: usize) -> String {
     let margin = line.len() - line.trim_start().len();
     let column = line.get(margin..).and_then(|rest| rest.find("  ").map(|at| (margin + at, rest[at..].trim_start())));
@@ -50,9 +50,9 @@ fn wrapped(line: &str, width: usize) -> String {
     let (mut text, mut length) = (String::new(), 0);
     for (number, piece) in pieces(line, first_column).into_iter().enumerate() {
         let colours = if piece.ends_with(PLAIN) { RED.len() + PLAIN.len() } else { 0 };
-        let letters = piece.chars().count() - colours;
+        let width_of_piece = piece.chars().count() - colours;
         if number > 0 {
-            if letters > 0 && length + 1 + letters > width && length > indent {
+            if width_of_piece > 0 && length + 1 + width_of_piece > width && length > indent {
                 text = format!("{}\n{}", text.trim_end(), " ".repeat(indent));
                 length = indent;
             } else {
@@ -61,13 +61,13 @@ fn wrapped(line: &str, width: usize) -> String {
             }
         }
         text.push_str(piece);
-        length += letters;
+        length += width_of_piece;
     }
     text
 }
 
-/// The parts of a line that are not divided: its first octets up to `whole`, then words, and what somebody may copy: a command
-/// in backquotes, `key = value`.
+/// The parts of a line that are not divided: its first octets up to `whole`, then words, and what a user may copy: a command in
+/// backquotes, `key = value`.
 fn pieces(line: &str, whole: usize) -> Vec<&str> {
     let (mut pieces, mut begin) = (Vec::new(), 0);
     for (at, _) in line.match_indices(' ').filter(|(at, _)| *at >= whole) {

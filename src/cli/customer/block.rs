@@ -14,7 +14,7 @@ pub(super) enum Opening<'a> {
     Certificate,
 }
 
-/// Returns the block for a customer with these domains, of which there is one at least; `relays`: it may submit mail.
+/// Returns the block for a customer with these domains, at least one; `relays`: it may submit mail.
 pub(super) fn block_for(
     config: &ProviderConfig, name: &str, domains: &[Domain], opening: &Opening<'_>, relays: bool,
 ) -> String {
@@ -38,7 +38,7 @@ tls = {tls}
 [mailboxes]
 root = \"/var/mail/odmr\"
 # All names of the domain, for the beginning. Better name the users, so that mail for others is rejected:
-# accept = [{example}, …]
+# accept = [{example}, ...]
 accept = [{accept}]
 catch-all = \"postmaster\"      # who gets mail for names that have no mailbox
 {outgoing}",
@@ -65,15 +65,15 @@ fn opened_by(name: &str, opening: &Opening<'_>) -> String {
         Opening::Secret(secret) => format!("secret = {}\n", quote(secret)),
         Opening::HiddenSecret => {
             format!(
-                "# secret = \"…\"      # not stored at the provider: `odmr secret {name} -c FILE` makes another there\n"
+                "# secret = \"...\"      # not stored at the provider: `odmr secret {name} -c FILE` makes another there\n"
             )
         }
         Opening::Certificate => "certificate = \"customer.pem\"\nkey = \"customer.key\"\n".to_owned(),
     }
 }
 
-/// The port that a customer calls, and the value of `tls`. Port 0, a different one each time, cannot be called, and a port
-/// on loopback only if there is no other.
+/// The port that a customer calls, and the value of `tls`. Port 0 means a different port after each start, so it is left
+/// out; a port on loopback is used only if there is no other.
 fn entrance(config: &ProviderConfig) -> (u16, &'static str) {
     let odmr = &config.odmr;
     let (listen, tls) = match (config.tls.is_some(), odmr.listen.is_empty() && !odmr.listen_tls.is_empty()) {

@@ -1,4 +1,4 @@
-//! A command has changed the configuration: the running `odmr serve` reads it, and the command says what came of it.
+//! After a command has changed the configuration, the running `odmr serve` reads it, and the command reports the result.
 
 use std::fmt;
 use std::io;
@@ -12,17 +12,17 @@ use crate::net::wake::WakeReason;
 use crate::provider::spool::Spool;
 use crate::report::calls::{CallRecord, CallResult};
 
-/// How long the result of a reload is waited for.
+/// How long to wait for the result of a reload.
 const RELOAD_WAIT: Duration = Duration::from_secs(10);
 const RELOAD_PAUSE: Duration = Duration::from_millis(20);
 
-/// What came of a request to reload.
+/// The result of a request to reload.
 pub(super) enum ReloadResult {
     Done,
     /// `serve` goes on with the old configuration.
     Failed(String),
     NotRunning,
-    /// There is no result in time.
+    /// There was no result within [`RELOAD_WAIT`].
     Silent,
     /// `serve` cannot be reached.
     Unreachable(io::Error),
@@ -36,7 +36,7 @@ pub(super) fn request(config: &ProviderConfig) -> ReloadResult {
     let before = readings();
     match WakeReason::Reload.send_surely(&config.spool) {
         Err(error) if [io::ErrorKind::NotFound, io::ErrorKind::ConnectionRefused].contains(&error.kind()) => {
-            // It may have been unable to make the socket.
+            // It may run, and have been unable to make the socket.
             return match spool.is_locked() {
                 Ok(true) => ReloadResult::Unreachable(error),
                 _ => ReloadResult::NotRunning,
@@ -70,7 +70,7 @@ impl fmt::Display for ReloadResult {
             ),
             ReloadResult::NotRunning => f.write_str("no `odmr serve` runs here now: the next one reads it"),
             ReloadResult::Silent => f.write_str(
-                "the running `odmr serve` has not said within 10 s that it has read it: send SIGHUP, and look into its log",
+                "the running `odmr serve` has not reported within 10 s that it has read it: send SIGHUP, and look into its log",
             ),
             ReloadResult::Unreachable(error) => {
                 write!(f, "whether an `odmr serve` runs cannot be seen ({error}): if one does, send it SIGHUP as its user")

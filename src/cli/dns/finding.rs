@@ -1,4 +1,4 @@
-//! What is found out about one record or one set of records, in lines for a person; and records in the form of a zone file.
+//! Findings about one record or one set of records, in lines for a person; and records in the form of a zone file.
 
 use std::fmt::{Display, Write as _};
 use std::net::IpAddr;
@@ -20,20 +20,20 @@ const STRING_LIMIT: usize = 255;
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub(super) enum DnsVerdict {
     Good,
-    /// It is not wrong, and could be better.
+    /// It is not wrong, but could be better.
     Note,
     Warning,
     Error,
 }
 
-/// What is found out about one set of records.
+/// A finding about one set of records.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(super) struct DnsFinding {
     pub verdict: DnsVerdict,
     /// What the records are for: "MX", "SPF", ...
     pub kind: &'static str,
     pub text: String,
-    /// The records as they are, in the form of a zone file; empty: there are none, or the text has them.
+    /// The records as they are, in the form of a zone file; empty: there are none, or the text names them.
     pub is: Vec<String>,
     /// The records as they should be.
     pub should: Vec<String>,
@@ -96,7 +96,8 @@ pub(super) fn mx_line(domain: &Domain, preference: u16, host: Option<&Domain>) -
     zone_line(domain, "MX", &format!("{preference} {host}."))
 }
 
-/// A TXT record, in strings of 255 octets. Whatever octets it has, nothing but printable ASCII reaches the terminal.
+/// A TXT record, in strings of at most 255 octets. Other octets than printable ASCII are escaped, so that none reaches the
+/// terminal.
 pub(super) fn txt_line(name: &Domain, text: &[u8]) -> String {
     let mut strings: Vec<String> = Vec::new();
     for part in text.chunks(STRING_LIMIT) {
@@ -140,7 +141,7 @@ pub(super) fn reverse_name(address: IpAddr) -> Domain {
             name
         }
     };
-    Domain::of_dns(&name).expect("digits, dots and letters")
+    Domain::of_dns(&name).expect("a valid name")
 }
 
 /// The names or addresses of a list, for a sentence.
@@ -148,7 +149,7 @@ pub(super) fn listed(items: &mut dyn Iterator<Item = &dyn Display>) -> String {
     let mut out = String::new();
     for (number, item) in items.enumerate() {
         if number == SHOWN_LIMIT {
-            out.push_str(", …");
+            out.push_str(", ...");
             break;
         }
         let _ = write!(out, "{}{item}", if number == 0 { "" } else { ", " });

@@ -1,4 +1,4 @@
-//! Judges what DNS says about a provider's own host: its addresses, the names of these, and TLSA (RFC 7672).
+//! Judges the records of a provider's own host: its addresses, their names, and TLSA (RFC 7672).
 
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 
@@ -10,7 +10,7 @@ use crate::net::reserved::not_public;
 use crate::net::resolver::{Answer, Record, ResolveError};
 use crate::net::tls::CertificateInfo;
 
-/// One address of the host, and what is known about it here.
+/// One address of the host.
 pub(super) struct AddressFact {
     pub address: IpAddr,
     /// Whether an interface of this machine has it.
@@ -22,12 +22,12 @@ pub(super) struct AddressFact {
 impl AddressFact {
     /// `listen`: the addresses of the listener; empty: another program listens.
     pub fn new(address: IpAddr, is_own: bool, listen: &[SocketAddr]) -> AddressFact {
-        // `[::]` takes IPv4 too (see net/listener).
+        // `[::]` accepts IPv4 too (see net/listener).
         let serves = |at: IpAddr| match at {
             IpAddr::V6(at) if at.is_unspecified() => true,
             at => at == address || at.is_unspecified() && address.is_ipv4(),
         };
-        // Behind NAT the listener has another address.
+        // An address that this machine does not have is that of a router (NAT): no listener here can be at it.
         let is_served = !is_own || listen.is_empty() || listen.iter().any(|at| serves(at.ip().to_canonical()));
         AddressFact { address, is_own, is_served }
     }
@@ -63,8 +63,8 @@ pub(super) fn judge_no_address(
     let failed = found.iter().find_map(|answer| answer.as_ref().err());
     Some(match (failed, found.iter().all(|answer| *answer == Ok(Answer::NoName))) {
         (Some(error), _) => finding(DnsVerdict::Warning, &error.text),
-        (None, true) => finding(DnsVerdict::Error, "the name does not exist (NXDOMAIN), so no mail can come here"),
-        (None, false) => finding(DnsVerdict::Error, "the name has no address, so no mail can come here"),
+        (None, true) => finding(DnsVerdict::Error, "the name does not exist (NXDOMAIN), so no mail can arrive here"),
+        (None, false) => finding(DnsVerdict::Error, "the name has no address, so no mail can arrive here"),
     })
 }
 
@@ -112,7 +112,7 @@ pub(super) fn tlsa_name(host: &Domain) -> Option<Domain> {
     Domain::of_dns(&format!("_25._tcp.{host}"))
 }
 
-/// The TLSA record to have: it stays right for as long as the key does (RFC 7672 section 3.1.1).
+/// The TLSA record to have: it stays right as long as the key stays (RFC 7672 section 3.1.1).
 pub(super) fn tlsa_line(at: &Domain, certificate: &CertificateInfo) -> Option<String> {
     Some(zone_line(at, "TLSA", &format!("3 1 1 {}", HEXLOWER.encode(&certificate.association(1, 1)?))))
 }
@@ -160,7 +160,7 @@ pub(super) fn judge_tlsa(at: &Domain, chain: &[CertificateInfo], found: &Result<
 enum TlsaMatch {
     Fits,
     Differs,
-    /// Nothing here computes what it has, such as SHA-512.
+    /// Its matching type, such as SHA-512, is not computed here.
     Unknown,
     /// Its kind is not for mail.
     Unusable,
@@ -168,7 +168,7 @@ enum TlsaMatch {
 
 fn match_tlsa([usage, selector, matching]: &[u8; 3], data: &[u8], chain: &[CertificateInfo]) -> TlsaMatch {
     let candidates = match usage {
-        // DANE-TA: an issuer of the certificate; OpenSSL does not take the certificate itself. DANE-EE: the certificate.
+        // DANE-TA: an issuer of the certificate; OpenSSL does not accept the certificate itself. DANE-EE: the certificate.
         2 => chain.get(1..).unwrap_or_default(),
         3 => &chain[..chain.len().min(1)],
         _ => return TlsaMatch::Unusable,
@@ -181,8 +181,8 @@ fn match_tlsa([usage, selector, matching]: &[u8; 3], data: &[u8], chain: &[Certi
     if candidates.iter().any(fits) { TlsaMatch::Fits } else { TlsaMatch::Differs }
 }
 
-/// The addresses that this machine reaches the world from, if they are addresses in the world. Nothing is sent: the system
-/// chooses the address that a datagram to it would come from.
+/// The addresses from which this machine reaches the world, without private ones. Nothing is sent: the system only chooses
+/// the source address of a datagram.
 pub(super) fn world_addresses() -> Vec<IpAddr> {
     // Root servers of the DNS, by the addresses that every resolver knows.
     let probes = [("0.0.0.0:0", "198.41.0.4:53"), ("[::]:0", "[2001:503:ba3e::2:30]:53")];

@@ -1,4 +1,4 @@
-//! The questions to the name servers: within a time, each once, and none after several without a reply.
+//! The questions to the name servers: each is asked once, within a time limit, and none after several without a reply.
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -12,7 +12,7 @@ use crate::net::tls;
 
 /// Hosts of one domain that are looked up.
 const HOST_LIMIT: usize = 10;
-/// Questions whose answers are kept.
+/// Questions whose answers are stored.
 const KNOWN_LIMIT: usize = 256;
 
 /// Asks name servers about mail, from several threads too.
@@ -28,7 +28,7 @@ pub struct DnsLookups {
 
 #[derive(Default)]
 struct AskedQuestions {
-    /// The last ones: a host of many domains is not looked up for each.
+    /// The last ones, so that a host of many domains is looked up once.
     known: Vec<DnsQuestion>,
     /// How many in a row had no reply.
     unanswered: usize,
@@ -92,7 +92,7 @@ impl DnsLookups {
         let answer = self.query(name, kind);
         let mut asked = self.asked();
         asked.unanswered = if replies(&answer) { 0 } else { asked.unanswered + 1 };
-        // A question that had a reply before tells a server that is down from domains whose own servers are.
+        // Ask again a question that had a reply before: only the server of this domain may be down, and not the resolver.
         let known = asked.known.iter().find(|known| replies(&known.answer));
         if let Some((name, kind)) = known.map(|known| (known.name.clone(), known.kind))
             && asked.unanswered >= self.most_unanswered
@@ -137,7 +137,7 @@ impl DnsLookups {
         (!found.is_empty() || answers.iter().all(Result::is_ok)).then_some(found)
     }
 
-    /// What DNS says about the hosts that take the mail of a domain.
+    /// Looks up the hosts that receive the mail of a domain.
     pub(super) fn mx_facts(&self, domain: &Domain, expected: &ExpectedHost<'_>) -> MxFacts {
         let records = match self.ask(domain, Rtype::MX) {
             Err(error) => return MxFacts::Failed(error.text),
@@ -155,7 +155,7 @@ impl DnsLookups {
         let mut hosts: Vec<(u16, Option<Domain>)> = Vec::new();
         for record in records {
             if let Record::Exchange(preference, host) = record {
-                // By preference, with little code.
+                // Sorted by preference.
                 let at = hosts.iter().position(|(other, _)| *other > preference).unwrap_or(hosts.len());
                 hosts.insert(at, (preference, Domain::of_dns(&host.to_string())));
             }
@@ -172,7 +172,7 @@ impl DnsLookups {
         MxFacts::Hosts(hosts.into_iter().enumerate().map(fact).collect())
     }
 
-    /// Of which name a host is an alias.
+    /// The name that a host is an alias of.
     fn alias(&self, host: &Domain) -> Option<Domain> {
         match self.ask(host, Rtype::CNAME) {
             Ok(Answer::Records(records)) => records.iter().find_map(|record| match record {
@@ -184,7 +184,7 @@ impl DnsLookups {
     }
 }
 
-/// Whether a name server has replied, be it that it cannot tell.
+/// Whether a name server has replied, even if with an error.
 fn replies(answer: &Result<Answer, ResolveError>) -> bool {
     answer.as_ref().err().is_none_or(|error| !error.no_reply)
 }
@@ -216,7 +216,7 @@ mod tests {
         let ask =
             |lookups: &DnsLookups, name: &str| lookups.ask(&Domain::of_dns(name).unwrap(), Rtype::MX).unwrap_err();
         let lookups = DnsLookups::new(Some(server), Duration::from_millis(10), Duration::from_secs(60), 2);
-        // The same question again is no second one.
+        // The same question again does not count.
         assert!([0, 1].map(|_| ask(&lookups, "a.example").text).iter().all(|text| text.ends_with("no answer in time")));
         assert!(!lookups.is_over());
         assert!(ask(&lookups, "b.example").text.ends_with("no answer in time") && lookups.is_over());

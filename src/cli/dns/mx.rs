@@ -6,13 +6,13 @@ use super::finding::{DnsFinding, DnsVerdict, listed, mx_line};
 use crate::mail::address::Domain;
 use crate::net::resolver::address_for_name;
 
-/// Problems of one domain that are told.
+/// Problems of one domain that are reported.
 const PROBLEM_LIMIT: usize = 5;
 
-/// What DNS says about the hosts that take the mail of a domain.
+/// The hosts that receive the mail of a domain, by its records.
 #[derive(Debug)]
 pub(super) enum MxFacts {
-    /// It could not be asked, and why.
+    /// The lookup failed, for this reason.
     Failed(String),
     NoDomain,
     /// No MX record; the addresses of the domain itself.
@@ -26,22 +26,22 @@ pub(super) struct MxFact {
     pub preference: u16,
     /// `None`: the root, `.`.
     pub host: Option<Domain>,
-    /// Of which name it is an alias.
+    /// The name that it is an alias of.
     pub alias: Option<Domain>,
-    /// `None`: they could not be found out.
+    /// `None`: the lookup failed.
     pub addresses: Option<Vec<IpAddr>>,
 }
 
-/// The host that should take the mail.
+/// The host that should receive the mail.
 pub(super) struct ExpectedHost<'a> {
     pub host: &'a Domain,
     pub addresses: &'a [IpAddr],
-    /// Whether the mail must be sent to this name: of its provider, a customer knows only the name to call.
+    /// Whether the MX record must have this name. A customer knows only the name that it calls, and not its provider's MX.
     pub is_certain: bool,
 }
 
 impl ExpectedHost<'_> {
-    /// How bad it is that the mail goes to others: while no address of this host is known, they may be this host.
+    /// The verdict if the mail goes to other hosts: while no address of this host is known, they may be this host.
     fn of_others(&self) -> DnsVerdict {
         if self.addresses.is_empty() { DnsVerdict::Warning } else { DnsVerdict::Error }
     }
@@ -91,7 +91,7 @@ pub(super) fn judge_mx(domain: &Domain, expected: &ExpectedHost<'_>, facts: &MxF
     }
 }
 
-/// What is wrong with the records, the worst first.
+/// The problems of the records, the worst first.
 fn problems(expected: &ExpectedHost<'_>, records: &[MxFact]) -> Vec<(DnsVerdict, String)> {
     use DnsVerdict::{Error, Warning};
     let host = expected.host;
@@ -139,17 +139,17 @@ fn problems(expected: &ExpectedHost<'_>, records: &[MxFact]) -> Vec<(DnsVerdict,
             problems.push((expected.of_others(), text));
         } else {
             let text =
-                format!("{others} must be the mail host of your provider, whom you call at {host}: ask its operator");
+                format!("{others} must be the mail host of your provider, which you call at {host}: ask its operator");
             warnings.push((Warning, text));
         }
     }
     problems.append(&mut warnings);
-    // A stranger may have written thousands of records.
+    // The domain may be a stranger's, with thousands of records.
     problems.truncate(PROBLEM_LIMIT);
     problems
 }
 
-/// Whether mail for the host of a record comes to the expected one.
+/// Whether mail for the host of a record arrives at the expected one.
 fn leads_to(record: &MxFact, expected: &ExpectedHost<'_>) -> bool {
     let by_address = record.addresses.as_ref().is_some_and(|addresses| {
         !addresses.is_empty() && addresses.iter().all(|address| expected.addresses.contains(address))

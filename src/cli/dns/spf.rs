@@ -52,11 +52,11 @@ struct SpfCheck<'a> {
     void: usize,
 }
 
-/// `Err`: the evaluation ends with this result, also that of the records that include this one.
+/// `Err`: the whole evaluation ends with this result, also in records that include this one.
 type Step<T> = Result<T, SpfResult>;
 
 impl SpfCheck<'_> {
-    /// `LOOKUP_LIMIT` ends records that include themselves.
+    /// The result for a domain. [`LOOKUP_LIMIT`] ends the recursion of records that include themselves.
     fn check_host(&mut self, domain: &Domain) -> Step<SpfResult> {
         let records = self.records(domain, Rtype::TXT)?;
         let text = match spf_texts(&records)[..] {

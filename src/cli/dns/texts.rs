@@ -1,4 +1,4 @@
-//! Judges what a domain says about mail from it: SPF (RFC 7208) and DMARC (RFC 7489).
+//! Judges the records about mail that is sent from a domain: SPF (RFC 7208) and DMARC (RFC 7489).
 
 use std::net::IpAddr;
 
@@ -9,10 +9,10 @@ use crate::net::resolver::{Answer, Record, ResolveError};
 
 /// How mail of a domain is sent.
 pub(super) enum SendingHost<'a> {
-    /// By this host, with what SPF says about each address of it; empty: no address is known. Whether that is certain: of
-    /// its provider, a customer knows only the name to call.
+    /// By this host, with the SPF result of each of its addresses; empty: no address is known. The last: whether it is certain
+    /// that this host sends. A customer knows only the name that it calls.
     Host(&'a Domain, Vec<(IpAddr, SpfResult)>, bool),
-    /// By another host, whose addresses nobody knows here.
+    /// By another host, whose addresses are not known here, for this reason.
     Elsewhere(&'a str),
 }
 
@@ -25,7 +25,7 @@ impl SendingHost<'_> {
             SpfResult::NotEvaluated(_) | SpfResult::TempError(_) => None,
             _ => is_certain.then_some(false),
         };
-        // Not known is less than known to pass: one address that fails is enough.
+        // The worst result counts: one address that fails is enough.
         results.iter().map(judge).max_by_key(|passes| match passes {
             Some(true) => 0,
             None => 1,
@@ -46,7 +46,7 @@ pub(super) fn judge_spf(
     };
     let mut texts: Vec<&[u8]> = Vec::new();
     for text in spf_texts(records) {
-        // Name servers change the order.
+        // Sorted: name servers change the order.
         let at = texts.iter().position(|other| *other > text).unwrap_or(texts.len());
         texts.insert(at, text);
     }
@@ -61,7 +61,7 @@ pub(super) fn judge_spf(
         |texts: &[&[u8]]| term.iter().map(|term| txt_line(domain, &with_term(texts, term))).collect::<Vec<_>>();
     match (&texts[..], sender) {
         ([], _) if is_helo => {
-            let text = "there is no record; with it, nobody else can send as this host (RFC 7208 section 2.3)";
+            let text = "there is no record; with it, no other host can send as this one (RFC 7208 section 2.3)";
             spf(DnsVerdict::Note, text).with(is, should(&[]))
         }
         ([], SendingHost::Elsewhere(_)) => spf(DnsVerdict::Note, "there is no record"),
@@ -76,7 +76,7 @@ pub(super) fn judge_spf(
                 spf(DnsVerdict::Note, &text).with(is, Vec::new())
             }
             None => spf(DnsVerdict::Good, &is[0]),
-            // No term that is added repairs a record that is not valid.
+            // If the record is not valid, no added term repairs it.
             Some((verdict, text, repairs)) => {
                 spf(verdict, &text).with(is, if repairs { should(&[*one]) } else { Vec::new() })
             }
@@ -92,7 +92,8 @@ pub(super) fn judge_spf(
     }
 }
 
-/// What is wrong with the results of a host's addresses, and whether a term for the host repairs it; `None`: nothing.
+/// The worst finding about the results of a host's addresses, and whether a term for the host repairs the record; `None`: all
+/// pass.
 fn judge_results(
     host: &Domain, results: &[(IpAddr, SpfResult)], is_certain: bool,
 ) -> Option<(DnsVerdict, String, bool)> {
@@ -107,7 +108,9 @@ fn judge_results(
             SpfResult::Pass => None,
             SpfResult::Fail => Some((fail, sends("receivers reject its mail (fail)"), true)),
             SpfResult::SoftFail => Some((Warning, sends("receivers mark its mail as suspicious (softfail)"), true)),
-            SpfResult::None | SpfResult::Neutral => Some((Warning, sends("it says nothing about it (neutral)"), true)),
+            SpfResult::None | SpfResult::Neutral => {
+                Some((Warning, sends("it neither permits nor forbids that (neutral)"), true))
+            }
             SpfResult::PermError(why) => {
                 Some((Error, format!("it is not valid, and receivers may reject mail: {why}"), false))
             }
@@ -165,7 +168,7 @@ pub(super) fn judge_dmarc(at: &Domain, passes: Option<bool>, found: &Result<Answ
         Ok(_) => &[],
         Err(error) => return dmarc(DnsVerdict::Warning, &error.text),
     };
-    // RFC 7489 section 6.4: spaces may be around each sign.
+    // RFC 7489 section 6.4: spaces may surround `=` and `;`.
     let is_dmarc = |text: &[u8]| tags_of(text).next().is_some_and(|tag| tag == (b"v", b"DMARC1"));
     let texts = records.iter().filter_map(|record| match record {
         Record::Text(text) if is_dmarc(text) => Some(&**text),
@@ -186,7 +189,7 @@ pub(super) fn judge_dmarc(at: &Domain, passes: Option<bool>, found: &Result<Answ
     let policy = policy.map(|(_, policy)| policy.to_ascii_lowercase()).unwrap_or_default();
     let strict = match &policy[..] {
         b"none" => return dmarc(DnsVerdict::Good, &is[0]),
-        b"quarantine" => "put its mail into the spam folder",
+        b"quarantine" => "treat its mail as spam",
         b"reject" => "reject its mail",
         _ => return dmarc(DnsVerdict::Warning, "its policy `p` is none, quarantine or reject").with(is, Vec::new()),
     };
@@ -199,7 +202,7 @@ pub(super) fn judge_dmarc(at: &Domain, passes: Option<bool>, found: &Result<Answ
             dmarc(DnsVerdict::Warning, &text).with(is, Vec::new())
         }
         _ => {
-            let text = "; mail that somebody forwards passes by a DKIM signature only, and odmr makes none";
+            let text = "; mail that is forwarded passes by a DKIM signature only, and odmr makes none";
             dmarc(DnsVerdict::Good, &(is[0].clone() + text))
         }
     }
@@ -320,10 +323,15 @@ mod tests {
         let table = [
             (&["x"][..], Some(true), Note, "there is no record; one"),
             (&["v=DMARC1; p=none"], Some(false), Good, "_dmarc.example.org. IN TXT \"v=DMARC1; p=none\""),
-            (&["v=DMARC1;p = Reject ;rua=mailto:x@y"], Some(true), Good, "forwards passes by a DKIM signature only"),
-            (&["v=DMARC1; p=reject"], None, Good, "forwards passes"),
+            (
+                &["v=DMARC1;p = Reject ;rua=mailto:x@y"],
+                Some(true),
+                Good,
+                "is forwarded passes by a DKIM signature only",
+            ),
+            (&["v=DMARC1; p=reject"], None, Good, "is forwarded passes"),
             (&["v=DMARC1; p=reject"], Some(false), Warning, "receivers reject its mail unless it has a DKIM signature"),
-            (&["v=DMARC1; sp=none; p=quarantine"], Some(false), Warning, "put its mail into the spam folder unless"),
+            (&["v=DMARC1; sp=none; p=quarantine"], Some(false), Warning, "treat its mail as spam unless"),
             (&["v=DMARC1; sp=none"], Some(true), Warning, "its policy `p`"),
             (&["v=DMARC1; p=none", "v=DMARC1; p=reject"], Some(true), Warning, "of several records"),
             (&["v=DMARC1"], Some(true), Warning, "its policy `p`"),

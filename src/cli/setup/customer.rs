@@ -18,7 +18,7 @@ use crate::net::tls::CertificateInfo;
 
 pub const SETUP_CUSTOMER_SUMMARY: &str = "\
 Makes of this machine a customer: the user odmr, directories, the mailbox of postmaster, and a configuration of FILE, which
-`odmr customer add` has printed at the provider; `-` reads it from the standard input. Says what to type next. Nothing that
+`odmr customer add` has printed at the provider; `-` reads it from the standard input. Prints what to type next. Nothing that
 exists is changed; a run that was interrupted can be repeated.
 
 Without root, for a trial: no user is made, `-c` names a file of your own, and all is beside it.";
@@ -31,7 +31,7 @@ const BLOCK_LIMIT: u64 = 1 << 20;
 
 pub fn options(options: &mut Options) {
     options.optopt("c", "config", "the configuration to make; default: /etc/odmr/customer.toml", "FILE");
-    options.optopt("", "user", "whom the mail belongs to; is made if there is no such user; default: odmr", "NAME");
+    options.optopt("", "user", "the owner of the mail; is made if there is no such user; default: odmr", "NAME");
     options.optflag("", "certificate", "makes a certificate to log in with, and prints its pin for the provider");
 }
 
@@ -66,7 +66,7 @@ pub fn run(matches: &Matches) -> Result<(), ExitError> {
     if let Some(secret) = &block.secret {
         make_secret(&mut installer, &secret_file, secret)?;
     }
-    // An account without a secret is opened by a certificate. Its files are ours, whatever the block calls them.
+    // An account without a secret is opened by a certificate. Its files are made here, whatever names the block has.
     let names_one = block.config.providers.iter().any(|provider| provider.remote.identity.is_some());
     let wants_certificate = matches.opt_present("certificate") || names_one;
     let own = [beside(&config, "pem"), beside(&config, "key")];
@@ -146,7 +146,7 @@ fn make_directories(installer: &mut Installer, config: &CustomerConfig) -> Resul
     Ok(mailbox.filter(|_| is_new))
 }
 
-/// What the provider must know of our certificate.
+/// How the provider learns the pin of our certificate.
 fn about_pin(info: &CertificateInfo, config: &CustomerConfig) -> String {
     let [_, pin] = &info.pins;
     let account = config.providers.first().map_or("", |provider| provider.remote.login_name());

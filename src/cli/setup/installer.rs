@@ -19,13 +19,13 @@ const DEFAULT_USER: &str = "odmr";
 
 /// Makes files and directories, and remembers which.
 pub(super) struct Installer {
-    /// Whose the mail is; `None`: this user's, who is not root.
+    /// The owner of the mail; `None`: this user, who is not root.
     pub owner: Option<SystemUser>,
     /// Lines for the user.
     pub made: Vec<String>,
 }
 
-/// Whom a directory belongs to, if root makes it.
+/// The owner of a directory that root makes.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum DirectoryOf {
     /// Root, and the group of the user.
@@ -41,7 +41,7 @@ impl Installer {
     ///
     /// The user cannot be made; --user without root.
     pub fn begin(named: Option<String>) -> Result<Installer, ExitError> {
-        // What is made here says itself who may read it.
+        // Each file and directory is made with a mode of its own.
         platform::set_umask(0o022);
         let mut made = Vec::new();
         if !rustix::process::geteuid().is_root() {
@@ -70,7 +70,7 @@ impl Installer {
     ///
     /// # Errors
     ///
-    /// It cannot be made (73, 77); one for mail exists, and is another user's.
+    /// It cannot be made (73, 77); one for mail exists, and belongs to another user (73).
     pub fn directory(&mut self, path: &Path, below: &[PathBuf], mode: u32, of: DirectoryOf) -> Result<bool, ExitError> {
         let owner = self.owner.as_ref().map(|user| (if of == DirectoryOf::Mail { user.uid() } else { 0 }, user.gid()));
         if make_tree(path, below, mode, owner).map_err(cannot_make)? {
@@ -100,7 +100,7 @@ impl Installer {
         let mode = match (readers, group) {
             (Readers::All, _) => 0o644,
             (Readers::User, Some(_)) => 0o640,
-            // The group of a person may have many others in it.
+            // A person's group may have other members.
             (Readers::User, None) => 0o600,
         };
         match create_file_durably(path, text, mode, group) {
@@ -113,14 +113,14 @@ impl Installer {
         }
     }
 
-    /// Makes a self-signed certificate for a name, and its key. A key that exists is used: its pin is perhaps known elsewhere.
+    /// Makes a self-signed certificate for a name, and its key. A key that exists is used: the other side may know its pin.
     ///
     /// # Errors
     ///
-    /// They cannot be made; one exists that does not fit.
+    /// They cannot be made; a certificate or a key exists, and the two do not belong together.
     pub fn certificate(&mut self, certificate: &Path, key: &Path, name: &str) -> Result<CertificateInfo, ExitError> {
         let failed = |text: String| ExitError::new(Sysexit::OsError, text);
-        // Before its certificate: without the key that would be of no use.
+        // Before its certificate, which is of no use without the key.
         self.file(key, &tls::new_key().map_err(failed)?, Readers::User)?;
         if !certificate.exists() {
             let text = fs::read_to_string(key).map_err(|error| failed(format!("{}: {error}", key.display())))?;

@@ -15,11 +15,11 @@ const USER_NAME_LIMIT: usize = 32;
 ///
 /// # Errors
 ///
-/// It is something else (65).
+/// It is not a name, or has no dot (65).
 pub fn typed_domain(text: &str, command: &str, example: &str) -> Result<Domain, ExitError> {
     let domain = |text: &str| Domain::parse(text.strip_suffix('.').unwrap_or(text)).filter(|_| !is_address(text));
     let wrong = |what: &str, instead: &str| {
-        // What is left of it may be no name either.
+        // The rest may not be a valid name either.
         let instead = domain(instead).filter(|domain| domain.as_str().contains('.'));
         let instead = instead.as_ref().map_or(example, Domain::as_str);
         Err(ExitError::new(Sysexit::DataError, format!("{text:?} {what}: type `{command} {instead}`")))
@@ -57,7 +57,7 @@ fn is_address(text: &str) -> bool {
 ///
 /// # Errors
 ///
-/// It cannot be one (65).
+/// It cannot be a name of that kind (65).
 pub fn check_customer_name(name: &str) -> Result<(), ExitError> {
     let wrong = |text: &str| Err(ExitError::new(Sysexit::DataError, format!("{name:?} {text}")));
     if let Some(bare) = name.strip_suffix(".toml") {
@@ -80,7 +80,7 @@ pub fn check_customer_name(name: &str) -> Result<(), ExitError> {
 ///
 /// # Errors
 ///
-/// It cannot be one (65).
+/// It cannot be a name of that kind (65).
 pub(super) fn check_user_name(name: &str) -> Result<(), ExitError> {
     let allowed = |octet: u8| octet.is_ascii_alphanumeric() || b"._-".contains(&octet);
     let begins = name.starts_with(|first: char| first.is_ascii_lowercase() || first == '_');
@@ -108,7 +108,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_domain_gets_an_error_with_what_to_type() {
+    fn the_error_about_a_wrong_domain_has_what_to_type() {
         let check = |typed: &str, what: &str, instead: &str| {
             let error = typed_domain(typed, "odmr setup provider", "relay.example.net").unwrap_err();
             let text = &error.text;

@@ -18,7 +18,7 @@ use crate::net::tls::CertificateInfo;
 
 pub const SETUP_PROVIDER_SUMMARY: &str = "\
 Makes of this machine a provider: the user odmr, directories, a self-signed certificate and its key, and a configuration.
-Says what to put into the DNS, and what to type next. HOSTNAME is the name of this machine in the DNS, such as
+Prints the records for the DNS, and what to type next. HOSTNAME is the name of this machine in the DNS, such as
 relay.example.net. Nothing that exists is changed; a run that was interrupted can be repeated.
 
 Without root, for a trial: no user is made, `-c FILE` names a file of your own, and all is beside it.";
@@ -32,14 +32,14 @@ pub fn options(options: &mut Options) {
     options.optopt("c", "config", "the configuration to make; default: /etc/odmr/provider.toml", "FILE");
     let help = "the directory for the mail that waits; default: /var/spool/odmr, without root `spool` beside FILE";
     options.optopt("", "spool", help, "DIR");
-    options.optopt("", "user", "whom the mail belongs to; is made if there is no such user; default: odmr", "NAME");
+    options.optopt("", "user", "the owner of the mail; is made if there is no such user; default: odmr", "NAME");
     options.optopt("", "certificate", "a certificate for HOSTNAME that exists, in PEM, in place of a new one", "FILE");
     options.optopt("", "key", "its key", "FILE");
 }
 
 const USER_COMMENT: &str = "# If root starts `odmr serve`, it becomes this user when its ports are open.";
 
-/// What is asked for.
+/// What the command line asks for.
 struct ProviderSetup {
     hostname: String,
     config: PathBuf,
@@ -197,7 +197,7 @@ listen = [\"[::]:{odmr}\"]
         if !self.is_root {
             text +=
                 "Ports below 1024 need root or a supervisor, so `listen` has 2525 and 3660 in place of 25 and 366.\n";
-        } else if is_taken(25) {
+        } else if is_in_use(25) {
             text += "\nPort 25 is in use: stop the mail server that has it, or give it another port or address.\n";
         }
         let records = provider_records(hostname, Some(info));
@@ -221,6 +221,6 @@ fn absolute(path: impl AsRef<Path>) -> Result<PathBuf, ExitError> {
 }
 
 /// Whether another process listens at this port.
-fn is_taken(port: u16) -> bool {
+fn is_in_use(port: u16) -> bool {
     TcpListener::bind((Ipv6Addr::UNSPECIFIED, port)).is_err_and(|error| error.kind() == io::ErrorKind::AddrInUse)
 }

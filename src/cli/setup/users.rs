@@ -22,7 +22,7 @@ pub(super) fn make_user(name: &str) -> Result<(), ExitError> {
     for step in steps {
         let [program, arguments @ ..] = step.as_slice() else { continue };
         let path = find(program).unwrap_or_else(|| program.into());
-        // What it has to say, it says to the user.
+        // Its errors go to the user, on stderr.
         let done = Command::new(path).args(arguments).stdin(Stdio::null()).stdout(Stdio::null()).status();
         let done = done.map_err(|error| failed(name, &format!("{program}: {error}")))?;
         // Another process may have made the user meanwhile.
@@ -58,7 +58,7 @@ fn steps(name: &str, has_group: bool, exists: &dyn Fn(&str) -> bool) -> Option<V
     } else if exists("pw") {
         vec![format!("pw useradd {name} {} -d /nonexistent -s {shell}", with_group("-g", ""))]
     } else if exists("adduser") {
-        // That of busybox: without -G the user would get a group with others in it.
+        // That of busybox: without -G the user would get a group with other members.
         let group = (!has_group).then(|| format!("addgroup -S {name}"));
         let user = format!("adduser -S -D -H -h /nonexistent -s {shell} -G {name} {name}");
         group.into_iter().chain([user]).collect()
