@@ -31,6 +31,14 @@ that by itself once a minute; where it runs only with --inetd, cron runs this on
 /// How long to wait for a session that has a queue.
 const LOCK_WAIT: Duration = Duration::from_secs(5);
 
+/// The reporter of a command beside `serve`: no relay runs here, so each DSN wakes the one of `serve`.
+pub(super) fn reporter_beside_serve(config: &ProviderConfig, spool: &Arc<Spool>, ids: &Ids) -> Reporter {
+    let relay = relay::channel(&config.spool).handle;
+    let sink = SpoolDsnSink { spool: spool.clone(), relay, ids: ids.clone() };
+    let watch = Arc::new(ClockWatch::new(&config.spool, ids.clock()));
+    Reporter::new(&config.hostname, ids, Some(Arc::new(sink)), &watch)
+}
+
 /// Makes passes over all held mail, until nothing more expires.
 ///
 /// # Errors
@@ -41,15 +49,11 @@ pub(super) fn run(matches: &Matches) -> Result<(), ExitError> {
     let config = ProviderConfig::load(&config_path(matches))?;
     become_spool_owner(&config)?;
     let (ids, cancel) = (Ids::system(tls::random), CancelToken::new()?);
-    let watch = Arc::new(ClockWatch::new(&config.spool, ids.clock()));
     confine_provider(&config.spool, false);
     cancel_at_signal(&cancel)?;
     log_skipped(&config);
     let spool = Arc::new(Spool::new(&config, &ids));
-    // No relay runs here: each DSN wakes the one of `serve`.
-    let relay = relay::channel(&config.spool).handle;
-    let sink = SpoolDsnSink { spool: spool.clone(), relay, ids: ids.clone() };
-    let reporter = Reporter::new(&config.hostname, &ids, Some(Arc::new(sink)), &watch);
+    let reporter = reporter_beside_serve(&config, &spool, &ids);
     let (accounts, plan) = (&config.accounts, ExpiryPlan::default());
     let is_over = || cancel.is_cancelled();
     let pass = ExpiryPass { accounts, spool: &spool, reporter: &reporter, is_over: &is_over, wait: LOCK_WAIT };

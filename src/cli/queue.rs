@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 use getopts::Matches;
 
 use super::exit::{ExitError, Sysexit};
+use super::expire::reporter_beside_serve;
 use super::help::suggestion;
 use super::logging;
 use super::owner::{become_customer_owner, become_spool_owner, check_not_root, owner_to_become};
@@ -34,14 +35,11 @@ use crate::net::tls;
 use crate::net::trace::{printable, quoted};
 use crate::net::wake::WakeReason;
 use crate::plural::counted;
-use crate::provider::accept::SpoolDsnSink;
-use crate::provider::relay;
 use crate::provider::spool::{Spool, SpoolQueue};
 use crate::queue::batch::{self, BatchEnvelope, BatchError, BatchReader};
 use crate::queue::envelope::continues_envelope;
 use crate::queue::retry::age;
 use crate::queue::{ListedMessage, LockError, Queue, QueueLock, QueueName, QueuedEnvelope};
-use crate::report::clock_watch::ClockWatch;
 use crate::report::{Attempt, Reporter};
 use crate::smtp::command::Recipient;
 use crate::smtp::reply::Reply;
@@ -180,10 +178,6 @@ impl Queues {
         }
         let ids = Ids::system(tls::random);
         let spool = Arc::new(Spool::new(config, &ids));
-        // No relay runs here: DSNs wake the one of `serve`.
-        let relay = relay::channel(&config.spool).handle;
-        let sink = SpoolDsnSink { spool: spool.clone(), relay, ids: ids.clone() };
-        let watch = Arc::new(ClockWatch::new(&config.spool, ids.clock()));
         let names = spool.all_queues()?.into_iter().map(|(label, queue)| (label, spool.name(&queue))).collect();
         Ok(Queues {
             root: config.spool.clone(),
@@ -191,7 +185,7 @@ impl Queues {
             hostname: config.hostname.clone(),
             queue: spool.queue().clone(),
             names,
-            reporter: Reporter::new(&config.hostname, &ids, Some(Arc::new(sink)), &watch),
+            reporter: reporter_beside_serve(config, &spool, &ids),
             side: Side::Provider(spool),
             ids,
         })

@@ -39,6 +39,20 @@ pub(super) fn without_side(arguments: &[String]) -> Result<(), ExitError> {
     }
 }
 
+/// Checks that there is no configuration yet. `remedy`: what else to do, for the error.
+///
+/// # Errors
+///
+/// It exists (73).
+fn check_missing(config: &Path, remedy: &str) -> Result<(), ExitError> {
+    let file = config.display();
+    let text = format!(
+        "{file} exists, and is not overwritten: `odmr check -c {file}` checks it;{remedy} to begin anew, type `mv {file} \
+         {file}.old`"
+    );
+    config.symlink_metadata().map_or(Ok(()), |_| Err(ExitError::new(Sysexit::CannotCreate, text)))
+}
+
 /// A file beside a configuration, with the same name and another extension.
 fn beside(config: &Path, extension: &str) -> PathBuf {
     config.with_extension(extension)

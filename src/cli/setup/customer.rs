@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use getopts::{Matches, Options};
 
 use super::installer::{DirectoryOf, Installer, Readers};
-use super::{beside, directory_of, name_beside, start_command};
+use super::{beside, check_missing, directory_of, name_beside, start_command};
 use crate::cli::exit::{ExitError, Sysexit};
 use crate::cli::process::print;
 use crate::config::{CustomerBlock, CustomerConfig, NamesOnDisk, check_text};
@@ -51,13 +51,7 @@ pub fn run(matches: &Matches) -> Result<(), ExitError> {
     };
     let config = PathBuf::from(matches.opt_str("config").unwrap_or_else(|| DEFAULT_FILE.to_owned()));
     let file = config.display();
-    if config.symlink_metadata().is_ok() {
-        let text = format!(
-            "{file} exists, and is not overwritten: `odmr check -c {file}` says whether it is good; for one more provider add \
-             its table [[provider]] there; to begin anew, type `mv {file} {file}.old`"
-        );
-        return Err(ExitError::new(Sysexit::CannotCreate, text));
-    }
+    check_missing(&config, " for one more provider add its table [[provider]] there;")?;
     let name = if from == "-" { Path::new("standard input") } else { Path::new(from) };
     let block = CustomerBlock::read(name, &read(from)?)?;
     let mut installer = Installer::begin(matches.opt_str("user"))?;

@@ -9,7 +9,7 @@ use getopts::{Matches, Options};
 
 use super::installer::{DirectoryOf, Installer, Readers, checked_certificate};
 use super::names::typed_domain;
-use super::{beside, directory_of, name_beside, start_command};
+use super::{beside, check_missing, directory_of, name_beside, start_command};
 use crate::cli::dns::provider_records;
 use crate::cli::exit::{ExitError, Sysexit};
 use crate::cli::process::print;
@@ -58,13 +58,7 @@ struct ProviderSetup {
 pub fn run(matches: &Matches) -> Result<(), ExitError> {
     let setup = ProviderSetup::read(matches)?;
     let file = setup.config.display();
-    if setup.config.symlink_metadata().is_ok() {
-        let text = format!(
-            "{file} exists, and is not overwritten: `odmr check -c {file}` says whether it is good; to begin anew, type `mv \
-             {file} {file}.old`"
-        );
-        return Err(ExitError::new(Sysexit::CannotCreate, text));
-    }
+    check_missing(&setup.config, "")?;
     if let Some([certificate, key]) = &setup.given {
         setup.check_name(&checked_certificate(certificate, key)?, certificate)?;
     }
