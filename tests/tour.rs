@@ -14,10 +14,14 @@ fn tour() -> String {
     fs::read_to_string(root().join("doc/tour.md")).unwrap()
 }
 
+/// What `odmr demo` prints; it must leave no file.
 fn demo(arguments: &[&str]) -> String {
-    let run =
-        Command::new(env!("CARGO_BIN_EXE_odmr")).arg("demo").args(arguments).env_remove("RUST_LOG").output().unwrap();
+    let temporary = tempfile::tempdir().unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_odmr"));
+    command.arg("demo").args(arguments).env_remove("RUST_LOG").env("TMPDIR", temporary.path());
+    let run = command.output().unwrap();
     assert!(run.status.success() && run.stderr.is_empty(), "{}", String::from_utf8_lossy(&run.stderr));
+    assert_eq!(fs::read_dir(temporary.path()).unwrap().count(), 0);
     String::from_utf8(run.stdout).unwrap()
 }
 
