@@ -5,6 +5,7 @@ use std::io::Read;
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::process::Command;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
@@ -66,6 +67,32 @@ impl Place {
     /// The reply to RCPT in a new session.
     fn rcpt(&self, to: &str) -> String {
         Client::connect(&self.inbound).rcpt(to)
+    }
+}
+
+/// `odmr customer add` cannot wake a process that is still starting.
+#[test]
+fn a_customer_that_is_added_during_the_start_is_known() {
+    let (certificate, key) = odmr::net::tls::self_signed(&["relay.example.net"]).unwrap();
+    let tls = "[tls]\ncertificate = \"relay.pem\"\nkey = \"relay.key\"\n[relay]\nresolver = \"127.0.0.1:1\"\n";
+    for delay in 0..10 {
+        let mut place = Place::new(&[("acme", "\"example.org\"")]);
+        place.write("relay.pem", &certificate);
+        place.write("relay.key", &key);
+        place.write("odmr.toml", &format!("{PROVIDER}{tls}"));
+        let (config, pin) = (place.path("odmr.toml"), format!("spki-sha256:{}", "0".repeat(64)));
+        let add = thread::spawn(move || {
+            thread::sleep(Duration::from_millis(delay * 2));
+            let mut add = Command::new(env!("CARGO_BIN_EXE_odmr"));
+            add.args(["customer", "add", "beta", "example.net", "--pin", &pin, "-c"]).arg(config).output().unwrap()
+        });
+        place.start();
+        let added = add.join().unwrap();
+        assert!(added.status.success(), "{added:?}");
+        let end = Instant::now() + Duration::from_secs(5);
+        while !place.rcpt("bob@example.net").starts_with("250 ") {
+            assert!(Instant::now() < end, "{delay}: {added:?}");
+        }
     }
 }
 

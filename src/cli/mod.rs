@@ -36,7 +36,8 @@ use std::sync::Arc;
 use getopts::{Matches, Options};
 use signal_hook::consts::SIGHUP;
 
-use crate::config::ProviderConfig;
+use crate::config::{ProviderConfig, ProviderPlaces};
+use crate::file_stamp::FileStamp;
 use crate::ids::Ids;
 use crate::net::cancel::CancelToken;
 use crate::net::readiness::Readiness;
@@ -299,6 +300,7 @@ fn serve(matches: &Matches) -> Result<(), ExitError> {
     let supervision = listener.is_none().then(|| process::supervision(matches)).transpose()?;
     LogTarget::new(matches, listener.is_some()).start(logging::verbosity(matches), true);
     let (signals, path) = (DaemonSignals::catch()?, process::config_path(matches));
+    let customers = customers_stamp(&path);
     let config = ProviderConfig::load(&path)?;
     let owner = owner_to_become(config.owner.as_ref())?;
     let (ids, cancel, spool) = (Ids::system(tls::random), CancelToken::new()?, config.spool.clone());
@@ -326,7 +328,7 @@ fn serve(matches: &Matches) -> Result<(), ExitError> {
     if let Some(owner) = &owner {
         log_prevented_reload(owner, &path, &known);
     }
-    run_daemon(provider, path, signals, Arc::new(readiness))
+    run_daemon(provider, path, customers, signals, Arc::new(readiness))
 }
 
 /// The one listener of a configuration; `None`: it has several.
@@ -336,17 +338,28 @@ fn only_listener(config: &ProviderConfig) -> Option<&'static str> {
     with_address.next().is_none().then(|| first.0.name())
 }
 
-/// Runs the provider until SIGTERM or SIGINT.
+/// Tells two contents of the directory of customers' files apart; `None`: it is missing, or this user may not see it.
+fn customers_stamp(path: &Path) -> Option<FileStamp> {
+    let found = ProviderPlaces::read(path)?.customers.metadata().ok()?;
+    Some(FileStamp::of(&found))
+}
+
+/// Runs the provider until SIGTERM or SIGINT. `customers`: the [`customers_stamp`] before the configuration was read.
 fn run_daemon(
-    provider: PreparedProvider, path: PathBuf, signals: DaemonSignals, readiness: Arc<Readiness>,
+    provider: PreparedProvider, path: PathBuf, customers: Option<FileStamp>, signals: DaemonSignals,
+    readiness: Arc<Readiness>,
 ) -> Result<(), ExitError> {
     // A command beside `serve` asks for a reload by a socket: it is done as at SIGHUP.
     let reload = || {
         let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::HUP);
     };
     let (running, stopped) = (provider.start(Box::new(reload))?, CancelToken::new()?);
-    readiness.ready();
     let (reloader, reporter) = (running.reloader().clone(), readiness.clone());
+    // While this process started, `odmr customer add` could not wake it: mail for the new customer would be rejected.
+    if customers_stamp(&path).is_some_and(|found| customers != Some(found)) {
+        reloader.reload(&path);
+    }
+    readiness.ready();
     // Signals that have arrived before wait for this.
     signals.handle(&stopped, move |signal| {
         if signal == SIGHUP {
