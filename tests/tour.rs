@@ -25,7 +25,7 @@ fn demo(arguments: &[&str]) -> String {
     String::from_utf8(run.stdout).unwrap()
 }
 
-/// The dialogue in a text: its lines without the letter of the side.
+/// The dialogue in a text: its lines without the `C: `, `S: ` or `P: ` before them.
 fn dialogue(text: &str) -> Vec<&str> {
     let sent = |line: &str| line.starts_with("    ") && line.get(5..7) == Some(": ");
     text.lines().filter(|line| sent(line) || line.starts_with("    ==")).map(|line| &line[7..]).collect()
