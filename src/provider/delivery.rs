@@ -1,10 +1,9 @@
 //! The delivery thread: one thread that sends held mail over all turned connections (RFC 2645 section 5.3).
 //!
-//! A worker thread submits a [`Turn`]; from then on this thread has the connection. It waits for all connections at once,
-//! and lets each session that can go on do a bounded piece of work, so it never waits for one customer. It never waits for
-//! the disk either: the [storage threads](super::storage) have the lock on the mail and the messages. A customer that does not
-//! answer costs a socket and its TLS state until the deadline of its session. A panic ends one session; its mail stays in the
-//! queue.
+//! A worker thread submits a [`Turn`]; from then on this thread owns the connection. It waits for all connections at once,
+//! and each session that can go on does a bounded piece of work, so a slow customer does not delay the others. Nor does a
+//! slow disk: the [storage threads](super::storage) have the lock on the mail, and the messages. A customer that does not
+//! reply costs a socket and its TLS state until its session's deadline. A panic ends one session; its mail stays in the queue.
 //!
 //! ```text
 //! worker: TurnSender::submit ─▶ channel ─▶ DeliveryThread ─┬─ TurnedSession: replies ─▶ Client ─▶ commands
@@ -32,28 +31,28 @@ use crate::net::poller::{Poller, PollerWaker};
 use crate::net::trace::quoted;
 use crate::turn::Turn;
 
-/// While more jobs than this are blocked, no turn is accepted: the storage threads that are left are for the sessions that
-/// there are.
+/// While more jobs than this are blocked, no turn is accepted: the storage threads that still work would not be enough for
+/// more sessions.
 const BLOCKED_LIMIT: usize = 24;
 
-/// How long the thread pauses when the system cannot tell which connections are ready.
+/// How long the thread pauses after poll has failed: without it, the thread would use a whole processor.
 const POLL_PAUSE: Duration = Duration::from_millis(500);
 
-/// Once it is aborted, the thread waits for jobs as long as one of them is done in this time.
+/// After the abort, the thread waits for jobs as long as at least one is done in each such time.
 const LAST_JOBS_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// The numbers of the tokens in the poller; those of sessions follow.
+/// The poller's numbers for the two tokens; those of sessions follow.
 const CANCEL: usize = 0;
 const ABORT: usize = 1;
 
-/// Submits turns to the delivery thread. The thread ends after the last session if no sender is left.
+/// Submits turns to the delivery thread. When no sender is left, the thread ends after its last session.
 pub struct TurnSender {
-    // The channel is closed before the thread is woken, which then finds no sender.
+    // Dropped before `waker`: the thread must find the channel closed when it wakes, or it would sleep again.
     sender: Sender<SubmittedTurn>,
     waker: WakeOnDrop,
     sessions: SessionCount,
     limit: AtomicUsize,
-    /// Blocked jobs of the storage threads.
+    /// How many jobs of the storage threads are blocked.
     blocked: Arc<AtomicUsize>,
 }
 
@@ -73,15 +72,15 @@ impl Drop for WakeOnDrop {
 }
 
 impl TurnSender {
-    /// Sets the most turned sessions at a time.
+    /// Sets the maximum of turned sessions at a time.
     pub fn set_limit(&self, limit: usize) {
         self.limit.store(limit, Ordering::Relaxed);
     }
 
-    /// Submits a turn, which the delivery thread will begin with these settings, and these limits of its account.
+    /// Submits a turn. The delivery thread begins it with these settings, and with the account's limits.
     ///
     /// # Errors
-    /// The turn, if there are as many turned sessions as permitted, if too many wait for a disk that does not answer, or if
+    /// The turn: there are as many turned sessions as permitted, or too many jobs wait for a disk that does not respond, or
     /// the thread has ended.
     pub fn submit(&self, turn: Box<Turn>, settings: &Arc<TurnSettings>, limits: TurnLimits) -> Result<(), Box<Turn>> {
         if self.blocked.load(Ordering::Relaxed) > BLOCKED_LIMIT {
@@ -96,7 +95,7 @@ impl TurnSender {
         Ok(())
     }
 
-    /// Waits until there is no turned session, or until the deadline.
+    /// Waits until no turned session is left, or until the deadline.
     pub fn wait_until_done(&self, deadline: Instant) {
         self.sessions.wait_until_none(deadline);
     }
@@ -110,15 +109,15 @@ pub struct DeliveryThread {
     reports: Receiver<NumberedReport<TurnedQueue>>,
     sessions: HashMap<usize, Box<ScheduledSession>>,
     next_number: usize,
-    /// When to look at which sessions, even if nothing happens. Those that are gone may be among them.
+    /// When each session must be looked at even if nothing happens. Sessions that have ended may still be listed.
     wake_ups: BTreeSet<(Instant, usize)>,
-    /// Sessions that may find something to do.
+    /// Sessions that may have something to do.
     ready: Vec<usize>,
-    /// Lanes whose sessions are gone.
+    /// How many lanes have not ended although their sessions have.
     ending: usize,
     /// Ends sessions after the messages under way.
     cancel: CancelToken,
-    /// The sessions know that.
+    /// `cancel` has woken all sessions.
     cancelled: bool,
     /// Ends sessions at once.
     abort: CancelToken,
@@ -127,16 +126,16 @@ pub struct DeliveryThread {
 struct ScheduledSession {
     session: TurnedSession,
     is_ready: bool,
-    /// Where it is in `wake_ups`.
+    /// Its entry in `wake_ups`.
     wake_up: Option<Instant>,
 }
 
-/// Connects a sender of turns to a delivery thread; `limit`: the most turned sessions at a time.
+/// Connects a sender of turns to a delivery thread. `limit`: the maximum of turned sessions at a time.
 ///
 /// # Errors
 /// The system has no descriptors left.
 pub fn channel(limit: usize, cancel: &CancelToken, abort: &CancelToken) -> io::Result<(TurnSender, DeliveryThread)> {
-    // `limit` bounds the channel.
+    // Not a bounded channel: `limit` bounds what is in it.
     let (sender, turns) = crossbeam_channel::unbounded();
     let poller = Poller::new()?;
     poller.watch(cancel.fd(), CANCEL)?;
@@ -177,8 +176,8 @@ impl DeliveryThread {
                 break;
             }
             open = self.begin_sessions();
-            self.take_reports();
-            self.take_wake_ups(Instant::now());
+            self.handle_reports();
+            self.handle_wake_ups(Instant::now());
             for number in std::mem::take(&mut self.ready) {
                 self.work(number, Instant::now());
             }
@@ -190,8 +189,8 @@ impl DeliveryThread {
         !self.sessions.is_empty() || self.ending > 0
     }
 
-    /// Waits until a connection becomes ready, a report or a turn comes, a session's wake-up time has come, or the thread is
-    /// cancelled or aborted; until `deadline` at most.
+    /// Waits until a connection becomes ready, a report or a turn arrives, the wake-up time of a session comes, or the thread
+    /// is cancelled or aborted; at most until `deadline`.
     fn wait(&mut self, deadline: Option<Instant>) {
         let now = Instant::now();
         let tend = self.pool.tend(now);
@@ -200,7 +199,7 @@ impl DeliveryThread {
         let found = self.poller.wait(until.map(|until| until.saturating_duration_since(now)));
         let found: io::Result<Vec<_>> = found.map(Iterator::collect);
         if let Err(error) = &found {
-            // Look at all connections instead, now and then.
+            // Instead, look at all connections after each pause.
             log::error!("event=poll-failed error={}", quoted(error));
             thread::sleep(POLL_PAUSE);
             self.set_all_ready();
@@ -211,7 +210,7 @@ impl DeliveryThread {
                 scheduled.set_ready(descriptor.number, &mut self.ready);
             }
         }
-        // A session between two messages ends.
+        // Wake all sessions, so that those between two messages end.
         if !self.cancelled && self.cancel.is_cancelled() {
             self.cancelled = true;
             self.set_all_ready();
@@ -225,7 +224,7 @@ impl DeliveryThread {
         }
     }
 
-    /// Begins a session for each turn in the channel. Returns whether more turns may come.
+    /// Begins a session for each turn in the channel. Returns whether a sender is left.
     fn begin_sessions(&mut self) -> bool {
         loop {
             let SubmittedTurn { turn, settings, limits, permit } = match self.turns.try_recv() {
@@ -261,8 +260,8 @@ impl DeliveryThread {
         Ok(())
     }
 
-    /// Gives the sessions what their lanes report. Returns whether there was anything.
-    fn take_reports(&mut self) -> bool {
+    /// Passes the reports of the lanes to their sessions. Returns whether there were any.
+    fn handle_reports(&mut self) -> bool {
         let (mut any, now) = (false, Instant::now());
         while let Ok((number, report)) = self.reports.try_recv() {
             any = true;
@@ -288,15 +287,15 @@ impl DeliveryThread {
         any
     }
 
-    /// Sessions whose wake-up time has come may find something to do.
-    fn take_wake_ups(&mut self, now: Instant) {
+    /// Marks the sessions whose wake-up time has come as ready.
+    fn handle_wake_ups(&mut self, now: Instant) {
         while let Some((wake_up, number)) = self.wake_ups.first().copied()
             && wake_up <= now
         {
             self.wake_ups.pop_first();
             let Some(scheduled) = self.sessions.get_mut(&number) else { continue };
             scheduled.wake_up = None;
-            // Most have been put off since.
+            // Most sessions have made progress since the entry was made, and must wake up later.
             if scheduled.session.next_wake_up(now).is_some_and(|wake_up| wake_up <= now) {
                 scheduled.set_ready(number, &mut self.ready);
             } else {
@@ -305,7 +304,7 @@ impl DeliveryThread {
         }
     }
 
-    /// Lets a session do a piece of work, and schedules its next one.
+    /// Does a piece of a session's work, and schedules the next one.
     fn work(&mut self, number: usize, now: Instant) {
         let Some(scheduled) = self.sessions.get_mut(&number) else { return };
         scheduled.is_ready = false;
@@ -320,12 +319,12 @@ impl DeliveryThread {
         }));
         if worked.is_err() {
             log::error!("event=panic session={}", session.connection.trace.id);
-            // Its lane ends when the session is gone.
+            // The session's lane outlives it, and reports its own end.
             self.ending += 1;
             return self.close(number);
         }
         if session.ended {
-            // Its end would be reported in vain.
+            // Otherwise the poller would report the closed connection again and again.
             session.connection.descriptors().for_each(|descriptor| self.poller.forget(descriptor));
         } else if session.busy {
             scheduled.set_ready(number, &mut self.ready);
@@ -341,13 +340,13 @@ impl DeliveryThread {
         }
     }
 
-    /// Ends all sessions, and waits for their last jobs. If a disk does not answer, the mail stays as it is: what the customer
-    /// has accepted, and is not settled, is sent once more.
+    /// Ends all sessions, and waits for their last jobs. If a disk does not respond, the mail stays as it is: messages that the
+    /// customer has accepted and that are not settled are sent once more.
     fn end_all(mut self) {
         for scheduled in self.sessions.values_mut().filter(|scheduled| !scheduled.session.ended) {
             scheduled.session.end("the provider is shutting down");
         }
-        // No session looks after itself any more: a time that has come would end each wait at once.
+        // No session works any more: a wake-up time in the past would make this loop spin.
         self.wake_ups.clear();
         let mut deadline = Instant::now() + LAST_JOBS_TIMEOUT;
         while self.has_lanes() {
@@ -360,7 +359,7 @@ impl DeliveryThread {
             }
             self.ready.clear();
             self.wait(Some(deadline));
-            if self.take_reports() {
+            if self.handle_reports() {
                 deadline = Instant::now() + LAST_JOBS_TIMEOUT;
             }
         }
@@ -374,7 +373,7 @@ impl ScheduledSession {
         }
     }
 
-    /// Schedules the next look, unless an earlier one is scheduled.
+    /// Schedules the next wake-up, unless an earlier one is scheduled.
     fn schedule(&mut self, number: usize, now: Instant, wake_ups: &mut BTreeSet<(Instant, usize)>) {
         let Some(next) = self.session.next_wake_up(now) else { return };
         if self.wake_up.is_none_or(|wake_up| next < wake_up) {

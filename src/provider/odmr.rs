@@ -1,18 +1,22 @@
-//! Port 366 up to ATRN: a customer logs in, submits its outgoing mail, and asks for the mail that is held for it.
+//! Port 366 up to ATRN: a customer authenticates, submits its outgoing mail, and asks for the mail that is held for it.
 //!
 //! Before ATRN the session is that of a submission server (RFC 6409) with AUTH (RFC 2645 section 5.1). At ATRN (section
-//! 5.2.1) the worker locks the mail of the account and gives the connection, as a [`Turn`], to the delivery thread. The
-//! worker never becomes an SMTP client. If there is no turn, the session goes on, and the reply says why:
+//! 5.2.1) the worker locks the account's mail and passes the connection, as a [`Turn`], to the delivery thread. The
+//! worker never becomes an SMTP client. If the connection does not turn, the session goes on, and the reply gives the
+//! reason:
 //!
 //! ```text
 //! 530 503 501   not authenticated, in a transaction, not a valid domain       smtp/server
-//! 450           a domain is not the customer's, or another session has it     lock_mail
-//! 450           the last call has brought no mail, and was a moment ago       check_interval
+//! 450           a domain is not the customer's, or another session has its    lock_mail
+//!               lock
+//! 450           the last call found no mail, and ended less than              check_interval
+//!               `min-interval` ago
 //! 451           the spool cannot be read                                      lock_mail
 //! 453           no mail                                                       lock_mail
-//! 503           commands were sent after ATRN without waiting for its reply   Turn::offer
-//! 451           as many turned sessions as permitted, or too many that wait   turn
-//!               for a disk
+//! 503           the client sent commands after ATRN without waiting for its   Turn::offer
+//!               reply
+//! 451           there are as many turned sessions as permitted, or too many   turn
+//!               of them wait for a disk
 //! 250           the connection turns                                          delivery thread
 //! ```
 
@@ -43,7 +47,7 @@ use crate::smtp::server::{Incoming, MessageSink, SessionHandler, check_qualified
 use crate::smtp::status::{is_too_soon, means_no_mail, too_soon_reply};
 use crate::turn::Turn;
 
-/// Serves one session until it ends or its connection has turned. Returns how it ended, for the log.
+/// Serves one session until it ends or its connection has turned. Returns the reason of its end, for the log.
 pub fn serve(reloader: &Reloader, mut session: Box<ServerSession>, address: Option<IpAddr>) -> String {
     let mut handler = OdmrHandler {
         reloader,
@@ -62,19 +66,19 @@ pub fn serve(reloader: &Reloader, mut session: Box<ServerSession>, address: Opti
     loop {
         let end = session.run(&mut handler);
         let SessionEnd::Atrn(domains) = end else {
-            // An attempt that the client has given up ends before its connection.
+            // The handler ends an AUTH that the client has abandoned: do it before the connection is closed.
             drop(handler);
             session.close();
             return end.to_string();
         };
-        // An account that was removed meanwhile, or has other domains, gets no mail of its old ones.
+        // A reload may have removed the account, or some of its domains: read them now, not as at AUTH.
         let shared = reloader.current();
         let reply;
         (session, reply) = match turn(&shared, session, &domains) {
             Ok(()) => return "turned".to_owned(),
             Err(rejected) => rejected,
         };
-        // The call that it comes too soon after stays the last one.
+        // If ATRN came too soon, the record of the earlier call stays: otherwise each attempt would begin the interval anew.
         if !is_too_soon(&reply) {
             record_call(&shared, &session, &domains, &reply);
         }
@@ -82,8 +86,9 @@ pub fn serve(reloader: &Reloader, mut session: Box<ServerSession>, address: Opti
     }
 }
 
-/// Records a call about these domains that has ended with a reply to ATRN, for the status and for [`check_interval`].
-// Not below each command on the stack, as `turn`.
+/// Records a call about these domains that has ended with a negative reply to ATRN, for `odmr status` and for
+/// [`check_interval`].
+// Not inlined, for the same reason as `turn`.
 #[inline(never)]
 fn record_call(shared: &Shared, session: &ServerSession, domains: &[Domain], reply: &Reply) {
     let Some(account) = session.server.account().and_then(|name| shared.config.accounts.account(name)) else { return };
@@ -101,11 +106,11 @@ fn record_call(shared: &Shared, session: &ServerSession, domains: &[Domain], rep
     record.write(&path, &account.name);
 }
 
-/// Checks that the last call of the account that has brought no mail for one of these domains was not a moment ago (RFC 2645
-/// section 5.2.1). Each such call costs a login and a look at the disk.
+/// Checks that `min-interval` has passed since the account's last call without mail for one of these domains (RFC 2645
+/// section 5.2.1): a customer that calls all the time costs a login and a read of the disk for each call.
 ///
 /// # Errors
-/// The reply to ATRN.
+/// The reply to ATRN, 450.
 fn check_interval(shared: &Shared, account: &Account, domains: &[Domain]) -> Result<(), Reply> {
     let interval = account.held.min_interval;
     if interval.is_zero() {
@@ -119,11 +124,11 @@ fn check_interval(shared: &Shared, account: &Account, domains: &[Domain]) -> Res
     }
 }
 
-/// Gives the connection to the delivery thread, which sends the 250.
+/// Passes the connection to the delivery thread, which sends the 250.
 ///
 /// # Errors
 /// The session and the reply to ATRN: the connection does not turn, and nothing is locked.
-// Inlined, its room on the stack would be below that of each command of the session.
+// Not inlined: its stack frame would add to that of every command of the session.
 #[inline(never)]
 fn turn(shared: &Shared, session: Box<ServerSession>, domains: &[Domain]) -> Result<(), (Box<ServerSession>, Reply)> {
     let account = session.server.account().and_then(|name| shared.config.accounts.account(name));
@@ -140,13 +145,13 @@ fn turn(shared: &Shared, session: Box<ServerSession>, domains: &[Domain]) -> Res
     })
 }
 
-/// Locks the account, for the domains that the customer named, or for all its domains if it named none.
+/// Locks the account's queues: those of the domains that the customer named, or of all its domains if it named none.
 ///
 /// # Errors
-/// The reply to ATRN, if a domain is not the customer's, a queue is locked or unreadable, or there is no mail.
+/// The reply to ATRN: a domain is not the customer's, a queue is locked or unreadable, or there is no mail.
 fn lock_mail(shared: &Shared, account: Option<&Account>, named: &[Domain]) -> Result<QueueLock, Reply> {
     let own = account.map(|account| account.domains.as_slice()).unwrap_or_default();
-    // RFC 2645 section 5.2.1: one foreign domain, whether it exists or not, and the customer gets no mail at all.
+    // RFC 2645 section 5.2.1: if one domain is foreign, whether it exists or not, the whole command is rejected.
     let foreign = named.iter().find(|domain| !own.contains(domain));
     foreign.map_or(Ok(()), |foreign| shared.spool.check_skipped(foreign))?;
     if own.is_empty() || foreign.is_some() {
@@ -164,11 +169,11 @@ fn lock_mail(shared: &Shared, account: Option<&Account>, named: &[Domain]) -> Re
         LockError::Busy(name) => Reply::new(450, "4.4.5", format!("Another session is fetching the mail of {name}")),
         LockError::Failed(error) => unavailable(error),
     })?;
-    // The enhanced status code is the one that is registered for 453 (RFC 5248).
+    // RFC 5248 registers this enhanced status code for 453.
     let no_mail = || Reply::new(453, "4.3.2", "You have no mail");
-    // Files that are no mail, and messages that this call skips, would make a turn for nothing.
+    // Files that are not mail, and messages that this call skips, do not count: the turn would send nothing.
     let none = lock.is_empty().map_err(unavailable)? || !lock.has_next();
-    // Whether there is mail in a directory that cannot be read, nobody knows.
+    // Do not reply 453 if a directory cannot be read: it may have mail.
     if lock.is_short() || none && lock.is_unreadable() {
         return Err(unreachable());
     }
@@ -179,27 +184,27 @@ fn lock_mail(shared: &Shared, account: Option<&Account>, named: &[Domain]) -> Re
     Ok(lock)
 }
 
-/// Decides who is authenticated, and which mail a customer may submit.
+/// Decides which clients are authenticated, and which mail a customer may submit.
 struct OdmrHandler<'a> {
     reloader: &'a Reloader,
-    /// Of the transaction.
+    /// The state that the current transaction began with.
     shared: Arc<Shared>,
     held: HeldQueues,
-    /// The account, and how many messages it may submit in an hour.
+    /// The account, and how many messages it may submit in an hour (0: no limit).
     rate: Option<(String, usize)>,
     client: OdmrClient,
-    /// The AUTH command under way, or why it is not decided.
+    /// The AUTH command under way, or why the server does not decide it.
     attempt: RefCell<Option<Result<LoginAttempt, Undecided>>>,
 }
 
-/// Where attempts to authenticate come from.
+/// The client that attempts to authenticate.
 struct OdmrClient {
-    /// `None`: it is not known, as of a pipe.
+    /// `None`: unknown, for instance of a pipe.
     address: Option<IpAddr>,
-    /// The id of the session, and the client's address as a literal, for the log.
+    /// The session's id, and the client's address as a literal, for the log.
     session: String,
     peer: String,
-    /// The connection.
+    /// The connection, watched for its end while an attempt waits.
     input: Arc<OwnedFd>,
 }
 
@@ -209,11 +214,11 @@ impl OdmrHandler<'_> {
         Ok(AttemptOrigin { id: self.client.session.clone(), address: self.client.address, account })
     }
 
-    /// Waits until an AUTH command may be decided, which tries secrets for the account of this name: before anything is
-    /// verified, so that the time tells nothing about the result.
+    /// Waits until an AUTH command for the account of this name may be decided. The wait comes before anything is verified:
+    /// otherwise its length would show a guesser the result.
     ///
     /// # Errors
-    /// It must not be decided, and the session ends.
+    /// The command must not be decided, and the session ends.
     fn wait_for_attempt(&self, name: &str) -> Result<(), Unavailable> {
         let Lasting { logins, cancel, .. } = &self.shared.lasting;
         let OdmrClient { session, peer, input, .. } = &self.client;
@@ -236,19 +241,20 @@ impl OdmrHandler<'_> {
     }
 }
 
-/// What opens an account now: a secret that was changed because others know it must not be of use in a session that was open
-/// before.
+/// The credentials of the accounts as they are now: a secret that was replaced because it leaked must not work in a session
+/// that began before.
 impl CredentialStore for OdmrHandler<'_> {
     fn credentials(&self, name: &str) -> Result<Option<AccountCredentials>, Unavailable> {
         self.wait_for_attempt(name)?;
-        // The wait was long enough for a reload.
+        // Read the accounts after the wait: there may have been a reload.
         self.reloader.current().config.accounts.credentials(name)
     }
 
     fn account_of(
         &self, certificate: &CertificateDigests, wanted: Option<&str>,
     ) -> Result<Option<String>, Unavailable> {
-        // Nobody can guess a certificate, so none waits: then guesses of its secret never delay a customer that has one.
+        // A certificate cannot be guessed, so its client does not wait: guesses of the account's secret by others do not delay
+        // a customer with a certificate.
         self.reloader.current().config.accounts.account_of(certificate, wanted)
     }
 
@@ -258,7 +264,7 @@ impl CredentialStore for OdmrHandler<'_> {
 
     fn verifier(&self, name: &str) -> Result<(ScramVerifier, bool), Unavailable> {
         self.wait_for_attempt(name)?;
-        // The wait was long enough for a reload.
+        // As in `credentials`, after the wait.
         let Shared { config, lasting, .. } = &*self.reloader.current();
         lasting.verifiers.find(&config.accounts, name)
     }
@@ -276,7 +282,7 @@ impl CredentialStore for OdmrHandler<'_> {
     }
 }
 
-/// The account of this name, as it is now. `None`: it was removed.
+/// The account of this name. `None`: it was removed.
 fn account(shared: &Shared, name: Option<&str>) -> Option<Account> {
     name.and_then(|name| shared.config.accounts.account(name)).cloned()
 }
@@ -296,19 +302,19 @@ impl SessionHandler for OdmrHandler<'_> {
             Some(ExchangeStep::Challenge(_)) => return None,
             Some(ExchangeStep::Done(_)) => AttemptEnd::Succeeded,
             Some(ExchangeStep::Failed(_)) => AttemptEnd::Failed,
-            // No secret was compared.
+            // The server has compared no secret.
             None | Some(ExchangeStep::Malformed | ExchangeStep::Unavailable) => AttemptEnd::Withdrawn,
         };
         match (self.attempt.take(), step) {
             (Some(Ok(attempt)), _) => attempt.end(end),
-            // RFC 5321 section 3.8.
+            // RFC 5321 section 3.8: a server that shuts down replies 421.
             (Some(Err(Undecided::Stopping)), _) => {
                 return Some(Reply::new(421, "4.3.2", "Service shutting down, try again later"));
             }
             (Some(Err(Undecided::TooMany | Undecided::ClientGone)), _) => {
                 return Some(Reply::new(421, "4.7.0", "Too many failed authentications, try again later"));
             }
-            // By EXTERNAL.
+            // EXTERNAL: there was no wait, but the client's network is known from now on.
             (None, Some(ExchangeStep::Done(account))) => {
                 self.origin(account).into_iter().for_each(|origin| self.shared.lasting.logins.learn(origin));
             }
@@ -317,17 +323,18 @@ impl SessionHandler for OdmrHandler<'_> {
         None
     }
 
-    /// Checks that the customer may submit mail with this sender (RFC 6409 section 6.1), and now.
+    /// Checks that the customer may submit mail with this sender (RFC 6409 section 6.1), and that the disk has room and the
+    /// account's rate is not reached.
     fn sender(&mut self, mail: &MailFrom, name: Option<&str>) -> Result<(), Reply> {
         (self.shared, self.held) = (self.reloader.current(), HeldQueues::begin(mail));
-        // Not 5yz: the customer keeps its mail, and gets 535 at the next AUTH.
+        // Not 5yz: the customer would return the mail to its senders. It gets 535 at its next AUTH.
         let gone = || Reply::new(450, "4.7.1", "Your account is not known here any more");
         let account = account(&self.shared, name).ok_or_else(gone)?;
         if !account.relay {
-            return Err(Reply::new(550, "5.7.1", "This account hands in no outgoing mail"));
+            return Err(Reply::new(550, "5.7.1", "This account may not submit outgoing mail"));
         }
         let own = match &mail.envelope.from {
-            // A DSN has the null sender, and must not be rejected for it (RFC 6409 section 3.2).
+            // RFC 6409 section 3.2: a DSN has the null sender, and must not be rejected for it.
             ReversePath::Null => true,
             ReversePath::Mailbox(sender) => sender.domain().is_some_and(|domain| account.domains.contains(domain)),
         };
@@ -340,7 +347,7 @@ impl SessionHandler for OdmrHandler<'_> {
         Ok(())
     }
 
-    /// Accepts recipients in held domains, and in all others that are fully qualified (RFC 6409 section 4.2).
+    /// Accepts recipients in held domains, and in all other domains that are fully qualified (RFC 6409 section 4.2).
     fn recipient(&mut self, path: &ForwardPath, _: &Notify, _: Option<&str>) -> Result<Mailbox, Reply> {
         let mailbox = self.shared.mailbox(path)?;
         if let Some(queue) = self.shared.spool.held_queue(&mailbox) {

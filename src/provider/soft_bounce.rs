@@ -1,22 +1,21 @@
-//! Rejections of a customer that look like a mistake of its side: for the time of `soft-bounce` they are deferrals.
+//! Rejections that look like a mistake on the customer's side: for the time of `soft-bounce` they are deferrals.
 //!
-//! A customer's server that is set up wrongly may reject all its mail, and the senders would get it back within minutes. So
-//! a 5yz is a rejection at once only if it is about the mail:
+//! A customer's server that is set up wrongly may reject all its mail, and the senders would get DSNs within minutes. So a 5yz
+//! reply is a rejection at once only if it is about the message or the recipient:
 //!
 //! ```text
 //! enhanced status code (RFC 3463)      the 5yz is
-//! none, 5.0.z, which says as little    a deferral
-//! 5.7.z, 5.1.2, 5.3.z, 5.4.z           a deferral: policy, a domain, the system, the network; but 5.3.4 means that this message
-//!                                      is too large, "useful only as a permanent error", and would be sent in each call
-//! 5.1.1, 5.2.z                         a deferral, if the customer accepts no recipient of that domain in this session, before
-//!                                      or after: it may have lost its list of mailboxes
-//! 5.1.1, 5.2.z of others               a rejection: that mailbox does not exist, or does not take the mail
+//! none, or 5.0.z (undefined)           a deferral
+//! 5.7.z, 5.1.2, 5.3.z, 5.4.z           a deferral: policy, domain, system, network. But 5.3.4, the message is too large, is a
+//!                                      rejection: otherwise the message would be sent in each call
+//! 5.1.1, 5.2.z                         a deferral if the customer accepts no recipient of that domain in this session, before
+//!                                      or after: it may have lost its list of mailboxes. Otherwise a rejection: that mailbox
+//!                                      does not exist, or does not accept the message
 //! others                               a rejection
 //! ```
 //!
-//! The time counts from the first deferral of this kind, which the name of the message's file has until the customer replies
-//! without such a rejection. It is the time that passes
-//! and not the number of calls, because a customer may call each minute.
+//! The time counts from the first deferral of this kind. The name of the message's file has it until the customer replies
+//! without such a rejection. It is not a number of calls, because a customer may call each minute.
 
 use std::collections::{BTreeMap, HashSet};
 use std::time::Duration;
@@ -26,10 +25,10 @@ use crate::mail::address::Domain;
 use crate::smtp::reply::Reply;
 use crate::smtp::status::{DeliveryResult, RecipientStatus};
 
-/// What a rejection is about.
+/// The subject of a rejection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Cause {
-    /// The customer's server: any message may get it.
+    /// The customer's server: it may reject any message so.
     Server,
     /// The recipient, or the server's list of mailboxes.
     Mailbox,
@@ -49,11 +48,11 @@ impl Cause {
     }
 }
 
-/// What one turned session knows of the rejections of its customer.
+/// The rejections of one turned session that may be deferrals.
 pub struct SoftBounces {
-    /// That of `soft-bounce`; zero: each rejection is one.
+    /// The time of `soft-bounce`; zero: no rejection is a deferral.
     time: Duration,
-    /// The domains of which the customer has accepted a recipient.
+    /// The domains in which the customer has accepted a recipient.
     accepting: HashSet<Domain>,
     /// For each domain, the messages that were rejected and deferred, and the first reply.
     deferred: BTreeMap<Domain, (u64, String)>,
@@ -61,37 +60,37 @@ pub struct SoftBounces {
 
 /// One message, for which rejections may be deferrals.
 #[derive(Clone, Copy)]
-pub struct Rejected<'a> {
+pub struct RejectedMessage<'a> {
     pub domain: &'a Domain,
-    /// When it was rejected first, and that was a deferral; now, if it was not yet.
+    /// When a rejection of it was first a deferral; now, if none was yet.
     pub first: Timestamp,
-    /// How long ago that is, a clock that was set apart.
+    /// The time since `first`, corrected if the clock was set.
     pub age: Duration,
 }
 
 impl SoftBounces {
-    /// `time`: that of `soft-bounce`.
+    /// `time`: the value of `soft-bounce`.
     pub fn new(time: Duration) -> SoftBounces {
         SoftBounces { time, accepting: HashSet::new(), deferred: BTreeMap::new() }
     }
 
-    /// Remembers whether the customer has accepted a recipient of this domain: 2yz to the content.
+    /// Notes whether the customer has accepted a recipient of this domain: 2yz to the content.
     pub fn note(&mut self, domain: &Domain, result: &DeliveryResult) {
         if result.recipients.iter().any(RecipientStatus::is_sent) && !self.accepting.contains(domain) {
             self.accepting.insert(domain.clone());
         }
     }
 
-    /// Whether what becomes of a recipient depends on messages that are still to be sent.
-    pub fn is_undecided(&self, message: Rejected<'_>, result: &DeliveryResult) -> bool {
+    /// Whether the status of a recipient depends on the replies to later messages.
+    pub fn is_undecided(&self, message: RejectedMessage<'_>, result: &DeliveryResult) -> bool {
         let about_mailbox =
             |status: &RecipientStatus| rejection(status).is_some_and(|reply| Cause::of(reply) == Cause::Mailbox);
         !self.is_over(message) && !self.is_accepting(message.domain) && result.recipients.iter().any(about_mailbox)
     }
 
-    /// Makes deferrals of the rejections that look like a mistake of the customer's side, until the time is over; the replies
-    /// stay. Returns when the message was rejected first, if there is such a rejection.
-    pub fn defer(&mut self, message: Rejected<'_>, result: &mut DeliveryResult) -> Option<Timestamp> {
+    /// Turns the rejections that look like a mistake on the customer's side into deferrals with the same replies, until the time
+    /// is over. Returns [`RejectedMessage::first`] if there is such a rejection.
+    pub fn defer(&mut self, message: RejectedMessage<'_>, result: &mut DeliveryResult) -> Option<Timestamp> {
         if self.time.is_zero() {
             return None;
         }
@@ -117,22 +116,22 @@ impl SoftBounces {
         Some(message.first)
     }
 
-    /// The domains with messages that were rejected and deferred: how many, and the first reply.
+    /// The domains with rejections that became deferrals: the number of messages, and the first reply.
     pub fn deferred(&self) -> impl Iterator<Item = (&Domain, u64, &str)> {
         self.deferred.iter().map(|(domain, (messages, reply))| (domain, *messages, reply.as_str()))
     }
 
-    /// Whether the customer has accepted a recipient of this domain: a 5.1.1 for another one is about that recipient.
+    /// Whether the customer has accepted a recipient of this domain. Then 5.1.1 is about the recipient, not the server.
     pub fn is_accepting(&self, domain: &Domain) -> bool {
         self.accepting.contains(domain)
     }
 
-    fn is_over(&self, message: Rejected<'_>) -> bool {
+    fn is_over(&self, message: RejectedMessage<'_>) -> bool {
         message.age >= self.time
     }
 }
 
-/// The reply of a customer that rejects a recipient. What this side has decided, of a size say, is not meant.
+/// The customer's reply that rejects a recipient. `None` also if the provider itself has decided, because of a size say.
 fn rejection(status: &RecipientStatus) -> Option<&Reply> {
     match status {
         RecipientStatus::Rejected(reply) => Some(reply).filter(|reply| reply.is_from_peer()),
@@ -166,13 +165,13 @@ mod tests {
     }
 
     #[test]
-    fn what_is_deferred_depends_on_what_the_reply_is_about() {
+    fn whether_a_rejection_is_a_deferral_depends_on_its_subject() {
         let (server, mailbox, mail) = (["deferred", "deferred"], ["deferred", "rejected"], ["rejected", "rejected"]);
         for (line, expected) in [
             ("550 no", server),
             ("554", server),
             ("550 5.0.0 no", server),
-            // Its class is not that of the code (RFC 2034 section 4), so it does not count.
+            // RFC 2034 section 4: an enhanced code of another class than the reply's does not count.
             ("550 4.1.1 no", server),
             ("554 5.7.1 we do not like it", server),
             ("530 5.7.0 authenticate first", server),
@@ -198,7 +197,7 @@ mod tests {
                     soft.note(&domain, &result(&["250 2.6.0 taken"]));
                 }
                 let now = Timestamp::from_seconds(1_767_323_045);
-                let message = Rejected { domain: &domain, first: now, age: Duration::ZERO };
+                let message = RejectedMessage { domain: &domain, first: now, age: Duration::ZERO };
                 let mut result = result(&[line]);
                 let undecided = soft.is_undecided(message, &result);
                 assert_eq!(undecided, expected == "deferred" && Cause::of(&reply(line)) == Cause::Mailbox, "{line}");
@@ -218,7 +217,7 @@ mod tests {
         let (domain, other) = (domain(), Domain::parse("example.com").unwrap());
         let mut soft = SoftBounces::new(DAY);
         let first = Timestamp::from_seconds(1_767_323_045);
-        let message = Rejected { domain: &domain, first, age: Duration::ZERO };
+        let message = RejectedMessage { domain: &domain, first, age: Duration::ZERO };
         let mut mixed = result(&["250 ok", "550 5.1.1 no", "554 5.7.1 no", "450 4.2.1 later", "550 5.1.3 syntax"]);
         mixed.recipients.push(RecipientStatus::InDoubt);
         mixed.recipients.push(RecipientStatus::Rejected(Reply::new(552, "5.3.4", "our own")));
@@ -228,7 +227,7 @@ mod tests {
         assert_eq!(words(&mixed), expected);
         assert!(soft.is_accepting(&domain) && !soft.is_accepting(&other));
         let mut unknown = result(&["550 5.1.1 no"]);
-        assert_eq!(soft.defer(Rejected { domain: &other, ..message }, &mut unknown), Some(first));
+        assert_eq!(soft.defer(RejectedMessage { domain: &other, ..message }, &mut unknown), Some(first));
         let deferred: Vec<_> = soft.deferred().map(|(domain, messages, _)| (domain.as_str(), messages)).collect();
         assert_eq!(deferred, [("example.com", 1), ("example.org", 1)]);
     }
@@ -245,7 +244,7 @@ mod tests {
             (365 * DAY, 364 * DAY, true),
             (Duration::ZERO, Duration::ZERO, false),
         ] {
-            let message = Rejected { domain: &domain, first, age };
+            let message = RejectedMessage { domain: &domain, first, age };
             let mut result = result(&["554 5.7.1 no"]);
             let since = SoftBounces::new(time).defer(message, &mut result);
             assert_eq!(since, Some(first).filter(|_| !time.is_zero()), "{time:?} {age:?}");

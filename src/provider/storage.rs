@@ -1,8 +1,8 @@
-//! The storage threads: they do for the delivery thread what may take as long as a disk does.
+//! The storage threads: they do the delivery thread's work on the disk, so that it never waits for one.
 //!
-//! Each turned session has a *lane*: what its jobs work on, and its jobs, which are done in order and one at a time. A lane
-//! with jobs waits for a thread in one of two channels; the thread does some of its jobs, and puts the lane back if there
-//! are more. What the jobs report goes to the delivery thread, and wakes it.
+//! Each turned session has a *lane*: the state that its jobs work on, and its jobs, which are done in order and one at a
+//! time. A lane with jobs waits for a thread in one of two channels; the thread does some of its jobs, and puts the lane back
+//! if there are more. The jobs' reports go to the delivery thread, and wake it.
 //!
 //! ```text
 //!                                 ┌─▶ quick ─┬─▶ thread ─┐
@@ -11,17 +11,16 @@
 //!                          └──── it has more jobs ───────┘
 //! ```
 //!
-//! A disk may be slow, or a network file system may hang, for some lanes only. The others must not wait for them:
+//! A disk may be slow, or a network file system may hang, for some lanes only. They must not delay the others:
 //!
-//! - A lane whose next job is slow waits in `slow`, for which half of the threads work; so does one that had a job within the
-//!   last second that took surprisingly long. So customers that cause fsyncs, because they reject their mail, do not delay
-//!   those that do not.
-//! - [`StoragePool::tend`] replaces a thread whose job is blocked for longer than a second, up to 32 threads; then, until no
-//!   job is, one that is blocked for longer than 100 ms. [`StoragePool::blocked`] counts them, so that no more turns are
-//!   accepted when too many are.
+//! - A lane whose next job is slow waits in `slow`, which half of the threads serve. So does, for a second, a lane after a job
+//!   that took longer than expected. So customers that cause fsyncs, because they reject their mail, do not delay the others.
+//! - [`StoragePool::tend`] adds a thread for each one whose job is blocked for longer than a second, up to 32 threads. While
+//!   one is, 100 ms are enough. [`StoragePool::blocked`] counts the blocked jobs: if there are too many, no more turns are
+//!   accepted.
 //!
-//! A panic ends its lane only. Threads are made when they are needed; those above four end when they were idle for a while. If
-//! a job never ends, its thread ends with the process.
+//! A panic ends its lane only. Threads start when they are needed; those above four end after 10 s without work. The thread of
+//! a job that never ends, ends with the process.
 
 use std::cell::Cell;
 use std::collections::VecDeque;
@@ -37,19 +36,19 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, select, unbounded};
 
 use crate::net::trace::quoted;
 
-/// Threads for each of the two channels, without those whose job is blocked.
+/// Threads for each of the two channels, not counting those whose job is blocked.
 const THREADS_PER_ROLE: usize = 2;
 
-/// All threads.
+/// The maximum of all threads.
 const THREADS_LIMIT: usize = 32;
 
 /// A job that takes longer than this makes its lane a slow one.
 const SLOW_JOB: Duration = Duration::from_millis(50);
 
-/// How long a lane is a slow one.
+/// How long a lane is slow after that.
 const SLOW_TIME: Duration = Duration::from_secs(1);
 
-/// Jobs of a lane that a thread does before the next lane has its turn.
+/// Jobs of a lane that a thread does before it is the next lane's turn.
 const JOBS_PER_TURN: usize = 16;
 
 /// The times of a pool.
@@ -57,9 +56,9 @@ const JOBS_PER_TURN: usize = 16;
 struct PoolTimes {
     /// A job that takes longer than this is blocked.
     blocked: Duration,
-    /// While a job is blocked: another one that takes longer than this has its thread replaced.
+    /// While a job is blocked, each job that takes longer than this has its thread replaced.
     suspect: Duration,
-    /// A thread above those that stay ends when it was idle for so long.
+    /// A thread above those that always stay ends when it was idle for this time.
     idle: Duration,
 }
 
@@ -73,15 +72,15 @@ impl Default for PoolTimes {
     }
 }
 
-/// What the jobs of a lane work on.
+/// The state that the jobs of a lane work on.
 pub trait LaneWork: Send + 'static {
     type Job: Send;
     type Report: Send;
 
-    /// Whether a job waits for the disk even if all is well: it writes what must be durable.
+    /// Whether a job waits for the disk in any case, because it makes something durable.
     fn is_slow(job: &Self::Job) -> bool;
 
-    /// Does a job. Returns whether there may be another one; if not, this is dropped.
+    /// Does a job. After `Break` there are no more jobs, and the state is dropped.
     fn run(&mut self, job: Self::Job, report: &mut dyn FnMut(Self::Report)) -> ControlFlow<()>;
 }
 
@@ -89,14 +88,14 @@ pub trait LaneWork: Send + 'static {
 #[derive(Debug, PartialEq, Eq)]
 pub enum LaneReport<R> {
     Job(R),
-    /// The last of a lane: its work is dropped.
+    /// The last report of a lane: its state is dropped.
     Ended {
         /// A job has panicked.
         panicked: bool,
     },
 }
 
-/// The number of a lane, and its report.
+/// A lane's number, and its report.
 pub type NumberedReport<W> = (usize, LaneReport<<W as LaneWork>::Report>);
 
 /// Lanes that wait for a thread.
@@ -116,12 +115,12 @@ struct LaneState<W: LaneWork> {
     work: Option<W>,
     /// The lane is in a channel, or a thread has it, or it has ended.
     scheduled: bool,
-    /// No job comes any more.
+    /// The handle is dropped: no more jobs follow.
     closed: bool,
     slow_until: Instant,
 }
 
-/// Where the lanes report.
+/// Sends the reports of the lanes to the delivery thread.
 struct Reports<W: LaneWork> {
     sender: Sender<NumberedReport<W>>,
     wake: Arc<dyn Fn() + Send + Sync>,
@@ -129,7 +128,7 @@ struct Reports<W: LaneWork> {
 
 impl<W: LaneWork> Reports<W> {
     fn send(&self, number: usize, report: LaneReport<W::Report>) {
-        // Without a receiver, the delivery thread has ended.
+        // It fails only after the end of the delivery thread.
         let _ = self.sender.send((number, report));
         (self.wake)();
     }
@@ -160,11 +159,11 @@ impl<W: LaneWork> Lane<W> {
 
     fn send_to_channel(self: &Arc<Self>, state: &LaneState<W>) {
         let channel = if state.is_slow() { &self.slow } else { &self.quick };
-        // There is a receiver as long as there is a pool.
+        // It fails only after the end of the pool, which has a receiver.
         let _ = channel.send(self.clone());
     }
 
-    /// Does some of the jobs: none after a slow one, and for a thread that has quick lanes only, no slow one.
+    /// Does some of the jobs, none after a slow one. A thread for quick lanes does no slow job.
     fn work(self: &Arc<Self>, thread: &ThreadState) {
         let Some(mut work) = self.lock().work.take() else { return };
         for _ in 0..JOBS_PER_TURN {
@@ -208,18 +207,18 @@ impl<W: LaneWork> Lane<W> {
     }
 
     fn end(&self, work: W, panicked: bool) {
-        // It may close files, and even that may take its time.
+        // Drop it here, not in the delivery thread: it closes files, which may wait for the disk.
         let dropped = catch_unwind(AssertUnwindSafe(|| drop(work)));
         self.lock().jobs.clear();
         self.reports.send(self.number, LaneReport::Ended { panicked: panicked || dropped.is_err() });
     }
 }
 
-/// Submits the jobs of one lane. When it is dropped, the lane ends after the jobs that it has.
+/// Submits the jobs of one lane. After it is dropped, the lane does its remaining jobs and ends.
 pub struct LaneHandle<W: LaneWork>(Arc<Lane<W>>);
 
 impl<W: LaneWork> LaneHandle<W> {
-    /// Submits a job. The caller bounds how many there are. After the end of the lane it is dropped.
+    /// Submits a job. The caller bounds how many there are. After the end of the lane, the job is dropped.
     pub fn submit(&self, job: W::Job) {
         let mut state = self.0.lock();
         state.jobs.push_back(job);
@@ -235,10 +234,10 @@ impl<W: LaneWork> Drop for LaneHandle<W> {
     }
 }
 
-/// Which channels a thread works for.
+/// Which lanes a thread serves.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum ThreadRole {
-    /// Lanes that are not slow.
+    /// Those that are not slow.
     Quick,
     /// All lanes.
     Any,
@@ -264,12 +263,12 @@ impl ThreadState {
         self.lock().is_none()
     }
 
-    /// When it will have worked on one job for this time; `None`: it is idle.
+    /// When its job will have taken this time; `None`: it is idle.
     fn overdue(&self, time: Duration) -> Option<Instant> {
         self.lock().map(|since| since + time)
     }
 
-    /// Whether it is idle, or its job has not taken this time.
+    /// Whether it is idle, or its job has taken less than this time.
     fn works(&self, now: Instant, time: Duration) -> bool {
         self.overdue(time).is_none_or(|overdue| now < overdue)
     }
@@ -283,14 +282,14 @@ pub struct StoragePool<W: LaneWork> {
     slow: LaneChannel<W>,
     reports: Reports<W>,
     threads: Threads,
-    /// The system has given no thread: it is not asked again before this time.
+    /// After the system has denied a thread, the pool does not ask again before this time.
     no_thread_until: Cell<Option<Instant>>,
     blocked: Arc<AtomicUsize>,
     times: PoolTimes,
 }
 
 impl<W: LaneWork> StoragePool<W> {
-    /// A pool without threads, and the reports of its lanes, each with the number of its lane. `wake` is called after each.
+    /// Returns a pool without threads, and the receiver of its lanes' reports. `wake` is called after each report.
     pub fn new(wake: impl Fn() + Send + Sync + 'static) -> (StoragePool<W>, Receiver<NumberedReport<W>>) {
         let (sender, receiver) = unbounded();
         let pool = StoragePool {
@@ -305,7 +304,7 @@ impl<W: LaneWork> StoragePool<W> {
         (pool, receiver)
     }
 
-    /// Makes a lane.
+    /// Makes a lane, whose reports have this number.
     pub fn lane(&self, number: usize, work: W) -> LaneHandle<W> {
         let state = LaneState {
             jobs: VecDeque::new(),
@@ -323,13 +322,13 @@ impl<W: LaneWork> StoragePool<W> {
         }))
     }
 
-    /// How many jobs were blocked for longer than a second when the pool was last tended.
+    /// The number of jobs that were blocked for longer than a second at the last call of [`StoragePool::tend`].
     pub fn blocked(&self) -> Arc<AtomicUsize> {
         self.blocked.clone()
     }
 
-    /// Makes the threads that are missing. Call this after jobs were submitted, and at the time that it returns, if it
-    /// returns one. The owner of the pool must not be blocked itself.
+    /// Starts the threads that are missing. Call it after jobs were submitted, and again at the time that it returns, if any.
+    /// The caller must never be blocked by a disk itself.
     pub fn tend(&self, now: Instant) -> Option<Instant> {
         let mut threads = lock(&self.threads);
         let blocked = threads.iter().filter(|thread| !thread.works(now, self.times.blocked)).count();
@@ -346,7 +345,7 @@ impl<W: LaneWork> StoragePool<W> {
             let too_few = |role| count(role, &|thread| thread.works(now, patience)) < THREADS_PER_ROLE;
             let (quick, any) = (self.quick.1.len(), self.slow.1.len());
             match (idle(ThreadRole::Quick), idle(ThreadRole::Any)) {
-                // The first one: if it is the only one that the system gives, it serves all lanes.
+                // The first thread serves all lanes: it may be the only one that the system permits.
                 _ if quick + any > 0 && count(ThreadRole::Any, &|_| true) == 0 => Some(ThreadRole::Any),
                 (_, idle) if any > idle && too_few(ThreadRole::Any) => Some(ThreadRole::Any),
                 (idle, others) if quick + any <= idle + others => None,
@@ -398,14 +397,14 @@ struct StorageThread<W: LaneWork> {
 }
 
 impl<W: LaneWork> StorageThread<W> {
-    /// Works until there is no pool and no lane, or there are enough other threads.
+    /// Works until the pool and all lanes have ended, or there are enough other threads.
     fn run(self) {
         loop {
             match self.next_lane() {
                 Ok(lane) => {
                     self.state.begin_job();
                     lane.work(&self.state);
-                    // First: it has the senders of its own channel.
+                    // Drop it before the wait: it has senders of the channel, which would never be disconnected.
                     drop(lane);
                     *self.state.lock() = None;
                 }
@@ -426,7 +425,7 @@ impl<W: LaneWork> StorageThread<W> {
         }
     }
 
-    /// Whether the others are enough; then this one is no longer counted.
+    /// Whether the other threads are enough; if so, this one is removed from the list.
     fn is_superfluous(&self) -> bool {
         let (mut threads, now) = (lock(&self.threads), Instant::now());
         let works =

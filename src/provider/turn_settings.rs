@@ -1,4 +1,4 @@
-//! What all turned sessions that begin with one configuration share.
+//! The settings that all turned sessions share which begin under one configuration.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -12,19 +12,18 @@ use crate::report::Reporter;
 use crate::session::{Limits, Timeouts};
 use crate::smtp::client::Without8BitMime;
 
-/// Times and limits of turned sessions, and how they are cancelled.
+/// The times and limits of turned sessions, and the tokens that end them.
 pub struct TurnSettings {
     pub timeouts: Timeouts,
-    /// Those of accounts that have none of their own.
+    /// The limits of accounts that have none of their own.
     pub limits: TurnLimits,
-    /// Messages that were deferred for so long since their first offer are given up.
-    /// `None`: they are not.
+    /// A message that is deferred expires at this age, counted from its first offer. `None`: it does not.
     pub give_up: Option<Duration>,
     pub without_8bitmime: Without8BitMime,
     pub reporter: Reporter,
-    /// Accounts whose sessions end after the messages under way, because their domains are no longer theirs.
+    /// The domains that accounts have lost: sessions about them end after the messages under way.
     pub lost: Arc<LostDomains>,
-    /// Has the records of calls.
+    /// The spool, which has the records of calls.
     pub spool: Arc<Spool>,
     /// Ends sessions after the messages under way.
     pub cancel: CancelToken,
@@ -32,24 +31,24 @@ pub struct TurnSettings {
     pub abort: CancelToken,
 }
 
-/// How much one turned session sends, and for how long. A session keeps what it began with.
+/// How much one turned session sends, and for how long. A reload does not change the limits of a session under way.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct TurnLimits {
-    /// Messages that are accepted or under way before no other message is begun; 0: no limit.
+    /// When this many messages are accepted or under way, no other is begun; 0: no limit.
     pub messages: usize,
-    /// Octets of their content; 0: no limit.
+    /// The same for the octets of their content; 0: no limit.
     pub octets: u64,
-    /// As [`Timeouts::turn`].
+    /// How long a session may last, as [`Timeouts::turn`].
     pub time: Duration,
 }
 
 impl TurnLimits {
-    /// Those for accounts that have none of their own.
+    /// The limits of accounts that have none of their own.
     pub fn new(limits: &Limits, timeouts: &Timeouts) -> TurnLimits {
         TurnLimits { messages: limits.messages_per_turn, octets: limits.octets_per_turn, time: timeouts.turn }
     }
 
-    /// Those of an account.
+    /// The limits of an account.
     pub fn of_account(self, held: &HeldConfig) -> TurnLimits {
         TurnLimits {
             messages: held.messages_per_turn.unwrap_or(self.messages),
@@ -58,19 +57,19 @@ impl TurnLimits {
         }
     }
 
-    /// Whether no other message is begun after so many messages and octets.
+    /// Whether a session that has sent `messages` and `octets` begins no other message.
     pub fn are_reached(&self, messages: usize, octets: u64) -> bool {
         let reached = |count: u64, limit: u64| limit > 0 && count >= limit;
         reached(messages as u64, self.messages as u64) || reached(octets, self.octets)
     }
 }
 
-/// The domains that reloads have taken from each account: from one that is removed, all.
+/// The domains that reloads have removed from each account; all its domains, if the account was removed.
 #[derive(Default)]
 pub struct LostDomains(Mutex<HashMap<String, HashSet<Domain>>>);
 
 impl LostDomains {
-    /// Adds the domains that an account had before a reload and has no more; those that it has again are not lost.
+    /// Adds the domains that each account had before a reload and no longer has, and removes those that it has again.
     pub fn update(&self, before: &Accounts, after: &Accounts) {
         let mut lost = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         for account in before.iter() {

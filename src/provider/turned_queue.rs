@@ -1,5 +1,5 @@
-//! The mail of one turned session, as the storage threads have it: they open messages and read ahead, settle them, and
-//! release the lock at the end. All that a turned session does on a disk is here.
+//! The mail of one turned session, on the side of the storage threads: they open messages and read ahead, settle them, and
+//! release the lock at the end. A turned session uses the disk here and nowhere else.
 
 use std::collections::VecDeque;
 use std::io::{self, Read};
@@ -7,7 +7,7 @@ use std::ops::ControlFlow;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::soft_bounce::{Rejected, SoftBounces};
+use super::soft_bounce::{RejectedMessage, SoftBounces};
 use super::storage::LaneWork;
 use super::turn_settings::TurnSettings;
 use super::unknown::{self, Learning};
@@ -23,42 +23,43 @@ use crate::smtp::command::Recipient;
 use crate::smtp::reply::Reply;
 use crate::smtp::status::{DecidedBy, DeliveryResult, RecipientStatus};
 
-/// Octets that are read at a time if there are more than expected.
+/// Octets that are read at a time if a file is longer than expected.
 const READ_BLOCK: usize = 4096;
 
-/// After messages with more recipients than this, no other is opened before they can be sent.
+/// When the opened messages have more recipients than this, no other is opened before one is sent: their addresses take
+/// memory.
 pub const RECIPIENTS_AHEAD: usize = 1000;
 
-/// Messages that are settled at the end of a session at most, and octets that are remembered of them.
+/// The maximum of messages whose settlement is postponed to the end of a session, and of the octets of their results.
 pub const POSTPONED_LIMIT: usize = 1000;
 const POSTPONED_OCTETS: usize = 512 * 1024;
 
-/// What the delivery thread wants done.
+/// A job that the delivery thread submits.
 pub enum QueueJob {
-    /// Open the next messages, so many at most, and read so many octets of their content at most.
+    /// Open up to `messages` messages, and read up to `octets` octets of their content.
     Open { messages: usize, octets: usize },
-    /// Read the next octets of a message, so many at most.
+    /// Read up to `octets` more octets of a message.
     Read { number: u64, octets: usize },
-    /// This session does not offer a message that was opened.
+    /// Do not offer a message that was opened in this session.
     PassOver { number: u64 },
-    /// Record what became of a message. If that fails, which is logged, this session does not offer it again, and goes on:
-    /// the others make room on a full disk.
+    /// Record the result of a message. If that fails, the failure is logged, and the session goes on without the message: the
+    /// settlement of others may make room on a full disk.
     Settle(Settlement),
-    /// The session has no more replies: settle one of the messages that have waited for them, if there is one.
+    /// The session gets no more replies: settle one of the postponed messages, if there is one.
     SettlePostponed,
     /// Show other sessions of the account that this one makes progress.
     Heartbeat,
-    /// Look whether another session of the account wants the lock.
+    /// Check whether another session of the account has requested the lock.
     CheckTakeover,
     /// Release the lock, and log and record the session.
     End(TurnEnd),
 }
 
-/// What became of a message.
+/// The result of a message, to be recorded.
 pub struct Settlement {
     pub number: u64,
     pub result: DeliveryResult,
-    /// The message is only to be removed: all recipients have it, and no DSN is due.
+    /// The message only needs to be removed: it was sent to all recipients, and no DSN is due.
     pub is_removal: bool,
     /// The customer's name, if it gave one.
     pub peer: Option<String>,
@@ -71,22 +72,22 @@ pub struct TurnEnd {
     pub reason: String,
     /// The customer has replied to QUIT.
     pub done: bool,
-    /// Why no more mail was offered before the customer had all.
+    /// Why the session stopped offering mail before the queue was empty.
     pub stop: Option<&'static str>,
     /// A limit permits no more messages in this session.
     pub full: bool,
 }
 
-/// What the jobs report.
+/// What a job reports to the delivery thread.
 pub enum QueueReport {
     Opened(OpenedMessage),
-    /// No more messages are opened until that is asked for again; if `more` is not set, there are none.
+    /// An [`QueueJob::Open`] is done. `more`: the queue may have more messages.
     AllOpened {
         more: bool,
     },
     Content {
         octets: Vec<u8>,
-        /// These are the last.
+        /// These are the last octets of the content.
         whole: bool,
     },
     ContentFailed(io::Error),
@@ -98,19 +99,19 @@ pub enum QueueReport {
 
 /// A message that was opened.
 pub struct OpenedMessage {
-    /// By which later jobs name it.
+    /// Its number, by which later jobs name it.
     pub number: u64,
     pub message: OutgoingMessage,
-    /// The begin of its content.
+    /// Octets of its content that are read and not yet sent.
     pub octets: Vec<u8>,
-    /// That is all of its content.
+    /// All of its content is read.
     pub whole: bool,
 }
 
 /// The mail of one turned session.
 pub struct TurnedQueue {
     mail: Option<LockedMail>,
-    /// The id of the session in the log.
+    /// The session's id, for the log.
     session: String,
     account: String,
     /// The customer's address as a literal.
@@ -119,17 +120,18 @@ pub struct TurnedQueue {
     begun: Instant,
     counters: TurnCounters,
     soft_bounces: SoftBounces,
-    /// `None`: the recipients that the customer's server does not know are not learned.
+    /// `None`: the account does not learn which recipients are unknown.
     learning: Option<Learning>,
 }
 
-/// What is given back at the end of the session.
+/// What is released at the end of the session.
 struct LockedMail {
     lock: QueueLock,
-    /// The messages that were opened and are not settled, by number, the oldest first.
+    /// The messages that are opened and not settled, each with its number, the oldest first.
     opened: Vec<(u64, QueuedMessage)>,
     next_number: u64,
-    /// Those that are settled at the end: another message may show that their recipients do not exist.
+    /// The messages that are settled at the end of the session: the replies to others may show that the server does know
+    /// mailboxes, so that a rejection means an unknown one.
     postponed: VecDeque<PostponedMessage>,
     postponed_octets: usize,
     _permit: SessionPermit,
@@ -142,21 +144,20 @@ struct PostponedMessage {
     settlement: Settlement,
 }
 
-/// What a session has done, for the log.
+/// What a session has done, for the log. The first four count recipients.
 #[derive(Default)]
 struct TurnCounters {
-    /// Recipients.
     sent: usize,
     deferred: usize,
     rejected: usize,
     in_doubt: usize,
-    /// Messages of which the disk did not permit to record what became of them.
+    /// Messages whose result could not be recorded on disk.
     unsettled: usize,
-    /// Octets of content that was accepted.
+    /// Octets of the content that the customer accepted.
     octets: u64,
 }
 
-/// How many turned sessions there are, turns on their way to the delivery thread included.
+/// The number of turned sessions, including turns on their way to the delivery thread.
 #[derive(Clone, Default)]
 pub struct SessionCount(Arc<CountState>);
 
@@ -174,7 +175,7 @@ impl SessionCount {
         self.0.count.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Counts one session more. `None`: there are `limit`.
+    /// Counts one more session. `None`: there are `limit` already.
     pub fn admit(&self, limit: usize) -> Option<SessionPermit> {
         let mut count = self.lock();
         if *count >= limit {
@@ -184,7 +185,7 @@ impl SessionCount {
         Some(SessionPermit(self.clone()))
     }
 
-    /// Waits until there is none, or until the deadline.
+    /// Waits until no session is left, or until the deadline.
     pub fn wait_until_none(&self, deadline: Instant) {
         let left = deadline.saturating_duration_since(Instant::now());
         let _ = self.0.session_ended.wait_timeout_while(self.lock(), left, |count| *count > 0);
@@ -198,7 +199,7 @@ impl Drop for SessionPermit {
     }
 }
 
-/// Who has turned, for the log and the records.
+/// The two ends of the session, for the log and the records: its id, the account, and the customer's address as a literal.
 pub struct TurnParties {
     pub session: String,
     pub account: String,
@@ -241,9 +242,9 @@ impl TurnedQueue {
         let result = &settlement.result;
         if let Some(domain) = &message.queue().domain {
             self.soft_bounces.note(domain, result);
-            let rejected = rejected(&message, domain, &self.settings.reporter);
+            let rejected = rejected_message(&message, domain, &self.settings.reporter);
             let undecided = self.soft_bounces.is_undecided(rejected, result);
-            // When the connection is lost there are no more replies, and a doubt must be recorded.
+            // After the loss of the connection there are no more replies to wait for, and the doubt must be recorded now.
             if undecided && !result.decided_by.is_connection_loss() && mail.may_postpone(result) {
                 return mail.postpone(message, settlement);
             }
@@ -251,7 +252,7 @@ impl TurnedQueue {
         self.finish(message, settlement);
     }
 
-    /// Settles the oldest of the messages that were postponed.
+    /// Settles the oldest of the postponed messages.
     fn settle_postponed(&mut self) {
         let Some(mail) = &mut self.mail else { return };
         let Some(PostponedMessage { queue, entry, settlement }) = mail.postponed.pop_front() else { return };
@@ -260,7 +261,7 @@ impl TurnedQueue {
             Ok(Some(message)) if message.envelope.recipients.len() == settlement.result.recipients.len() => {
                 self.finish(message, settlement);
             }
-            // Another program has removed or changed it, or has it.
+            // Another program has removed, changed or locked the message.
             Ok(_) => {}
             Err(error) => {
                 log::error!("event=unreadable queue={queue} error={}", quoted(error));
@@ -269,14 +270,15 @@ impl TurnedQueue {
         }
     }
 
-    /// Records what became of a message. A rejection that looks like a mistake of the customer's side is a deferral.
+    /// Records the result of a message. With `soft-bounce`, a rejection that looks like a mistake on the customer's side is
+    /// recorded as a deferral.
     fn finish(&mut self, mut message: QueuedMessage, settlement: Settlement) {
         let Settlement { mut result, peer, sends_dsn, .. } = settlement;
         let Some(mail) = &mut self.mail else { return };
         let size = message.size;
         let domain = message.queue().domain.clone();
         if let Some(domain) = &domain {
-            let rejected = rejected(&message, domain, &self.settings.reporter);
+            let rejected = rejected_message(&message, domain, &self.settings.reporter);
             let first_rejected = self.soft_bounces.defer(rejected, &mut result);
             let is_of_peer = !result.decided_by.is_connection_loss() && result.decided_by != DecidedBy::Us;
             if is_of_peer || first_rejected.is_some() {
@@ -315,10 +317,10 @@ impl TurnedQueue {
         }
     }
 
-    /// Learns which recipients the customer's server knows. A rejection that may be a mistake of its side teaches nothing.
+    /// Learns which recipients the customer's server does not know. A rejection that may be a mistake on its side is ignored.
     fn learn(&mut self, recipients: Vec<Mailbox>, domain: &Domain, result: &DeliveryResult) {
         let Some(learning) = &mut self.learning else { return };
-        // A reply to MAIL, or to DATA or the content of all recipients, need not be about a recipient.
+        // A reply to MAIL, or one to DATA or to the content that rejects all recipients, need not be about a recipient.
         let at_rcpt = match result.decided_by {
             DecidedBy::PeerAtMail => false,
             DecidedBy::PeerAtData | DecidedBy::PeerAtContent => result.recipients.iter().any(RecipientStatus::is_sent),
@@ -338,7 +340,7 @@ impl TurnedQueue {
         }
     }
 
-    /// Logs the domains with mail that the customer has rejected, and that waits for a person to look after its server.
+    /// Logs the domains with rejected mail that `soft-bounce` has deferred, so that a person repairs the customer's server.
     fn log_soft_bounces(&self) {
         let (session, account) = (&self.session, &self.account);
         for (domain, messages, reply) in self.soft_bounces.deferred() {
@@ -349,12 +351,12 @@ impl TurnedQueue {
         }
     }
 
-    /// Releases the lock, so that the customer finds its mail unlocked when it sees the end of the connection and calls
-    /// again. Then it logs the session, and writes the record of the call.
+    /// Writes the record of the call, releases the lock and logs the session. The connection is closed after that, so that a
+    /// customer that sees its end and calls again finds its mail unlocked.
     fn end(&mut self, end: TurnEnd, report: &mut dyn FnMut(QueueReport)) {
         let TurnEnd { reason, done, stop, full } = end;
         let Some(mut mail) = self.mail.take() else { return };
-        // The last one becomes the first again.
+        // In reverse: `put_back` puts each message in front of the others.
         while let Some((_, message)) = mail.opened.pop() {
             mail.lock.put_back(message);
         }
@@ -380,12 +382,12 @@ impl TurnedQueue {
         let counts = [("sent", sent), ("deferred", deferred), ("rejected", rejected), ("in-doubt", in_doubt)];
         record.counts = counts.into_iter().map(|(key, count)| (key.to_owned(), count as u64)).collect();
         record.counts.push(("octets".to_owned(), octets));
-        // Before the lock is released: the next session reads it.
+        // Write before the lock is released: the next session reads the file.
         match self.learning.take() {
             Some(learning) => learning.write(&self.account),
             None => unknown::forget(&self.settings.spool.unknown_recipients(&self.account), &self.account),
         }
-        // And a pass of expiry that waits for the lock warns of no delay, as the customer has called.
+        // A pass of expiry that waits for the lock must find the call, or it would send a warning of the delay.
         record.write(&self.settings.spool.call_record(&self.account), &self.account);
         drop(mail);
         report(QueueReport::Released);
@@ -402,21 +404,21 @@ impl TurnedQueue {
     }
 }
 
-/// A message of this domain, as it counts for soft bounces.
-fn rejected<'a>(message: &QueuedMessage, domain: &'a Domain, reporter: &Reporter) -> Rejected<'a> {
+/// What soft bounces need to know of a message of this domain.
+fn rejected_message<'a>(message: &QueuedMessage, domain: &'a Domain, reporter: &Reporter) -> RejectedMessage<'a> {
     let now = reporter.now();
     let first = message.first_rejected.filter(|first| first.is_possible(now));
     let age = first.map_or(Duration::ZERO, |first| reporter.watch().age(first));
-    Rejected { domain, first: first.unwrap_or(now), age }
+    RejectedMessage { domain, first: first.unwrap_or(now), age }
 }
 
 impl LockedMail {
-    /// Whether there is room to remember what became of one more message.
+    /// Whether the settlement of one more message may be postponed within the limits of memory.
     fn may_postpone(&self, result: &DeliveryResult) -> bool {
         self.postponed.len() < POSTPONED_LIMIT && self.postponed_octets + octets_of(result) <= POSTPONED_OCTETS
     }
 
-    /// Settles a message at the end. Until then it is not offered again.
+    /// Postpones the settlement of a message to the end of the session. Until then it is not offered again.
     fn postpone(&mut self, message: QueuedMessage, settlement: Settlement) {
         self.postponed_octets += octets_of(&settlement.result);
         let (queue, entry) = (message.queue().clone(), message.entry().clone());
@@ -429,11 +431,11 @@ impl LockedMail {
         for _ in 0..messages {
             let mut message = match self.lock.next_step() {
                 NextStep::Message(message) => *message,
-                // Another job goes on, after those of other customers.
+                // The listing goes on in the next job, after those of other customers.
                 NextStep::Listing => break,
                 NextStep::End => return report(QueueReport::AllOpened { more: false }),
             };
-            // If that fails, the session will ask for the same octets, and get the error.
+            // If the read fails, the session asks for the same octets later, and gets the error then.
             let (begin, whole) = read(&mut message, octets).unwrap_or_default();
             octets -= begin.len();
             let (number, outgoing) = (self.next_number, message.outgoing_message());
@@ -469,15 +471,15 @@ impl LockedMail {
     }
 }
 
-/// How much memory a result takes, more or less.
+/// About how many octets of memory a result takes.
 fn octets_of(result: &DeliveryResult) -> usize {
     let text = |status: &RecipientStatus| status.reply().map_or(0, |reply| reply.lines().map(str::len).sum());
     result.recipients.iter().map(|status| 200 + text(status)).sum()
 }
 
-/// The next octets of the content, so many at most, and whether they are the last.
+/// Reads up to `octets` more octets of the content. Returns them, and whether they are the last.
 fn read(message: &mut QueuedMessage, octets: usize) -> io::Result<(Vec<u8>, bool)> {
-    // The size on the wire is that of the file or more: the last read finds the end.
+    // The size on the wire is at least that of the file. One octet more, so that the last read finds the end.
     let expected = usize::try_from(message.size).unwrap_or(octets).saturating_add(1).min(octets);
     let mut content = Vec::with_capacity(expected);
     while content.len() < octets {
@@ -488,7 +490,7 @@ fn read(message: &mut QueuedMessage, octets: usize) -> io::Result<(Vec<u8>, bool
         content.truncate(before + *read.as_ref().unwrap_or(&0));
         match read {
             Ok(0) => return Ok((content, true)),
-            // The next call gets the error.
+            // The next call returns the error.
             Err(_) if before > 0 => break,
             other => other?,
         };

@@ -1,10 +1,10 @@
-//! One turned session: the provider is SMTP client and sends the mail that it holds (RFC 2645 section 5.3).
+//! One turned session: the provider is the SMTP client and sends the mail that it holds (RFC 2645 section 5.3).
 //!
-//! [`TurnedSession::work`] does a bounded piece of work without waiting for the customer or for the disk: it reads replies,
-//! and sends commands and content. The delivery thread calls it whenever there may be something to do.
+//! [`TurnedSession::work`] does a bounded piece of work: it reads replies, and sends commands and content. It never waits for
+//! the customer or for the disk. The delivery thread calls it whenever there may be something to do.
 //!
-//! The storage threads open, read and settle the messages ([`turned_queue`](super::turned_queue)), in order and a little
-//! ahead, while the session goes on:
+//! Meanwhile the storage threads open, read and settle the messages ([`turned_queue`](super::turned_queue)), in order and a
+//! little ahead:
 //!
 //! ```text
 //! Open ─▶ ahead ─▶ given to the client ─▶ replies ─▶ Settle ─▶ … all settled, and none is left ─▶ QUIT ─▶ End
@@ -32,19 +32,20 @@ use crate::smtp::reply::Reply;
 use crate::smtp::status::{DeliveryResult, RecipientStatus, connection_lost, ends_session};
 use crate::turn::Turned;
 
-/// While more octets than this are unsent, no more content is read.
+/// While more octets than this are unsent, the session reads no more content: a customer that reads slowly must not fill the
+/// memory.
 const HIGH_WATER: usize = 64 * 1024;
 
-/// Steps of work for one session before the next session may work.
+/// Steps of work for one session before it is the next session's turn.
 const STEPS_PER_ROUND: usize = 8;
 
 /// How long the session waits for the reply to QUIT.
 const QUIT_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How often a stalled session checks whether another session wants its queues.
+/// How often a stalled session checks whether another session has requested its queues.
 const TAKEOVER_CHECK_INTERVAL: Duration = Duration::from_secs(1);
 
-/// Messages that are opened before the client can have them.
+/// How many messages are opened before the client is ready for them.
 const MESSAGES_AHEAD: usize = 4;
 
 /// Octets of content that are read before they can be sent.
@@ -56,22 +57,22 @@ const READ_SIZE: usize = 32 * 1024;
 /// If fewer octets than this are left of the content under way, more are read.
 const READ_AGAIN: usize = 32 * 1024;
 
-/// While so many messages are being settled, no other is begun: each is sent once more after a crash.
+/// While this many messages are being settled, no other is begun: after a crash, each of them is sent once more.
 const SETTLING_LIMIT: usize = 4;
 
-/// Descriptors of a session at most: its connection, its lock, and messages ahead, under way or being settled.
+/// The maximum of a session's descriptors: its connection, its lock, and messages ahead, under way or being settled.
 pub const DESCRIPTORS: usize = 2 + MESSAGES_AHEAD + SETTLING_LIMIT + 1;
 
 /// Reads from the connection in one piece of work.
 const READS_PER_ROUND: usize = 4;
 
-/// How often a connection is looked at that cannot be watched: it reads from a file.
+/// How often the session reads from a connection that the poller cannot watch, because it is a file.
 const UNWATCHED_INTERVAL: Duration = Duration::from_millis(20);
 
-/// How a session ends that has done its work.
+/// The reason of a session that has sent all mail, for the log.
 pub const DONE: &str = "done";
 
-/// A turned session. Its lane has the lock on the mail.
+/// A turned session. The lock on the mail belongs to its lane.
 pub struct TurnedSession {
     pub(super) connection: Connection,
     client: Client,
@@ -81,7 +82,7 @@ pub struct TurnedSession {
     settings: Arc<TurnSettings>,
     limits: TurnLimits,
     replies: ReplyInput,
-    /// Messages that are opened, in order.
+    /// Messages that are opened and not yet given to the client, in order.
     ahead: VecDeque<OpenedMessage>,
     /// Messages given to the client, in order; its replies are about the first.
     sending: VecDeque<OpenedMessage>,
@@ -90,31 +91,31 @@ pub struct TurnedSession {
     storage: StorageState,
     /// A message was given to the client.
     begun: bool,
-    /// Messages that are under way, or that a recipient has.
+    /// Messages that are under way, or that were sent to at least one recipient.
     messages: usize,
-    /// Those with a recipient that was rejected. Their settlement may wait for the end of the session.
+    /// Messages with a rejected recipient, whose settlement may be postponed to the end of the session.
     rejected: usize,
-    /// Octets of their content.
+    /// Octets of the content of `messages`.
     octets: u64,
-    /// Why no more mail is sent, if not because there is no more.
+    /// Why the session sends no more mail although there is more.
     stop: Option<&'static str>,
     /// The customer has replied to QUIT.
     done: bool,
     /// The session has ended, and waits until its lock is released.
     pub(super) ended: bool,
-    /// There is more to do without waiting.
+    /// There is more work to do without waiting.
     pub(super) busy: bool,
     /// There may be octets to read.
     readable: bool,
-    /// The customer may have closed its side: a read tells.
+    /// The customer may have closed its side: the next read shows it.
     closed: bool,
     /// The poller cannot watch the connection.
     pub(super) unwatched: bool,
-    /// When the customer must have done its next step.
+    /// When the customer's next step is due.
     deadline: Instant,
-    /// When the session must be over; content earns time.
+    /// When the session must end; content that flows extends it.
     turn_deadline: Instant,
-    /// What the content of the first message earns.
+    /// By how much the content of the first message extends it.
     pace: PaceClock,
     last_progress: Instant,
     last_heartbeat: Instant,
@@ -124,22 +125,22 @@ pub struct TurnedSession {
 /// What the storage threads do for a session.
 #[derive(Default)]
 struct StorageState {
-    /// They open messages.
+    /// They are opening messages.
     opening: bool,
-    /// There were no more messages when they looked last, and none was settled since.
+    /// When they looked last, the queue had no more messages, and none was settled since.
     queue_empty: bool,
-    /// They read the content of the first message.
+    /// They are reading the content of the first message.
     reading: bool,
     content_failed: Option<io::Error>,
-    /// How many messages they settle.
+    /// How many messages they are settling.
     settling: usize,
-    /// They look whether another session wants the lock.
+    /// They are checking whether another session has requested the lock.
     checking: bool,
     taken_over: bool,
 }
 
 impl TurnedSession {
-    /// Begins the session: the client waits for the customer's greeting. `number`: that of its lane.
+    /// Begins the session: the client waits for the customer's greeting. `number` is the number of its lane.
     pub fn new(
         turned: Turned, (settings, limits): (Arc<TurnSettings>, TurnLimits), pool: &StoragePool<TurnedQueue>,
         number: usize, permit: SessionPermit,
@@ -185,7 +186,7 @@ impl TurnedSession {
         }
     }
 
-    /// When there will be work even if the connection does not become ready and no report comes; `None`: never.
+    /// When there will be work even if the connection does not become ready and no report arrives; `None`: never.
     pub fn next_wake_up(&self, now: Instant) -> Option<Instant> {
         let deadline =
             if self.waits_for_storage() { self.turn_deadline } else { self.deadline.min(self.turn_deadline) };
@@ -201,10 +202,10 @@ impl TurnedSession {
         self.closed |= closed;
     }
 
-    /// Takes a report of its lane.
+    /// Handles a report of its lane.
     pub fn receive(&mut self, report: QueueReport, now: Instant) {
         if !matches!(report, QueueReport::TakeoverRequested(_)) {
-            // While it waits for the disk, it makes progress when the disk does.
+            // A customer that waits for the provider's disk is not stalled.
             self.last_progress = now;
         }
         match report {
@@ -223,7 +224,7 @@ impl TurnedSession {
             QueueReport::ContentFailed(error) => {
                 (self.storage.reading, self.storage.content_failed) = (false, Some(error));
             }
-            // It may be offered again, if the customer permits fewer recipients in a message.
+            // The queue may offer the message again: the customer may permit fewer recipients in one transaction.
             QueueReport::Settled => {
                 (self.storage.settling, self.storage.queue_empty) = (self.storage.settling - 1, false);
             }
@@ -239,8 +240,7 @@ impl TurnedSession {
     /// # Errors
     /// Why the session cannot go on.
     pub fn work(&mut self, now: Instant) -> io::Result<bool> {
-        // The last replies may arrive together with an error of the connection. They are handled before it: a message
-        // that was answered 250 is not in doubt.
+        // Handle the replies that arrived before an error of the connection: a message with the reply 250 is not in doubt.
         let filled = self.fill();
         let (unsent_before, mut flushed) = (self.connection.unsent(), 0);
         self.busy = true;
@@ -258,7 +258,7 @@ impl TurnedSession {
                 return Ok(false);
             }
             flushed += unsent.saturating_sub(self.connection.unsent());
-            // The flush may have made room for more content, which the poller would not report.
+            // The flush may have made room for more content. The poller would not report that.
             let more = self.may_send_content() || self.wants_content();
             let more = more || self.connection.unsent() > 0 && !self.connection.congested();
             if !replied && !sent && !more {
@@ -272,12 +272,12 @@ impl TurnedSession {
             if self.done {
                 return Ok(false);
             }
-            // The reason, if the end was reported together with octets.
+            // If the end was reported together with octets, this read returns its error.
             self.connection.fill()?;
             return Err(io::Error::other("the customer closed the connection"));
         }
         self.open_ahead();
-        // A customer that reads slowly is not silent: it gets more time.
+        // A customer that reads slowly is not stalled: extend the deadlines.
         let sending = self.content.is_some() || self.client.awaiting() == Some(Stage::Content);
         let earned = if sending { self.pace.earn(flushed, now) } else { Duration::ZERO };
         self.turn_deadline += earned;
@@ -289,7 +289,7 @@ impl TurnedSession {
         Ok(true)
     }
 
-    /// Reads what has arrived, a bounded amount.
+    /// Reads a bounded amount of what has arrived.
     fn fill(&mut self) -> io::Result<Filled> {
         let mut arrived = Filled::Nothing;
         self.readable |= self.unwatched;
@@ -325,7 +325,7 @@ impl TurnedSession {
         Ok(any)
     }
 
-    /// Handles a reply that the customer has not ended before it closed the connection.
+    /// Handles a last reply without a line end: the customer closed the connection after it.
     fn handle_last_reply(&mut self, now: Instant) -> io::Result<()> {
         match self.replies.next_at_end(&mut self.connection) {
             Some(reply) if !self.done => self.handle_reply(reply, now),
@@ -358,7 +358,7 @@ impl TurnedSession {
                 let session = &self.connection.trace.id;
                 log::warn!("event=turn-rejected session={session} stage=\"{stage}\" reply={}", quoted(reply));
             }
-            // The options of a turned client lead to none of these.
+            // With the options of a turned session, the client does none of these.
             ClientStep::Abort(_) | ClientStep::StartTls | ClientStep::Replied(_) | ClientStep::Turned => {
                 return Err(io::Error::other("a step that no turned session has"));
             }
@@ -369,7 +369,7 @@ impl TurnedSession {
         }
     }
 
-    /// Sends content and begins messages, as far as that is possible now. Returns whether there was anything to do.
+    /// Sends content and begins messages, as far as possible now. Returns whether there was anything to do.
     fn send_mail(&mut self, now: Instant) -> io::Result<bool> {
         let mut any = false;
         while self.send_content(now)? || self.next_message() {
@@ -378,7 +378,7 @@ impl TurnedSession {
         Ok(any)
     }
 
-    /// Whether there is a block of the content under way, or its end, that may be sent now.
+    /// Whether a block of the content under way, or its end, may be sent now.
     fn may_send_content(&self) -> bool {
         let there = |opened: &OpenedMessage| opened.whole || !opened.octets.is_empty();
         self.content.is_some()
@@ -386,7 +386,7 @@ impl TurnedSession {
             && (self.storage.content_failed.is_some() || self.sending.front().is_some_and(there))
     }
 
-    /// Whether more of the content under way is to be read: not for a customer that does not take what there is.
+    /// Whether to read more of the content under way: not before the customer has read what is unsent.
     fn wants_content(&self) -> bool {
         let few = |opened: &OpenedMessage| !opened.whole && opened.octets.len() < READ_AGAIN;
         self.content.is_some()
@@ -410,7 +410,7 @@ impl TurnedSession {
             let sent = opened.octets.len() - rest.len();
             opened.octets.drain(..sent);
             if opened.octets.is_empty() {
-                // A customer that does not go on reading has no buffer that is empty.
+                // Free the buffer: the customer may not read on for minutes.
                 opened.octets = Vec::new();
             }
             self.deadline = now + self.settings.timeouts.block;
@@ -432,8 +432,7 @@ impl TurnedSession {
         Ok(may_send)
     }
 
-    /// Gives the client the next message, or lets it send QUIT if there is none. Returns whether there was anything to
-    /// do.
+    /// Gives the client the next message, or has it send QUIT if there is none. Returns whether there was anything to do.
     fn next_message(&mut self) -> bool {
         let idle = self.client.in_flight() == 0;
         let full = self.is_full() && idle && !self.client.closing();
@@ -442,7 +441,7 @@ impl TurnedSession {
         }
         let stop = match self.settings.cancel.is_cancelled() {
             true => Some("stopped"),
-            false => self.settings.lost.any(&self.account, self.domains.iter()).then_some("a domain was taken away"),
+            false => self.settings.lost.any(&self.account, self.domains.iter()).then_some("the account lost a domain"),
         };
         let mut commands = Vec::new();
         let StorageState { opening, queue_empty, settling, .. } = self.storage;
@@ -453,7 +452,7 @@ impl TurnedSession {
             false => self.ahead.pop_front(),
         };
         match next {
-            // RFC 9422 section 4.3: this session has other domains.
+            // RFC 9422 section 4.3: the customer limits the domains of a session, and this one has had others.
             Some(opened) if !self.client.permits(&opened.message.envelope.recipients) => {
                 self.lane.submit(QueueJob::PassOver { number: opened.number });
                 return true;
@@ -466,7 +465,7 @@ impl TurnedSession {
                     Err(result) => self.settle(&opened, result),
                 }
             }
-            // Only when all is recorded that became of the others: the customer may call again at once.
+            // QUIT after all messages are settled: the customer may call again at once, and must not get them twice.
             None if idle && settling == 0 => {
                 self.stop = stop;
                 self.client.quit(&mut commands);
@@ -480,7 +479,7 @@ impl TurnedSession {
         true
     }
 
-    /// Lets the storage threads open the next messages, once there was room for a first one.
+    /// Has the storage threads open the next messages. The first are opened when the client is ready for one.
     fn open_ahead(&mut self) {
         let StorageState { opening, queue_empty, .. } = self.storage;
         let begun = self.begun || self.client.is_ready_for_message();
@@ -499,7 +498,7 @@ impl TurnedSession {
         }
     }
 
-    /// Whether it waits for the disk and not for the customer.
+    /// Whether the session waits for the disk and not for the customer.
     fn waits_for_storage(&self) -> bool {
         let StorageState { opening, reading, settling, .. } = self.storage;
         let for_content = self.content.is_some() && reading && self.connection.unsent() == 0;
@@ -511,7 +510,7 @@ impl TurnedSession {
         self.client.is_used_up() || self.limits.are_reached(self.messages, self.octets)
     }
 
-    /// Acts on the result of the first of the messages given to the client.
+    /// Settles the first of the messages given to the client.
     fn settle_first(&mut self, result: DeliveryResult) {
         if let Some(opened) = self.sending.pop_front() {
             self.settle(&opened, result);
@@ -521,7 +520,8 @@ impl TurnedSession {
     fn settle(&mut self, opened: &OpenedMessage, result: DeliveryResult) {
         self.storage.settling += 1;
         if !result.recipients.iter().any(RecipientStatus::is_sent) {
-            // Those that the customer defers in each session would keep all others back.
+            // A message with no recipient sent does not count for the limits: those that the customer defers in each session
+            // would otherwise use them up before the others.
             (self.messages, self.octets) = (self.messages - 1, self.octets - opened.message.size);
         }
         let (peer, sends_dsn) = (self.client.peer_name().map(str::to_owned), self.client.extensions().dsn);
@@ -532,21 +532,21 @@ impl TurnedSession {
         self.lane.submit(QueueJob::Settle(Settlement { number, result, is_removal, peer, sends_dsn }));
     }
 
-    /// Ends the session for this reason: messages under way are deferred, or are in doubt.
+    /// Ends the session for this reason. Messages under way are deferred or in doubt.
     pub fn end(&mut self, reason: &str) {
         self.ended = true;
         let aborted = self.settings.abort.is_cancelled();
         for result in self.client.abandon(&connection_lost("The connection was lost")) {
             self.settle_first(if aborted { result.stopped() } else { result });
         }
-        // One at a time: each may write a DSN, and the threads of the disk are for all sessions.
+        // One job each: a settlement may write a DSN, and other sessions need the storage threads too.
         (0..self.rejected.min(POSTPONED_LIMIT)).for_each(|_| self.lane.submit(QueueJob::SettlePostponed));
         let (done, full) = (reason == DONE, self.is_full());
         self.lane.submit(QueueJob::End(TurnEnd { reason: reason.to_owned(), done, stop: self.stop, full }));
     }
 
-    /// Closes the connection. Do this when the lock is released: a customer that sees the end and calls again must find its
-    /// mail unlocked. TLS ends with close_notify (RFC 8446 section 6.1).
+    /// Closes the connection. Call it after the lock is released: a customer that sees the end and calls again at once would
+    /// find its mail locked. TLS ends with close_notify (RFC 8446 section 6.1).
     pub fn close(self) {
         self.connection.close_without_waiting();
     }
@@ -555,7 +555,7 @@ impl TurnedSession {
         send_commands(&mut self.connection, &self.client, octets);
     }
 
-    /// Begins the deadline of the customer's next step (RFC 5321 section 4.5.3.2).
+    /// Sets the deadline of the customer's next step (RFC 5321 section 4.5.3.2).
     fn reset_deadline(&mut self, now: Instant) {
         let timeouts = &self.settings.timeouts;
         let timeout = match self.client.awaiting() {
@@ -566,7 +566,7 @@ impl TurnedSession {
         self.deadline = now + timeout;
     }
 
-    /// Records that the customer makes progress: no other session may take its queues over.
+    /// Records that the customer makes progress, so that no other session takes its queues over.
     fn record_progress(&mut self, now: Instant) {
         (self.last_progress, self.storage.taken_over) = (now, false);
         if now.duration_since(self.last_heartbeat) > self.settings.timeouts.takeover / 4 {
@@ -578,7 +578,7 @@ impl TurnedSession {
     fn check_deadlines(&mut self, now: Instant) -> io::Result<()> {
         let stalled = now >= self.last_progress + self.settings.timeouts.takeover;
         let reason = if now >= self.deadline && !self.waits_for_storage() {
-            "the customer does not answer"
+            "the customer does not reply"
         } else if now >= self.turn_deadline {
             "the session has taken too long"
         } else if stalled && self.storage.taken_over {

@@ -71,7 +71,7 @@ def reloading(box):
     check(len(provider.held()) == 5 - came, f"{len(provider.held())} are held")
     check(events(provider.log(), "mail-without-account"), "the mail without account is not reported")
     said = wait_until(lambda: events(provider.log(), "turn-ended"), "the end of the turn")[-1]["reason"]
-    check("a domain was taken away" in said, f"the end of the turn: {said}")
+    check("the account lost a domain" in said, f"the end of the turn: {said}")
     account.with_suffix(".away").rename(account)
     reload(provider)
     turned(provider, ssl.create_default_context(cafile=renewed.authority), hop)

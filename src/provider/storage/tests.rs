@@ -1,4 +1,4 @@
-//! Tests of the storage threads, with jobs that are no more than what they show.
+//! Tests of the storage threads, with the simplest jobs.
 
 use std::collections::HashMap;
 use std::sync::atomic::AtomicBool;
@@ -8,9 +8,9 @@ use super::*;
 enum FakeJob {
     /// Reports this number.
     Number(u32),
-    /// Waits until there is no sender.
+    /// Waits until all senders are dropped.
     Wait(Receiver<()>),
-    /// The same, as a job that is known to be slow.
+    /// The same, but the job counts as slow.
     SlowWait(Receiver<()>),
     Panic,
     End,
@@ -45,7 +45,7 @@ impl LaneWork for FakeWork {
     }
 }
 
-/// A pool, and what its owner does.
+/// A pool, and the thread that tends it.
 struct Owner {
     pool: StoragePool<FakeWork>,
     reports: Receiver<NumberedReport<FakeWork>>,
@@ -60,13 +60,13 @@ impl Owner {
         Owner { pool, reports, received: HashMap::new() }
     }
 
-    /// Jobs that are blocked are found after 30 ms.
+    /// An owner for which a job is blocked after 30 ms.
     fn impatient() -> Owner {
         let short = Duration::from_millis(30);
         Owner::new(PoolTimes { blocked: short, suspect: short / 3, idle: short })
     }
 
-    /// Tends the pool until that is so.
+    /// Tends the pool until the condition is true.
     fn until(&mut self, what: &str, so: impl Fn(&Owner) -> bool) {
         let late = Instant::now() + Duration::from_secs(20);
         while !so(self) {
@@ -107,7 +107,7 @@ fn the_jobs_of_a_lane_are_done_in_order_and_one_at_a_time() {
 }
 
 #[test]
-fn a_lane_ends_with_its_last_job_by_a_panic_or_without_its_handle() {
+fn a_lane_ends_after_a_last_job_a_panic_or_the_drop_of_its_handle() {
     let mut owner = Owner::new(PoolTimes::default());
     let works: Vec<_> = (0..3).map(|_| FakeWork::default()).collect();
     let alive: Vec<_> = works.iter().map(|work| Arc::downgrade(&work.alive)).collect();
@@ -125,12 +125,12 @@ fn a_lane_ends_with_its_last_job_by_a_panic_or_without_its_handle() {
     assert_eq!(owner.received(0), [LaneReport::Job(0), ENDED]);
     assert_eq!(owner.received(1), [LaneReport::Job(0), LaneReport::Ended { panicked: true }]);
     assert_eq!(owner.received(2), [LaneReport::Job(0), ENDED]);
-    assert!(alive.iter().all(|alive| alive.upgrade().is_none()), "what the jobs work on is dropped");
+    assert!(alive.iter().all(|alive| alive.upgrade().is_none()), "the state of the lanes is dropped");
     // The threads go on.
     let after = owner.pool.lane(7, FakeWork::default());
     after.submit(FakeJob::Number(0));
     owner.until("a job after the panic", |owner| owner.received(7).len() == 1);
-    // What comes late is nothing.
+    // A job after the end of its lane is dropped.
     lanes[0].submit(FakeJob::Number(2));
     drop(lanes);
     owner.pool.tend(Instant::now());
@@ -138,7 +138,7 @@ fn a_lane_ends_with_its_last_job_by_a_panic_or_without_its_handle() {
 }
 
 #[test]
-fn slow_jobs_leave_threads_for_the_others() {
+fn slow_jobs_leave_threads_to_quick_jobs() {
     // No job counts as blocked in this test.
     let hour = Duration::from_secs(3600);
     let mut owner = Owner::new(PoolTimes { blocked: hour, suspect: hour, idle: hour });
@@ -159,7 +159,7 @@ fn slow_jobs_leave_threads_for_the_others() {
 }
 
 #[test]
-fn a_lane_that_surprises_is_slow_for_a_while() {
+fn a_lane_is_slow_for_a_while_after_a_job_that_took_longer_than_expected() {
     let mut owner = Owner::new(PoolTimes::default());
     let lane = owner.pool.lane(0, FakeWork::default());
     let (keep, wait) = unbounded();
@@ -174,7 +174,7 @@ fn a_lane_that_surprises_is_slow_for_a_while() {
 }
 
 #[test]
-fn jobs_that_hang_stall_their_lanes_only_and_leave_no_threads() {
+fn jobs_that_hang_block_only_their_lanes_and_their_threads_end() {
     let mut owner = Owner::impatient();
     let mut senders = Vec::new();
     for number in 0..24 {
@@ -184,14 +184,14 @@ fn jobs_that_hang_stall_their_lanes_only_and_leave_no_threads() {
         lane.submit(FakeJob::Number(0));
         senders.push((lane, keep));
     }
-    owner.until("the count of those that hang", |owner| owner.pool.blocked().load(Ordering::Relaxed) == 24);
+    owner.until("the count of blocked jobs", |owner| owner.pool.blocked().load(Ordering::Relaxed) == 24);
     let other = owner.pool.lane(24, FakeWork::default());
     for number in 0..100 {
         other.submit(FakeJob::Number(number));
         owner.until("a job of another lane", |owner| owner.received(24).len() as u32 == number + 1);
     }
     assert!(owner.threads() <= THREADS_LIMIT, "{}", owner.threads());
-    // A handle that is gone does not wait for its lane.
+    // To drop a handle does not wait for its lane.
     let lanes: Vec<_> = senders.into_iter().map(|(lane, keep)| (drop(lane), keep).1).collect();
     assert!((0..24).all(|lane| owner.received(lane).is_empty()));
     drop(lanes);
@@ -200,9 +200,9 @@ fn jobs_that_hang_stall_their_lanes_only_and_leave_no_threads() {
     assert_eq!(owner.pool.blocked().load(Ordering::Relaxed), 0);
 }
 
-/// A limit of processes, for example.
+/// For instance if the user has a limit of processes.
 #[test]
-fn the_only_thread_that_the_system_gives_serves_all_lanes_and_it_is_not_asked_again_at_once() {
+fn if_the_system_permits_one_thread_it_serves_all_lanes_and_the_pool_does_not_ask_again_at_once() {
     let mut owner = Owner::new(PoolTimes::default());
     let lanes: Vec<_> = (0..3).map(|number| owner.pool.lane(number, FakeWork::default())).collect();
     let (keep, wait) = unbounded();
@@ -225,7 +225,7 @@ fn the_only_thread_that_the_system_gives_serves_all_lanes_and_it_is_not_asked_ag
 }
 
 #[test]
-fn there_are_never_more_threads_than_the_limit() {
+fn the_number_of_threads_stays_within_the_limit() {
     let mut owner = Owner::impatient();
     let (keep, wait) = unbounded();
     let lanes: Vec<_> = (0..50).map(|number| owner.pool.lane(number, FakeWork::default())).collect();
@@ -238,7 +238,7 @@ fn there_are_never_more_threads_than_the_limit() {
 }
 
 #[test]
-fn the_threads_end_with_the_pool_and_its_lanes() {
+fn the_threads_end_after_the_pool_and_its_lanes() {
     let owner = Owner::new(PoolTimes::default());
     let lane = owner.pool.lane(0, FakeWork::default());
     lane.submit(FakeJob::Number(0));
