@@ -1,4 +1,4 @@
-//! Messages and DSNs on their way into the spool.
+//! Stores messages and DSNs in the spool.
 //!
 //! A message becomes one file in each queue that its recipients belong to. The server replies 250 only after all these
 //! files are durable (RFC 5321 section 6.1).
@@ -21,29 +21,30 @@ use crate::smtp::command::{Envelope, MailFrom, Recipient};
 use crate::smtp::reply::Reply;
 use crate::smtp::server::{Incoming, MessageSink};
 
-/// Queues of held mail that one message goes to at most.
+/// The maximum of queues of held mail for one message.
 const HELD_QUEUES: usize = 10;
 
 /// The queues of held mail that the recipients of one message belong to.
 #[derive(Default)]
 pub struct HeldQueues {
     queues: Vec<SpoolQueue>,
-    /// Octets of the message, as MAIL announces them.
+    /// The size in octets that MAIL declares; `None`: it declares none.
     size: Option<u64>,
 }
 
 impl HeldQueues {
-    /// Those of a message whose recipients are still to come.
+    /// The queues of a message that has no recipients yet.
     pub fn begin(mail: &MailFrom) -> HeldQueues {
         HeldQueues { queues: Vec::new(), size: mail.size }
     }
 
-    /// Adds the queue of one more recipient. Returns the recipient as it is stored.
+    /// Adds the queue of one more recipient. Returns the recipient's address as it is stored.
     ///
     /// # Errors
-    /// The reply to RCPT: that of [`Shared::check_learned`] or [`Spool::check_recipient`], or the client shall send the rest in
-    /// another transaction (RFC 5321 section 4.5.3.1.10). There are as many queues as permitted, since one message takes its size
-    /// on the disk for each; or the message may turn out to be too much for one of several accounts.
+    /// The reply to RCPT: that of [`Shared::check_learned`] or [`Spool::check_recipient`]; or 452, so that the client sends the
+    /// message to the other recipients in another transaction (RFC 5321 section 4.5.3.1.10). It gets 452 if there are as many queues
+    /// as permitted, because each takes the message's size on the disk; or if the message may exceed the quota of one of several
+    /// accounts.
     pub fn add(&mut self, shared: &Shared, mailbox: &Mailbox, queue: SpoolQueue) -> Result<Mailbox, Reply> {
         shared.check_learned(mailbox)?;
         shared.spool.check_recipient(mailbox, &self.queues, self.size.unwrap_or(0))?;
@@ -61,21 +62,20 @@ impl HeldQueues {
     }
 }
 
-/// What the provider does to the header of a message, besides adding `Received`.
+/// What the provider changes in the header of a message, besides adding `Received`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum HeaderPolicy {
     /// Nothing: the message comes from the world.
     Keep,
-    /// It removes what only the final delivery writes, and the fields of our own records: a mail server of a customer
-    /// relays through us (RFC 5321 sections 4.4 and 6.4).
+    /// The customer's mail server relays through the provider. The provider removes the fields that only the final delivery
+    /// writes, and those of its own records (RFC 5321 sections 4.4 and 6.4).
     Relay,
 }
 
-/// Begins to store a message. The sink that is returned receives its content. `permit`: by it the message counts for the rate
-/// of its account.
+/// Begins to store a message. The returned sink receives its content. `permit`: counts the message for its account's rate.
 ///
 /// # Errors
-/// The reply to DATA or BDAT, if the spool cannot be written to.
+/// The reply to DATA or BDAT: the spool cannot be written to.
 pub fn store(
     shared: &Arc<Shared>, envelope: &Envelope, incoming: &Incoming<'_>, policy: HeaderPolicy,
     permit: Option<SubmissionPermit>,
@@ -93,7 +93,7 @@ pub fn store(
         }
     }
     let received = incoming.received.field(&id, &arrived.rfc5322());
-    // At MAIL it was not known how many copies there are.
+    // Check the room again: at MAIL the number of copies was not known.
     let writer = shared.spool.begin_incoming(&copies, &received, incoming.size.unwrap_or(0));
     let writer = writer.map_err(|error| storage_failure_reply(&error))?;
     Ok(Box::new(QueueWriter {
@@ -161,12 +161,12 @@ impl MessageSink for QueueWriter {
     }
 }
 
-/// How many messages the provider's postmaster may have if DSNs that have no other queue are still to be added: strangers
-/// choose how many there are.
+/// While the provider's postmaster has this many messages, DSNs without another queue are dropped: strangers choose how many
+/// there are.
 const POSTMASTER_LIMIT: usize = 1000;
 
-/// Stores the provider's DSNs in the queue of their recipient, held or outgoing; those for which there is none go to the
-/// provider's postmaster.
+/// Stores each DSN of the provider in the queue of its recipient, held or outgoing; if there is none, in that of the provider's
+/// postmaster.
 pub struct SpoolDsnSink {
     pub spool: Arc<Spool>,
     pub relay: RelayHandle,
@@ -178,7 +178,7 @@ impl DsnSink for SpoolDsnSink {
         let mut envelope = dsn.envelope(&self.ids);
         let queue = self.spool.queue_for(&dsn.to);
         if queue.is_none() {
-            // An address literal, to which the relay does not send.
+            // The relay does not send to address literals.
             let waiting = self.spool.queue().count(&self.spool.name(&SpoolQueue::Postmaster), POSTMASTER_LIMIT)?;
             let is_full = waiting >= POSTMASTER_LIMIT;
             let consequence = if is_full { "dropped: postmaster has enough" } else { "postmaster gets it" };
@@ -192,12 +192,12 @@ impl DsnSink for SpoolDsnSink {
         }
         let queue = queue.unwrap_or(SpoolQueue::Postmaster);
         if matches!(queue, SpoolQueue::Held(_)) {
-            // As all mail that is held: the customer need not know `Alice@EXAMPLE.org.`.
+            // Held mail has canonical addresses: the customer may not know `Alice@EXAMPLE.org.`.
             envelope.envelope.recipients = vec![Recipient::plain(dsn.to.canonical())];
         }
         let mut writer = self.spool.begin_message(&[(queue.clone(), envelope)], "")?;
         writer.write(&dsn.text)?;
-        // Of held mail the time of modification is not that of an attempt.
+        // Only in outgoing queues is the time of modification that of the next attempt.
         let not_before = dsn.not_before.filter(|_| matches!(queue, SpoolQueue::Outgoing(_)));
         not_before.into_iter().for_each(|time| writer.set_modified(time));
         writer.commit()?.into_iter().for_each(|entry| self.relay.arrived(&queue, entry, true, not_before));

@@ -1,5 +1,5 @@
-//! The end of the provider's certificate, in the log once a day from 14 days before: nobody reads a certificate until
-//! customers cannot call any more.
+//! Logs the end of the provider's certificate once a day from 14 days before it: otherwise the administrator would learn of it
+//! from customers that cannot call any more.
 
 use crate::clock::Timestamp;
 use crate::net::tls::ServerTls;
@@ -7,18 +7,18 @@ use crate::net::tls::ServerTls;
 /// Seconds.
 const DAY: i64 = 24 * 60 * 60;
 
-/// So many days before its end a certificate is to be renewed.
+/// The number of days before its end from which a certificate is to be renewed.
 pub const DAYS_TO_RENEW: i64 = 14;
 
 /// Logs the end of the certificate once a day.
 #[derive(Default)]
 pub struct CertificateEnd {
-    /// When it was logged, and which end.
+    /// When an end was logged, and that end.
     last: Option<(Timestamp, Timestamp)>,
 }
 
 impl CertificateEnd {
-    /// Logs the end of this certificate if it is near, unless it was logged less than a day ago.
+    /// Logs the end of this certificate if it is near and was not logged for a day.
     pub fn log(&mut self, tls: Option<&ServerTls>, now: Timestamp) {
         if let Some(until) = tls.and_then(ServerTls::until)
             && self.is_due(until, now)

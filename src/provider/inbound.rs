@@ -1,7 +1,7 @@
 //! Port 25: the world sends mail for the customers' domains (RFC 5321).
 //!
-//! The provider accepts mail for held domains and for its own postmaster. Any other recipient gets 550 5.7.1: a server
-//! that relays for everybody would be abused for spam.
+//! The provider accepts mail for held domains and for its own postmaster. Any other recipient gets 550 5.7.1: an open relay
+//! would be abused for spam.
 
 use std::sync::Arc;
 
@@ -14,7 +14,7 @@ use crate::smtp::command::{Envelope, MailFrom, Notify};
 use crate::smtp::reply::Reply;
 use crate::smtp::server::{Incoming, MessageSink, SessionHandler, check_held_domain};
 
-/// Serves one session until it ends. Returns how it ended, for the log.
+/// Serves one session until it ends. Returns the reason of its end, for the log.
 pub fn serve(reloader: &Reloader, mut session: Box<ServerSession>) -> String {
     session.greet();
     let end = session.run(&mut InboundHandler { reloader, shared: reloader.current(), held: HeldQueues::default() });
@@ -25,7 +25,7 @@ pub fn serve(reloader: &Reloader, mut session: Box<ServerSession>) -> String {
 /// Decides which mail from the world is accepted.
 struct InboundHandler<'a> {
     reloader: &'a Reloader,
-    /// Of the transaction.
+    /// The state that the current transaction began with.
     shared: Arc<Shared>,
     held: HeldQueues,
 }

@@ -61,15 +61,15 @@ use relay::Relay;
 use reload::{Reloader, configure, log_skipped};
 use shared::{Lasting, Shared};
 
-/// The permissions of the socket `SPOOL/.wake`: only this user's processes store mail in the spool.
+/// The permissions of the socket `SPOOL/.wake`: only processes of this user may wake the relay.
 const SOCKET_MODE: u32 = 0o600;
 
-/// Where a connection was accepted.
+/// A listener of the provider.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Listener {
     Inbound,
     Odmr,
-    /// The protocol of port 366, with TLS from the first octet on.
+    /// The protocol of port 366, over TLS from the first octet on.
     OdmrTls,
 }
 
@@ -77,7 +77,7 @@ impl Listener {
     /// All listeners.
     pub const ALL: [Listener; 3] = [Listener::Inbound, Listener::Odmr, Listener::OdmrTls];
 
-    /// The name in the log.
+    /// Its name in the log, and in `LISTEN_FDNAMES`.
     pub fn name(self) -> &'static str {
         match self {
             Listener::Inbound => "inbound",
@@ -87,7 +87,7 @@ impl Listener {
     }
 }
 
-/// The connection that a supervisor (inetd, UCSPI) has accepted.
+/// A connection that a supervisor (inetd, UCSPI) has accepted.
 pub struct SupervisedConnection {
     /// Descriptor 0.
     pub input: OwnedFd,
@@ -100,13 +100,13 @@ pub struct SupervisedConnection {
 /// Why a provider cannot start.
 #[derive(Debug)]
 pub enum StartError {
-    /// Something that the configuration names cannot be used.
+    /// A file or an address that the configuration names cannot be used.
     Config(String),
-    /// The system gives no socket, descriptor or thread, or the spool cannot be written to.
+    /// The system has no socket, descriptor or thread, or the spool is not writable.
     System(String, io::ErrorKind),
     /// Files in the spool belong to another user.
     Spool(String),
-    /// Another process serves the spool.
+    /// Another process has the spool.
     Busy(String),
 }
 
@@ -133,7 +133,7 @@ impl From<io::Error> for StartError {
 pub struct Provider;
 
 impl Provider {
-    /// Starts a provider: checks what the configuration names, binds all listeners, and only then begins to work.
+    /// Starts a provider: checks the files and addresses of the configuration, binds all listeners, and only then begins to work.
     ///
     /// # Errors
     /// A certificate, an address or a resource of the system cannot be used.
@@ -144,13 +144,13 @@ impl Provider {
     }
 }
 
-/// A provider before privileges are dropped: its configuration can be used. It has no thread, and has touched no mail.
+/// A provider before it drops its privileges: its configuration is usable. It has no thread yet, and has touched no mail.
 pub struct PreparedProvider {
     shared: Arc<Shared>,
     delivery: DeliveryThread,
     relay: Relay,
     listeners: Vec<BoundListener>,
-    /// Of the spool.
+    /// The lock of the spool.
     lock: Option<File>,
 }
 
@@ -171,13 +171,13 @@ impl PreparedProvider {
         Ok(PreparedProvider { shared, delivery, relay, listeners: Vec::new(), lock: None })
     }
 
-    /// Binds all listeners. The sockets that a supervisor has passed for one replace its addresses of the configuration.
-    /// `stays`: this process does not become another user, so that the spool can be locked before.
+    /// Binds all listeners. The sockets that a supervisor passes for a listener replace the addresses in the configuration.
+    /// `stays`: this process does not become another user, so it locks the spool now.
     ///
     /// # Errors
-    /// An address or the spool cannot be used, or a socket has nothing to serve it.
+    /// An address or the spool cannot be used, or the supervisor passes a socket for which there is no TLS.
     pub fn bind(&mut self, mut sockets: InheritedListeners, stays: bool) -> Result<(), StartError> {
-        // The files of root would be in the way of the other user.
+        // Do not create files as root: the other user could not write to them.
         match stays {
             true => self.lock = Some(self.lock_spool()?),
             false if self.shared.spool.is_locked()? => return Err(self.busy()),
@@ -201,7 +201,7 @@ impl PreparedProvider {
         Ok(())
     }
 
-    /// Begins to work. `reload`: what to do when a command has changed the configuration; no thread may wait in it.
+    /// Begins to work. `reload` is called when a command has changed the configuration, and must not block.
     ///
     /// # Errors
     /// The spool cannot be used, or the system has no threads.
@@ -211,12 +211,12 @@ impl PreparedProvider {
         shared.spool.recount();
         shared.record_reload(None);
         shared.read_login_key();
-        // Room is kept for networks that are known.
+        // Read the known networks before the listeners reserve connections for them.
         shared.lasting.logins.synchronise();
         log_skipped(&shared.config);
         let (reloader, listening, threads) = (Reloader::new(shared.clone()), Vec::new(), Vec::new());
         let mut running = RunningProvider { reloader: reloader.clone(), listening, threads, _lock: lock };
-        // Before the relay reads the spool: what comes later wakes it.
+        // Begin before the relay reads the spool: mail that is stored later wakes it.
         let (cancel, relay_handle) = (&shared.lasting.cancel, shared.lasting.relay.clone());
         let woken = Box::new(move |reason| match reason {
             WakeReason::Reload => reload(),
@@ -257,14 +257,14 @@ impl PreparedProvider {
         StartError::Busy(format!("another `odmr serve` has the spool {spool}: stop it, or name another `spool`"))
     }
 
-    /// Serves one connection that a supervisor has accepted, also after a turn. Returns after its end. Mail that the
-    /// customer submits waits in the spool: the relay of `odmr serve` without `--inetd` is woken, and sends it.
+    /// Serves one connection that a supervisor has accepted, also after a turn, and returns after its end. Mail that the
+    /// customer submits is stored in the spool. This process has no relay: it wakes that of a running `odmr serve`.
     ///
     /// # Errors
     /// The system has no threads.
     pub fn serve_one(self, listener: Listener, connection: SupervisedConnection) -> Result<(), StartError> {
         let PreparedProvider { shared, delivery, relay, .. } = self;
-        // Then its handles know that none runs here.
+        // Its handles notice that no relay runs here, and wake another process instead.
         drop(relay);
         log_skipped(&shared.config);
         let (cancel, abort) = (shared.lasting.cancel.clone(), shared.lasting.abort.clone());
@@ -276,7 +276,7 @@ impl PreparedProvider {
             std::thread::sleep(timeout);
             abort.cancel();
         })?;
-        // The worker has the only `TurnSender`: after its end, the delivery thread ends with its last session.
+        // The worker has the only `TurnSender`: after its end, the delivery thread ends after the last session.
         let worker = Builder::new().spawn(move || {
             let SupervisedConnection { input, output, peer } = connection;
             let trace = trace(&shared, listener);
@@ -288,7 +288,7 @@ impl PreparedProvider {
         delivery.run();
         let _ = worker.join();
         if listener != Listener::Inbound {
-            // The thread that writes the last failure ends with this process.
+            // Wait for the thread that writes the last failure: it would end with this process.
             logins.synchronise();
         }
         watch.look();
@@ -297,23 +297,23 @@ impl PreparedProvider {
     }
 }
 
-/// A provider at work.
+/// A running provider.
 pub struct RunningProvider {
     reloader: Reloader,
     listening: Vec<(Listener, SocketAddr)>,
     threads: Vec<JoinHandle<()>>,
-    /// Of the spool.
+    /// The lock of the spool.
     _lock: File,
 }
 
 impl RunningProvider {
-    /// The address that connections are accepted at; the first one, if the configuration has several.
+    /// The address of a listener; if it has several, the first.
     pub fn address(&self, listener: Listener) -> Option<SocketAddr> {
         self.listening.iter().find(|(other, _)| *other == listener).map(|(_, address)| *address)
     }
 
-    /// Stops: accepts no more connections, lets sessions end after the command or message under way, and ends them at
-    /// once when the shutdown timeout is over.
+    /// Stops: accepts no more connections, and waits for sessions to end after the command or message under way. When the
+    /// shutdown timeout is over, it ends the others at once.
     pub fn stop(self) {
         let RunningProvider { reloader, threads, .. } = self;
         let shared = reloader.current();
@@ -326,11 +326,11 @@ impl RunningProvider {
         for thread in threads {
             let _ = thread.join();
         }
-        // Sessions that were ended in the middle of content send a last reply.
+        // Sessions that the abort ended in the middle of content send a last reply.
         shared.lasting.limiter.wait_until_idle(Instant::now() + Duration::from_secs(1));
     }
 
-    /// What reads the configuration anew.
+    /// The reloader, which reads the configuration anew.
     pub fn reloader(&self) -> &Reloader {
         &self.reloader
     }
@@ -341,7 +341,7 @@ impl RunningProvider {
     }
 }
 
-/// Makes all that does not depend on listeners. The relay and the delivery thread do not run yet.
+/// Makes all parts that do not depend on listeners. The relay and the delivery thread do not run yet.
 fn prepare(
     config: ProviderConfig, ids: Ids, cancel: CancelToken,
 ) -> Result<(Arc<Shared>, DeliveryThread, Relay), StartError> {
@@ -371,19 +371,19 @@ fn prepare(
     Ok((Arc::new(shared), delivery, relay))
 }
 
-/// The dialogue's letters: `P` is the provider on port 366, `S` any other server.
+/// The parties in a logged dialogue: `P` is the provider on port 366, `S` any other server, `C` the client.
 fn trace(shared: &Shared, listener: Listener) -> Trace {
     Trace { id: shared.lasting.ids.session_id(), us: if listener == Listener::Inbound { 'S' } else { 'P' }, them: 'C' }
 }
 
-/// The networks for which a listener keeps a part of its connections: on port 366, those of customers. A crowd of strangers
-/// must not keep them from their mail.
+/// The networks for which a listener reserves a part of its connections: on port 366, those of customers. Otherwise a crowd of
+/// strangers could keep customers from their mail.
 fn known_networks(shared: &Shared, listener: Listener) -> Option<KnownNetworks> {
     let logins = shared.lasting.logins.clone();
     (listener != Listener::Inbound).then(|| Box::new(move |address| logins.knows(address)) as KnownNetworks)
 }
 
-/// Serves one connection until it ends or has turned. `accepted`: of a connection that a listener counts.
+/// Serves one connection until it ends or has turned. `accepted`: `None` if no listener counts the connection.
 fn serve(
     reloader: &Reloader, listener: Listener, connection: io::Result<Connection>, address: Option<IpAddr>,
     accepted: Option<&Arc<AcceptedConnection>>,
@@ -400,7 +400,7 @@ fn serve(
         (Ok(session), Listener::Inbound) => inbound::serve(reloader, session),
         (Ok(session), Listener::Odmr | Listener::OdmrTls) => odmr::serve(reloader, session, address),
     };
-    // The error of a handshake that was cut short would blame the client.
+    // A displaced connection may end with an error of TLS, which would blame the client.
     if accepted.is_some_and(|accepted| accepted.is_displaced()) {
         reason = AcceptedConnection::DISPLACED.to_owned();
     }
@@ -417,12 +417,12 @@ fn begin_session(
 ) -> io::Result<Box<ServerSession>> {
     let config = &shared.config;
     let mut tls = shared.tls.clone();
-    // RFC 8314 section 4.2: a client is asked for a certificate only if one may open an account.
+    // RFC 8314 section 4.2: ask clients for a certificate only if some account accepts one.
     if listener != Listener::Inbound && config.accounts.has_certificates() {
         tls = tls.map(|tls| tls.asking());
     }
     if listener == Listener::OdmrTls {
-        // A reload without [tls] leaves the listener, whose clients would send their mail in clear.
+        // A reload may have removed [tls]. The listener stays, and must not serve its clients without TLS.
         let tls = tls.take().ok_or_else(|| io::Error::other("there is no certificate any more: restart odmr"))?;
         connection.start_tls_server(&tls, Instant::now() + config.timeouts.handshake)?;
         accepted.inspect(|accepted| accepted.note_command(Instant::now()));

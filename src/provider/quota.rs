@@ -1,8 +1,8 @@
-//! The quotas of accounts: how much mail is held for each at most, in all its domains.
+//! The quotas of accounts: the maximum of mail that is held for each, in all its domains together.
 //!
-//! A message is checked at RCPT, with the size that MAIL announces, and once more when it is stored, exactly, by
-//! [`UsageLimit`]. What the provider itself must store, such as DSNs, counts and is never too much. `.refused` has limits of
-//! its own.
+//! The quota is checked at RCPT, with the size that MAIL declares, and again by [`UsageLimit`] with the exact size when the
+//! message is stored. Messages that the provider itself must store, such as DSNs, count for the quota and may exceed it.
+//! `.refused` has limits of its own.
 
 use std::collections::HashMap;
 use std::io;
@@ -35,9 +35,9 @@ struct LoggedExcess {
 }
 
 impl Quotas {
-    /// `directory`: the queue of a domain.
+    /// The quotas that the accounts have. `root`: the spool; `directory` returns the queue of a domain.
     pub fn new(root: &Path, accounts: &Accounts, directory: impl Fn(&Domain) -> Maildir) -> Quotas {
-        // It is read here: later, this process may read only its own files.
+        // Read it now: once confined, this process cannot read it any more.
         boot_id();
         let limited = accounts.iter().filter_map(|account| {
             let (octets, messages) = (account.held.max_bytes, account.held.max_messages);
@@ -59,24 +59,24 @@ impl Quotas {
         self.limits.get(account)
     }
 
-    /// Has all files counted before the next message: other processes, with another configuration, may not have counted what
-    /// they have added.
+    /// Has all files counted again before the next message: a process with another configuration may have added files without
+    /// counting them.
     pub fn recount(&self) {
         for limit in self.limits.values() {
             limit.recount_next().unwrap_or_else(|error| log::error!("event=spool-failed error={}", quoted(error)));
         }
     }
 
-    /// Checks that so much more may be held for an account.
+    /// Checks that the account's quota permits `more` mail.
     ///
     /// # Errors
-    /// The reply to RCPT.
+    /// The reply to RCPT: 452 or 552, as the account's `over-quota` says; or that of a failed disk.
     pub fn check(&self, account: &Account, more: Usage) -> Result<(), Reply> {
         let checked = self.of(&account.name).map_or(Ok(()), |limit| limit.check(more));
         checked.map_err(|error| self.reply(&error, Some(account)))
     }
 
-    /// The reply to a message or recipient that is not stored. `account`: the only one that the message is for.
+    /// The reply to a message or recipient that cannot be stored. `account`: `None` if the message is for several accounts.
     pub fn reply(&self, error: &io::Error, account: Option<&Account>) -> Reply {
         let Some(exceeded) = LimitExceeded::of(error) else { return storage_failure_reply(error) };
         self.log(exceeded);

@@ -1,4 +1,4 @@
-//! What all threads of a provider share.
+//! The state that all threads of a provider share.
 
 use std::sync::Arc;
 
@@ -21,7 +21,7 @@ use crate::report::clock_watch::ClockWatch;
 use crate::smtp::command::MailFrom;
 use crate::smtp::reply::Reply;
 
-/// What lasts over reloads.
+/// The part of the state that outlives reloads.
 #[derive(Clone)]
 pub struct Lasting {
     pub ids: Ids,
@@ -37,11 +37,11 @@ pub struct Lasting {
     /// Ends sessions at once.
     pub abort: CancelToken,
     pub limiter: ConnectionLimiter,
-    /// By it mail expires.
+    /// The clock by which mail expires.
     pub watch: Arc<ClockWatch>,
 }
 
-/// What all threads of a provider share. A reload makes another one; sessions go on with the one that they began with.
+/// The state that all threads of a provider share. A reload replaces it for new sessions and transactions.
 #[derive(Clone)]
 pub struct Shared {
     pub config: ProviderConfig,
@@ -54,12 +54,12 @@ pub struct Shared {
 }
 
 impl Shared {
-    /// Reads the key that the sessions on port 366 need.
+    /// Reads the key that sessions on port 366 need, before the first of them.
     pub fn read_login_key(&self) {
         self.lasting.verifiers.set_key(self.spool.login_key(&self.lasting.ids));
     }
 
-    /// Checks that the disk has room for a message of the size that MAIL announces (RFC 1870 section 6.1).
+    /// Checks that the disk has room for a message of the size that MAIL declares (RFC 1870 section 6.1).
     ///
     /// # Errors
     /// The reply to MAIL.
@@ -67,10 +67,10 @@ impl Shared {
         self.spool.check_room(mail.size.unwrap_or(0))
     }
 
-    /// Checks that the customer whose domain it is, if it learns recipients, may have this one.
+    /// Checks, for a customer with `recipients = "learn"`, that its server has not rejected this recipient lately.
     ///
     /// # Errors
-    /// The reply to RCPT: it has rejected that recipient lately (RFC 5321 section 3.3).
+    /// The reply to RCPT, 550 (RFC 5321 section 3.3).
     pub fn check_learned(&self, mailbox: &Mailbox) -> Result<(), Reply> {
         let Some(owner) = mailbox.domain().and_then(|domain| self.config.accounts.owner(domain)) else {
             return Ok(());
@@ -83,15 +83,15 @@ impl Shared {
         }
     }
 
-    /// Records for the status that the configuration was read, or why not.
+    /// Records for `odmr status` that the configuration was read, or the error.
     pub fn record_reload(&self, error: Option<&str>) {
         CallRecord::of_reload(self.lasting.ids.clock().now(), error).write(&self.spool.reload_record(), "-");
     }
 
-    /// The mailbox of a path; a postmaster without a domain is the provider's own (RFC 5321 section 4.5.1).
+    /// The mailbox of a path. `Postmaster` without a domain is the provider's own (RFC 5321 section 4.5.1).
     ///
     /// # Errors
-    /// The reply to RCPT, if the provider's hostname is not a domain.
+    /// The reply to RCPT: the provider's hostname is not a domain.
     pub fn mailbox(&self, path: &ForwardPath) -> Result<Mailbox, Reply> {
         match path {
             ForwardPath::Mailbox(mailbox) => Ok(mailbox.clone()),

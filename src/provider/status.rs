@@ -1,4 +1,4 @@
-//! What a provider holds, and what became of the last calls: read from its files, with or without a running `serve`.
+//! The status of a provider: its held mail and the last calls, read from its files, with or without a running `serve`.
 
 use std::io;
 use std::time::Duration;
@@ -16,47 +16,47 @@ use crate::report::clock_watch::ClockWatch;
 /// The status of a provider.
 pub struct ProviderStatus {
     pub accounts: Vec<AccountStatus>,
-    /// Domains that have mail and belong to no account any more, or to one whose file is skipped.
+    /// Domains with mail whose account is removed, or whose account's file is skipped.
     pub unowned: Vec<DomainStatus>,
     pub postmaster: QueueSummary,
-    /// Destinations elsewhere that have mail.
+    /// Domains elsewhere for which mail waits.
     pub outgoing: Vec<DomainStatus>,
     /// The end of the certificate's validity; `None`: there is no certificate, or it cannot be read.
     pub certificate_until: Option<Timestamp>,
-    /// Customers' files with mistakes, and what is wrong: their customers are not among the accounts.
+    /// The names of customers whose files have mistakes, and the errors: these are not among the accounts.
     pub skipped: Vec<(String, String)>,
-    /// Whether an `odmr serve` with listeners runs; `None`: this user may not see that.
+    /// Whether an `odmr serve` with listeners runs; `None`: this user cannot find out.
     pub serve: Option<bool>,
-    /// The last reading of the configuration by `serve`.
+    /// The last time when `serve` read the configuration.
     pub reload: Option<CallRecord>,
 }
 
 /// The mail that is held for a customer.
 pub struct AccountStatus {
     pub name: String,
-    /// Of all its domains.
+    /// The summary of all its domains.
     pub held: QueueSummary,
     pub domains: Vec<DomainStatus>,
     /// Whether these are all its domains.
     pub is_whole: bool,
-    /// Octets of files, and messages, that may be held.
+    /// The quota: octets of files, and messages; `None`: no limit.
     pub quota_bytes: Option<u64>,
     pub quota_messages: Option<u64>,
-    /// How many recipients it has named, if it has, or what is wrong with its list.
+    /// The number of recipients in its list, or the error in the list; `None`: it has no list.
     pub recipients: Option<Result<u64, String>>,
     pub call: Option<CallRecord>,
     /// When the next call is permitted; `None`: now.
     pub next_call: Option<Timestamp>,
-    /// How many recipients are rejected because the customer's server does not know them; `None`: it does not learn them.
+    /// The number of learned recipients, which the customer's server does not know; `None`: the account does not learn them.
     pub learned: Option<usize>,
     /// The age at which its mail expires. `None`: never.
     pub expire_after: Option<Duration>,
-    /// When its oldest message expires. `None`: none does.
+    /// When its oldest message expires. `None`: it has none, or none expires.
     pub next_expiry: Option<Timestamp>,
 }
 
 impl AccountStatus {
-    /// How much of its quota is used up, in percent: of octets or of messages, whichever is more. `None`: it has none.
+    /// How much of the quota is used, in percent of octets or of messages, whichever is more. `None`: the account has none.
     pub fn quota_used(&self) -> Option<u64> {
         let (bytes, messages) = (self.held.bytes, self.held.messages);
         let percent = |used: u64, limit: u64| {
@@ -74,8 +74,8 @@ pub struct DomainStatus {
 }
 
 impl ProviderStatus {
-    /// Reads the status of the accounts and domains for which `wanted` is true; it gets the name of an account, if there is
-    /// one, and a domain.
+    /// Reads the status of the accounts and domains for which `wanted` is true. `wanted` gets the account's name, if there is an
+    /// account, and the domain.
     ///
     /// # Errors
     /// A directory cannot be read.

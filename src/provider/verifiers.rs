@@ -1,9 +1,9 @@
-//! What a login is checked against: verifiers that the customers' files have, those that are made of secrets in clear, and fakes
-//! for names without an account.
+//! The SCRAM verifiers that logins are checked against: those in the customers' files, those that are made of secrets in clear,
+//! and fakes for names without an account.
 //!
-//! A client must not find out which names have an account. So, if an account has a secret in clear, each name takes the work of
-//! making a verifier, each time: if one was kept, the first attempt with a name would show that its customer has logged in
-//! before. And a fake has the iterations and the length of salt that an account has.
+//! A client must not find out which names have an account. So, if any account has a secret in clear, the provider makes a
+//! verifier for each name and each attempt: if it stored them, a quick reply would show that the customer has logged in before.
+//! A fake has the same number of iterations and length of salt as the verifier of some account.
 
 use std::collections::BTreeSet;
 use std::sync::{Condvar, Mutex, OnceLock, PoisonError};
@@ -12,13 +12,13 @@ use std::time::Duration;
 use crate::config::Accounts;
 use crate::sasl::{self, ITERATIONS, SALT_OCTETS, ScramVerifier, Unavailable, stable_salt};
 
-/// PBKDF2 at the same time: as many sessions as would use the processors of a small machine.
+/// How many sessions may compute PBKDF2 at the same time: more would only slow each other down on a small machine.
 const CONCURRENT_WORK: usize = 4;
 
-/// How long a session waits until it may do it.
+/// How long a session waits until it may compute.
 const WORK_WAIT: Duration = Duration::from_secs(30);
 
-/// Finds and makes verifiers, and limits how many sessions compute at once. It lasts over reloads.
+/// Finds and makes verifiers, and limits how many sessions compute at once. It outlives reloads.
 #[derive(Default)]
 pub struct Verifiers {
     key: OnceLock<[u8; 32]>,
@@ -40,7 +40,7 @@ impl Verifiers {
     /// As [`CredentialStore::verifier`](crate::sasl::CredentialStore::verifier).
     ///
     /// # Errors
-    /// The customer's file has a mistake, or too many sessions make verifiers.
+    /// The customer's file has a mistake, the key was not set, or too many sessions compute for too long.
     pub fn find(&self, accounts: &Accounts, name: &str) -> Result<(ScramVerifier, bool), Unavailable> {
         let found = accounts.credentials(name)?.unwrap_or_default();
         let key = self.key()?;
@@ -63,7 +63,7 @@ impl Verifiers {
         })
     }
 
-    /// Sets the key, before the first session: a session that read it would wait for the disk.
+    /// Sets the key. Call it before the first session: a session that read it would wait for the disk.
     pub fn set_key(&self, key: [u8; 32]) {
         let _ = self.key.set(key);
     }
@@ -76,10 +76,10 @@ impl Verifiers {
         self.key.get().ok_or(Unavailable)
     }
 
-    /// [`sasl::salted_password`], in four sessions at once.
+    /// [`sasl::salted_password`], in at most four sessions at once.
     ///
     /// # Errors
-    /// There was no place for too long.
+    /// Other sessions computed for more than 30 seconds.
     pub fn salted_password(&self, secret: &[u8], salt: &[u8], iterations: u32) -> Result<[u8; 32], Unavailable> {
         let _turn = self.begin(WORK_WAIT)?;
         Ok(sasl::salted_password(secret, salt, iterations))
@@ -98,7 +98,7 @@ impl Verifiers {
     }
 }
 
-/// The iterations and the octets of salt of the verifiers of all accounts.
+/// The iterations and the octets of salt that the verifiers of all accounts have.
 fn shapes(accounts: &Accounts) -> BTreeSet<(u32, usize)> {
     let stored = accounts.iter().filter_map(|account| account.verifier.as_ref());
     let mut shapes: BTreeSet<_> = stored.map(|verifier| (verifier.iterations, verifier.salt.len())).collect();
@@ -113,7 +113,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn four_compute_at_once_and_a_fifth_waits_but_not_for_ever() {
+    fn four_sessions_compute_at_once_and_a_fifth_waits_within_a_limit() {
         let work = Verifiers::default();
         let limit = Duration::from_millis(20);
         let mut running: Vec<_> = (0..CONCURRENT_WORK).map(|_| work.begin(limit).unwrap()).collect();
