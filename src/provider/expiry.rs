@@ -1,10 +1,10 @@
-//! Held mail expires, and its senders are warned of the delay, without a call of the customer: `serve` makes a pass once a minute,
+//! Expires held mail, and warns its senders of the delay, without a call of the customer: `serve` makes a pass once a minute,
 //! `odmr expire` makes one.
 //!
-//! A pass lists only the domains for which something may be due, so that a million messages cost nothing while they wait: the
-//! plan has the time for each domain. Files of other agents are seen within an hour. Names are read without a lock. Then the
-//! pass locks the queue, if no session has it, for a few messages at a time, and gives the lock at once to a session that comes
-//! meanwhile. A domain whose disk hangs keeps one thread; `serve` starts another for the others.
+//! The plan has the time at which each domain is due. A pass lists only the domains that are, so that a million messages cost
+//! nothing while they wait; but it lists each domain once an hour, to find files of other agents. It lists without a lock, then
+//! locks the queue, unless a session has it, for a few messages at a time, and releases it to a session that requests it. A
+//! domain whose disk hangs blocks one thread; `serve` starts another for the other domains.
 
 use std::collections::{HashMap, HashSet};
 use std::io;
@@ -22,44 +22,43 @@ use crate::report::Reporter;
 use crate::report::calls::CallRecord;
 use crate::report::held::{HeldExpiry, HeldOutcome};
 
-/// Messages of a domain that one pass looks at; then the other domains come.
+/// Messages of a domain that one pass handles before it goes on to the next domain.
 const MESSAGES_IN_PASS: usize = if cfg!(test) { 100 } else { 2000 };
 
-/// Messages that are handled before the lock is released.
+/// Messages that a pass handles before it releases the lock.
 const MESSAGES_AT_ONCE: usize = 100;
 
-/// A domain is listed so often at least.
+/// A domain is listed at least this often.
 const LOOK_INTERVAL: Duration = Duration::from_secs(60 * 60);
 
-/// A domain in which a pass makes no progress for this time has a disk that hangs.
+/// If a pass makes no progress in a domain for this time, the domain's disk hangs.
 const STUCK_AFTER: Duration = Duration::from_secs(50);
 
-/// Messages in a row for which a pass fails before it leaves their domain. One that cannot be read does not hold up the others.
+/// After this many failures in a row, the pass leaves the domain. A few unreadable messages must not delay the others.
 const FAILURES_LIMIT: usize = 100;
 
-/// When a domain is looked at again whose disk has failed.
+/// How long a pass leaves a domain alone whose disk has failed.
 const FAILURE_INTERVAL: Duration = Duration::from_secs(5 * 60);
 
-/// How often a lock is tried that a session has, if it is waited for.
+/// How often a pass that waits for a session tries to lock its queue.
 const LOCK_INTERVAL: Duration = Duration::from_millis(50);
 
-/// When which domain is looked at again; the passes of one process share it.
+/// When each domain is due. The passes of one process share the plan.
 #[derive(Default)]
 pub struct ExpiryPlan(Mutex<HashMap<Domain, DomainPlan>>);
 
 struct DomainPlan {
-    /// The times of the configuration that the plan was made by.
+    /// The times in the configuration for which the plan was made.
     times: [Option<Duration>; 2],
-    /// When the domain was listed.
+    /// When the domain was listed last.
     looked: Timestamp,
-    /// When something is due.
+    /// When a message expires or is to be reported next; `None`: never.
     due: Option<Timestamp>,
     /// When the domain is listed at the latest.
     look: Instant,
-    /// If the pass before has not looked at all messages: the last one that it has looked at, and when something is due for
-    /// those before.
+    /// If the last pass has not handled all messages: the last one that it has, and when one of those before is due.
     rest: Option<(Entry, Option<Timestamp>)>,
-    /// A pass is in this domain, and has made progress then.
+    /// A pass is in this domain, and made progress at this time.
     under_way: Option<Instant>,
 }
 
@@ -68,34 +67,34 @@ pub struct ExpiryPass<'a> {
     pub accounts: &'a Accounts,
     pub spool: &'a Spool,
     pub reporter: &'a Reporter,
-    /// Whether the pass ends after the message under way: the process does, or the configuration is not valid any more.
+    /// Whether the pass must end after the message under way: the process ends, or there was a reload.
     pub is_over: &'a dyn Fn() -> bool,
-    /// How long a session that has a queue is waited for.
+    /// How long the pass waits for a session that has a queue.
     pub wait: Duration,
 }
 
-/// Why a pass has left messages for which something is due.
+/// Why a pass has left messages that are due.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum LeftFor {
-    /// A session has the queue, or wants it.
+    /// A session has the queue, or has requested it.
     Session,
-    /// There are too many DSNs for now.
+    /// The limit of DSNs is reached for now.
     Dsns,
-    /// The disk fails, which is logged.
+    /// The disk failed; the log has the error.
     Failure,
 }
 
-/// What a pass has done.
+/// The result of a pass.
 #[derive(Default)]
 pub struct PassResult {
-    /// The domains in which it has left messages for which something is due.
+    /// The domains in which it has left messages that are due.
     pub left: Vec<(Domain, LeftFor)>,
-    /// It has not looked at all messages: the next pass goes on.
+    /// It has not handled all messages: the next pass goes on.
     pub more: bool,
 }
 
 impl LeftFor {
-    /// For an administrator.
+    /// The reason in words, for an administrator.
     pub fn text(self) -> &'static str {
         match self {
             LeftFor::Session => "a session has its mail",
@@ -110,8 +109,8 @@ impl ExpiryPlan {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The domains to look at now, each with its account. Those of a customer whose file has a mistake are left out: nobody knows
-    /// what it wants.
+    /// The domains that are due now, each with its account. Domains of a customer whose file is skipped are left out: its
+    /// `expire-after` is unknown.
     fn due<'a>(&self, accounts: &'a Accounts, now: Timestamp) -> Vec<(&'a Account, &'a Domain)> {
         let (mut plans, instant) = (self.lock(), Instant::now());
         plans.retain(|domain, plan| plan.under_way.is_some() || accounts.owner(domain).is_some());
@@ -127,7 +126,7 @@ impl ExpiryPlan {
         domains.filter(|(account, domain)| is_due(account, domain)).collect()
     }
 
-    /// Begins with a domain. `None`: another pass is in it.
+    /// Begins a domain. `None`: another pass is in it.
     fn begin<'a>(&'a self, account: &Account, domain: &'a Domain, now: Timestamp) -> Option<DomainUnderWay<'a>> {
         let (mut plans, instant) = (self.lock(), Instant::now());
         let under_way = Some(instant);
@@ -142,7 +141,7 @@ impl ExpiryPlan {
         Some(DomainUnderWay { plan: self, domain })
     }
 
-    /// In how many domains a pass makes no progress.
+    /// The number of domains in which a pass makes no progress.
     pub fn stuck(&self) -> usize {
         let is_stuck = |plan: &&DomainPlan| plan.under_way.is_some_and(|since| since.elapsed() >= STUCK_AFTER);
         self.lock().values().filter(is_stuck).count()
@@ -153,7 +152,7 @@ fn times(account: &Account) -> [Option<Duration>; 2] {
     [account.held.expire_after, account.held.delay_warning]
 }
 
-/// A pass is in this domain, until this is dropped.
+/// Marks a domain as under way until it is dropped.
 struct DomainUnderWay<'a> {
     plan: &'a ExpiryPlan,
     domain: &'a Domain,
@@ -166,7 +165,7 @@ impl DomainUnderWay<'_> {
         }
     }
 
-    /// Where the pass before has ended, and when something is due for the messages before.
+    /// Where the last pass has ended, and when one of the messages before is due.
     fn rest(&self) -> (Option<Entry>, Option<Timestamp>) {
         let plans = self.plan.lock();
         let rest = plans.get(self.domain).and_then(|plan| plan.rest.clone());
@@ -184,12 +183,12 @@ impl Drop for DomainUnderWay<'_> {
     }
 }
 
-/// What a pass has found in a domain.
+/// The result of a pass in one domain.
 #[derive(Default)]
 struct DomainResult {
-    /// When something is due next.
+    /// When a message is due next.
     next: Option<Timestamp>,
-    /// The last message that was looked at, if it was not the last of all.
+    /// The last message that was handled, if it was not the last of all.
     last: Option<Entry>,
     left: Option<LeftFor>,
 }
@@ -229,7 +228,7 @@ impl ExpiryPass<'_> {
         result
     }
 
-    /// Does what is due in a domain.
+    /// Handles the messages of a domain that are due.
     fn expire_domain(
         &self, account: &Account, domain: &Domain, under_way: &DomainUnderWay<'_>, found: &mut DomainResult,
     ) -> Result<(), LeftFor> {
@@ -243,13 +242,13 @@ impl ExpiryPass<'_> {
         let listed = self.spool.queue().aged(&name, (MESSAGES_IN_PASS, after.as_ref()), &due);
         let AgedMessages { due, more, next } = listed.map_err(|error| failed(&name, &error))?;
         under_way.progress();
-        // What arrives from now on.
+        // A message that arrives from now on is not due before `soonest`.
         let soonest = held.shortest().map(|age| history.when(now, age));
         [waits, next, soonest].into_iter().for_each(|due| found.add(due));
         let (mut due, mut failures, mut suppressed) = (due.into_iter().peekable(), 0, HashSet::new());
         while due.peek().is_some() {
             let mut lock = self.lock(&name)?;
-            // The customer may have called meanwhile.
+            // Read again under the lock: the customer may have called meanwhile.
             held.last_call = last_call();
             for entry in due.by_ref().take(MESSAGES_AT_ONCE) {
                 if (self.is_over)() || lock.takeover_requested() {
@@ -268,7 +267,7 @@ impl ExpiryPass<'_> {
         Ok(())
     }
 
-    /// Does what is due for a message. Returns whether the disk permits it.
+    /// Expires or reports one message. Returns `false` if the disk fails.
     fn expire(
         &self, name: &QueueName, entry: Entry, held: &HeldExpiry, lock: &mut QueueLock,
         suppressed: &mut HashSet<(bool, String)>, found: &mut DomainResult,

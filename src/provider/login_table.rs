@@ -1,21 +1,23 @@
-//! How long an attempt to authenticate waits, so that nobody guesses secrets: the rules, without a clock and without a file.
+//! How long an attempt to authenticate waits, so that clients cannot guess secrets: the rules, without a clock and without files.
 //!
-//! Failures are counted for each network (IPv4 /24, IPv6 /64) and for each account. Three are free, the fourth waits one second,
-//! and each further one twice as long, up to 30 seconds. An attempt waits for the greater of both; so a client that guesses from
-//! many networks is slowed by the account, and one that guesses at many accounts by the network.
+//! The table counts the failures of each network (IPv4 /24, IPv6 /64) and of each account. After three, an attempt waits one
+//! second, and twice as long after each further failure, up to 30 seconds. The greater count decides: a client that guesses from
+//! many networks is slowed by the account's count, one that guesses at many accounts by the network's.
 //!
-//! That must not lock a customer out. So the networks from which an account has authenticated are *known*: from there it waits
-//! only for failures of this account in this network. And few attempts wait at once, but one takes the place of another that
-//! comes after it: those from known networks go first, then those from networks with fewer failures, then those from an address
-//! (IPv6: a /48) from which fewer wait. So guesses from the customer's own network do not keep it out, nor those from many.
-//! Only an attacker with thousands of networks everywhere keeps out a customer that is not known where it is, while it goes on.
-//! Nor are customers slowed that call at once from one network: eight attempts are decided at a time, the others wait for them.
+//! The delays must not lock customers out:
+//!
+//! - The networks from which an account has authenticated are *known*: there, only the account's failures in that network count.
+//! - Few attempts may wait at once, and a more urgent attempt displaces the least urgent one: those from known networks come
+//!   first, then those from networks with fewer failures, then those from an address (IPv6: a /48) with fewer waiting attempts.
+//!   So a customer is locked out neither by guesses from its own network nor by guesses from many. Only an attacker with
+//!   thousands of networks can lock out a customer, while the attack lasts, in a network that is not known.
+//! - Many customers may call at once from one network: eight attempts are decided at a time, the others wait for their ends.
 //!
 //! ```text
 //! failed 1795689600 12 network 192.0.2.0/24     time of the last failure, failures
 //! failed 1795689600 12 account DIGEST
 //! known 1795689600 0 DIGEST 192.0.2.0/24        time of a login or of the last failure, failures since the last login
-//! waits 1795689630 12 ID 192.0.2.1              until when, by how many failures; `gone` if another has its place
+//! waits 1795689630 12 ID 192.0.2.1              end of the wait, failures; `gone` if the attempt is displaced
 //! ```
 
 use std::fmt::{self, Write as _};
@@ -26,42 +28,42 @@ use data_encoding::HEXLOWER;
 /// Failures without a delay.
 const FREE_FAILURES: u32 = 3;
 
-/// Seconds that an attempt waits at most.
+/// The longest wait of an attempt, in seconds.
 const LONGEST_DELAY: u32 = 30;
 
-/// Failures that are counted at most, so that an hour without one ends any delay.
+/// The maximum of a count, so that an hour without a failure ends any delay.
 const MOST_FAILURES: u32 = 48;
 
-/// Seconds without a failure after which the failures count half.
+/// Each time this many seconds pass without a failure, the count is halved.
 const HALVED_AFTER: i64 = 15 * 60;
 
-/// Attempts that wait at once, and those of one network.
+/// The maximum of attempts that wait at once, in all and from one network.
 const WAITING_LIMIT: usize = 32;
 const WAITING_LIMIT_EACH: usize = 8;
 
-/// Attempts of a network, an account or a known network that may be open at once, with the failures before them. Many customers
-/// that call at once are no guessers: the others wait for their ends.
+/// The maximum of open attempts of a network, an account or a known network, together with its failures. Further attempts wait
+/// for the ends of these, without a delay: many customers may call at once.
 const OPEN_LIMIT: u32 = 8;
 
-/// Networks, and accounts, whose failures are counted: those with the most.
+/// The maximum of networks, and of accounts, whose failures are counted: those with the most.
 const COUNTED_LIMIT: usize = 512;
 
-/// Networks that are known, in all and of one account.
+/// The maximum of known networks, in all and of one account.
 const KNOWN_LIMIT: usize = 4096;
 const KNOWN_LIMIT_EACH: usize = 16;
 
-/// Seconds after which a login from a known network is recorded again.
+/// Seconds after which another login from a known network is recorded: most logins must not write the file.
 const KNOWN_RENEWED_AFTER: i64 = 24 * 60 * 60;
 
-/// What stands for an address that is not known.
+/// The text for an unknown address.
 const UNKNOWN: &str = "unknown";
 
-/// The addresses that count as one client.
+/// The network of addresses that count as one client.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub struct ClientNetwork(Option<IpAddr>);
 
 impl ClientNetwork {
-    /// The network of an address; `None`: it is not known, as of a pipe.
+    /// The network of an address; `None`: the address is unknown, for instance of a pipe.
     pub fn of(address: Option<IpAddr>) -> ClientNetwork {
         ClientNetwork(address.map(|address| match address.to_canonical() {
             IpAddr::V4(address) => Ipv4Addr::from_bits(address.to_bits() >> 8 << 8).into(),
@@ -85,7 +87,7 @@ impl fmt::Display for ClientNetwork {
     }
 }
 
-/// The addresses that share places of attempts that wait: one of IPv4, or a /48 of IPv6, which anybody gets for nothing.
+/// The addresses that share places for waiting attempts: one IPv4 address, or a /48 of IPv6, which costs an attacker nothing.
 fn site(address: Option<IpAddr>) -> Option<IpAddr> {
     address.map(|address| match address.to_canonical() {
         IpAddr::V6(address) => Ipv6Addr::from_bits(address.to_bits() >> 80 << 80).into(),
@@ -97,24 +99,24 @@ fn parse_address(text: &str) -> Option<Option<IpAddr>> {
     if text == UNKNOWN { Some(None) } else { Some(Some(text.parse().ok()?)) }
 }
 
-/// A name that a client has given, whether there is such an account or not. The file must show neither names nor secrets that
-/// were typed in place of names.
+/// The digest of a name that a client has given, whether there is such an account or not. The file must not have names, nor
+/// secrets that were typed in place of names.
 pub type AccountDigest = [u8; 16];
 
 fn parse_digest(text: &str) -> Option<AccountDigest> {
     HEXLOWER.decode(text.as_bytes()).ok()?.try_into().ok()
 }
 
-/// What is counted.
+/// The subject of a count.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Subject {
     /// The failures of a network.
     Network(ClientNetwork),
     /// The failures of an account.
     Account(AccountDigest),
-    /// The failures of an account in a network that is known, since the last login.
+    /// The failures of an account in a known network since its last login there.
     Known(AccountDigest, ClientNetwork),
-    /// The attempts of a network that were rejected because too many wait. They are not in the file, which each would change.
+    /// The attempts of a network that were rejected or displaced because too many wait. Not in the file, which each would change.
     Rejected(ClientNetwork),
 }
 
@@ -137,7 +139,7 @@ struct Count {
 }
 
 impl Count {
-    /// What is left of it.
+    /// What is left of the count after the time that has passed.
     fn left(&self, now: i64) -> u32 {
         let halvings = now.saturating_sub(self.at).max(0) / HALVED_AFTER;
         self.count.checked_shr(u32::try_from(halvings).unwrap_or(u32::MAX)).unwrap_or(0)
@@ -150,18 +152,18 @@ struct WaitingAttempt {
     id: String,
     address: Option<IpAddr>,
     until: i64,
-    /// The failures of its network; 0: the network is known.
+    /// The failures of its network plus 1; 0: the network is known.
     failures: u32,
     /// Another attempt has its place.
-    gone: bool,
+    displaced: bool,
 }
 
-/// One AUTH of a client.
+/// One AUTH command of a client.
 #[derive(Clone, Debug)]
 pub struct AttemptOrigin {
-    /// Unique among the processes.
+    /// Unique among all processes.
     pub id: String,
-    /// `None`: it is not known, as of a pipe.
+    /// `None`: unknown, for instance of a pipe.
     pub address: Option<IpAddr>,
     pub account: AccountDigest,
 }
@@ -175,20 +177,20 @@ impl AttemptOrigin {
         Subject::Known(self.account, self.network())
     }
 
-    /// What its failure counts for.
+    /// The subjects for which its failure counts.
     pub fn subjects(&self) -> [Subject; 2] {
         [Subject::Network(self.network()), Subject::Account(self.account)]
     }
 }
 
-/// Whether an attempt may be decided.
+/// Whether the server may decide an attempt.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Admission {
-    /// Now.
+    /// Yes, now.
     Free,
-    /// After so many seconds. It counts as a failure until it has succeeded.
+    /// After this many seconds. Until then the attempt counts as a failure.
     Delayed(u32),
-    /// Not at all: too many wait.
+    /// No: too many attempts wait.
     Rejected,
 }
 
@@ -198,11 +200,11 @@ pub enum AttemptEnd {
     /// The client is authenticated.
     Succeeded,
     Failed,
-    /// No secret was tested.
+    /// The server has compared no secret.
     Withdrawn,
 }
 
-/// Seconds that the attempt waits that would be so many failures.
+/// How many seconds an attempt waits that would be failure number `failures`.
 fn delay(failures: u32) -> u32 {
     match failures.checked_sub(FREE_FAILURES + 1) {
         None => 0,
@@ -210,23 +212,23 @@ fn delay(failures: u32) -> u32 {
     }
 }
 
-/// The failures, the known networks, and who waits.
+/// The failures, the known networks, and the waiting attempts.
 #[derive(Default, Debug)]
 pub struct LoginTable {
     counts: Vec<Count>,
     waiting: Vec<WaitingAttempt>,
-    /// Attempts of this process that nothing delays, and what their failures would count for. They are not in the file, so that
-    /// an ordinary login writes nothing.
+    /// Open attempts of this process without a delay, each with the subjects for which its failure would count. They are not in
+    /// the file, so that a login from a known network writes nothing.
     open: Vec<(String, Vec<Subject>)>,
 }
 
 impl LoginTable {
-    /// Begins an attempt. One that is delayed counts as a failure from now on, so that many at once do not wait for the same.
+    /// Begins an attempt. A delayed one counts as a failure from now on: otherwise many at once would all wait for the same time.
     pub fn begin(&mut self, attempt: &AttemptOrigin, now: i64) -> Admission {
         if self.open(attempt, now) {
             return Admission::Free;
         }
-        let (failures, others) = self.standing(attempt, now);
+        let (failures, others) = self.counts_before(attempt, now);
         let order = match self.find(&attempt.known()) {
             Some(_) => 0,
             None => self.left(&Subject::Network(attempt.network()), now) + 1,
@@ -240,12 +242,12 @@ impl LoginTable {
         Admission::Delayed(seconds)
     }
 
-    /// Begins an attempt if nothing delays it. Returns whether it may be decided.
+    /// Begins an attempt if it has no delay. Returns whether it does.
     pub fn open(&mut self, attempt: &AttemptOrigin, now: i64) -> bool {
         self.settle(now);
-        // It may be begun once more, in what another process has written.
+        // The attempt may be open already: after the file is read, it begins again in the new table.
         self.open.retain(|(id, _)| *id != attempt.id);
-        let (failures, others) = self.standing(attempt, now);
+        let (failures, others) = self.counts_before(attempt, now);
         let is_free = delay(failures + 1) == 0 && failures + others < OPEN_LIMIT;
         if is_free {
             self.open.push((attempt.id.clone(), self.subjects_of(attempt)));
@@ -253,13 +255,13 @@ impl LoginTable {
         is_free
     }
 
-    /// Whether only others that are open delay an attempt.
+    /// Whether an attempt waits only because too many others are open.
     pub fn is_crowded(&self, attempt: &AttemptOrigin, now: i64) -> bool {
-        let (failures, others) = self.standing(attempt, now);
+        let (failures, others) = self.counts_before(attempt, now);
         delay(failures + 1) == 0 && failures + others >= OPEN_LIMIT
     }
 
-    /// What the failure of an attempt counts for: in a known network, for nothing else.
+    /// The subjects whose counts decide the delay of an attempt: from a known network, that one alone.
     fn subjects_of(&self, attempt: &AttemptOrigin) -> Vec<Subject> {
         match self.find(&attempt.known()) {
             Some(_) => vec![attempt.known()],
@@ -267,8 +269,8 @@ impl LoginTable {
         }
     }
 
-    /// The failures before an attempt, and the other attempts that are open: of that among its subjects that has the most.
-    fn standing(&self, attempt: &AttemptOrigin, now: i64) -> (u32, u32) {
+    /// The failures before an attempt, and the other open attempts: each the most that one of its subjects has.
+    fn counts_before(&self, attempt: &AttemptOrigin, now: i64) -> (u32, u32) {
         let is_other_of = |subject, (id, open): &(String, Vec<Subject>)| *id != attempt.id && open.contains(subject);
         let others = |subject| self.open.iter().filter(|open| is_other_of(subject, open)).count();
         let subjects = self.subjects_of(attempt);
@@ -276,7 +278,7 @@ impl LoginTable {
         (failures, subjects.iter().map(others).max().map_or(0, |others| u32::try_from(others).unwrap_or(MOST_FAILURES)))
     }
 
-    /// Ends an attempt. `counted`: it was, when it began.
+    /// Ends an attempt. `counted`: its begin was counted as a failure.
     pub fn end(&mut self, attempt: &AttemptOrigin, counted: bool, end: AttemptEnd, now: i64) {
         self.settle(now);
         self.waiting.retain(|waiting| waiting.id != attempt.id);
@@ -286,15 +288,16 @@ impl LoginTable {
             (AttemptEnd::Failed, false) => self.count(attempt, now),
             (AttemptEnd::Withdrawn | AttemptEnd::Succeeded, true) => self.uncount(attempt, now),
         }
-        // The failures of the network and of the account stay: one who has an account must not clear its network by logging in.
+        // A login does not clear the counts of the network and the account: otherwise a guesser with an account could clear its
+        // network.
         if end == AttemptEnd::Succeeded {
             self.learn(attempt.account, attempt.network(), now);
         }
     }
 
-    /// Whether an attempt that waits must give up: another has its place.
+    /// Whether another attempt has displaced this waiting one.
     pub fn is_displaced(&self, id: &str) -> bool {
-        self.waiting.iter().any(|waiting| waiting.gone && waiting.id == id)
+        self.waiting.iter().any(|waiting| waiting.displaced && waiting.id == id)
     }
 
     /// Whether an account has authenticated from this network.
@@ -302,7 +305,7 @@ impl LoginTable {
         self.counts.iter().any(|count| matches!(count.subject, Subject::Known(_, known) if known == network))
     }
 
-    /// Takes over what is not in the file from an earlier table.
+    /// Moves the state that is not in the file from an earlier table to this one.
     pub fn take_unwritten(&mut self, earlier: &mut LoginTable) {
         self.open = std::mem::take(&mut earlier.open);
         let rejected = earlier.counts.iter().filter(|count| matches!(count.subject, Subject::Rejected(_)));
@@ -317,7 +320,7 @@ impl LoginTable {
         self.find(subject).map_or(0, |at| self.counts[at].left(now))
     }
 
-    /// The least of a kind, if there is no room for one more.
+    /// If there is no room for one more count of this kind, the one that a new one replaces: the lowest.
     fn least(&self, kind: &Subject, now: i64) -> Option<usize> {
         let alike = || self.counts.iter().enumerate().filter(|(_, count)| count.subject.is_like(kind));
         let is_full = !kind.is_known() && alike().count() >= COUNTED_LIMIT;
@@ -325,14 +328,14 @@ impl LoginTable {
         least.map(|(at, _)| at)
     }
 
-    /// What a subject has at most: one that there is no room for may have as much as the least that there is.
+    /// The count of a subject. One that is not in a full table may have had as many failures as the lowest there.
     fn most(&self, subject: &Subject, now: i64) -> u32 {
         let found = self.find(subject).or_else(|| self.least(subject, now));
         found.map_or(0, |at| self.counts[at].left(now))
     }
 
-    /// Counts one more, up to `limit`. If there is no room, it takes the place of the least, and its count: with many that are
-    /// invented, one can neither clear one that was counted often, nor keep others from being counted.
+    /// Counts one more, up to `limit`. If there is no room, the subject replaces the lowest, and continues its count. So a client
+    /// with many invented names can neither clear a high count nor prevent that others are counted.
     fn add(&mut self, subject: Subject, limit: u32, now: i64) {
         let count = Count { subject, count: self.most(&subject, now).saturating_add(1).min(limit), at: now };
         match self.find(&subject).or_else(|| self.least(&subject, now)) {
@@ -341,13 +344,13 @@ impl LoginTable {
         }
     }
 
-    /// Counts a failure of the network, of the account, and of both if the network is known.
+    /// Counts a failure of the network, of the account, and of the known network if it is one.
     fn count(&mut self, attempt: &AttemptOrigin, now: i64) {
         let known = Some(attempt.known()).filter(|known| self.find(known).is_some());
         attempt.subjects().into_iter().chain(known).for_each(|subject| self.add(subject, MOST_FAILURES, now));
     }
 
-    /// Takes that back.
+    /// Takes back what [`LoginTable::count`] has counted.
     fn uncount(&mut self, attempt: &AttemptOrigin, now: i64) {
         for subject in attempt.subjects().into_iter().chain([attempt.known()]) {
             if let Some(at) = self.find(&subject) {
@@ -357,17 +360,17 @@ impl LoginTable {
         self.settle(now);
     }
 
-    /// Finds a place for an attempt that waits. `failures`: as [`WaitingAttempt::failures`]. Returns whether there is one.
+    /// Finds a place for an attempt to wait. `failures`: as [`WaitingAttempt::failures`]. Returns whether there is one.
     fn reserve(&mut self, attempt: &AttemptOrigin, failures: u32, until: i64, now: i64) -> bool {
         let AttemptOrigin { id, address, .. } = attempt.clone();
-        let there = || self.waiting.iter().enumerate().filter(|(_, waiting)| !waiting.gone);
+        let there = || self.waiting.iter().enumerate().filter(|(_, waiting)| !waiting.displaced);
         let is_near = |waiting: &WaitingAttempt| ClientNetwork::of(waiting.address) == attempt.network();
         let is_full_near = there().filter(|(_, waiting)| is_near(waiting)).count() >= WAITING_LIMIT_EACH;
         if is_full_near || there().count() >= WAITING_LIMIT {
-            // Otherwise those who use up all places would lock out every customer from a new network. Among those that have
-            // guessed as often, one from a network that did not come in vain before goes first.
+            // Displace the least urgent attempt: otherwise an attacker that has all places would lock out all customers in
+            // unknown networks. Among equals, an attempt from a network without rejected attempts comes first.
             let order = |failures: u32, address, more| {
-                // Of one network the later attempt has more.
+                // Within one network, a later attempt has more failures only because it came later.
                 let failures = if is_full_near { failures.min(1) } else { failures };
                 let places = there().filter(|(_, waiting)| site(waiting.address) == site(address)).count() + more;
                 (failures, places, self.left(&Subject::Rejected(ClientNetwork::of(address)), now))
@@ -376,25 +379,25 @@ impl LoginTable {
             let last = all.map(|(at, waiting)| (order(waiting.failures, waiting.address, 0), at)).max();
             match last.filter(|(last, _)| *last > order(failures, address, 1)) {
                 Some((_, at)) => {
-                    self.waiting[at].gone = true;
+                    self.waiting[at].displaced = true;
                     let network = ClientNetwork::of(self.waiting[at].address);
                     self.add(Subject::Rejected(network), u32::MAX, now);
                 }
                 None => return false,
             }
         }
-        // A second more: of the clock, only whole seconds are known.
-        self.waiting.push(WaitingAttempt { id, address, until: until + 1, failures, gone: false });
-        let mut gone = self.waiting.iter().filter(|waiting| waiting.gone);
-        if gone.clone().count() > WAITING_LIMIT
-            && let Some(first) = gone.next().map(|first| first.id.clone())
+        // One second more, because the clock has whole seconds only.
+        self.waiting.push(WaitingAttempt { id, address, until: until + 1, failures, displaced: false });
+        let mut displaced = self.waiting.iter().filter(|waiting| waiting.displaced);
+        if displaced.clone().count() > WAITING_LIMIT
+            && let Some(first) = displaced.next().map(|first| first.id.clone())
         {
             self.waiting.retain(|waiting| waiting.id != first);
         }
         true
     }
 
-    /// The account has authenticated from this network.
+    /// Makes a network known: the account has authenticated from it.
     fn learn(&mut self, account: AccountDigest, network: ClientNetwork, now: i64) {
         let subject = Subject::Known(account, network);
         match self.find(&subject) {
@@ -414,11 +417,11 @@ impl LoginTable {
         let is_own = |subject| matches!(subject, Subject::Known(other, _) if other == account);
         let known = || self.counts.iter().enumerate().filter(|(_, count)| count.subject.is_known());
         let own = || known().filter(|(_, count)| is_own(count.subject)).map(|(at, count)| (count.at, at));
-        // One account in many networks must not take the place of other customers.
+        // An account that logs in from many networks must not displace those of other customers.
         let oldest = if own().count() >= KNOWN_LIMIT_EACH {
             own().min()
         } else if known().count() >= KNOWN_LIMIT {
-            // With more customers than that, each login would write the file if this one could be recent.
+            // Replace none that is less than a day old: with too many customers, each login would write the file.
             let all = known().map(|(at, count)| (count.at, at));
             all.min().filter(|(seconds, _)| now - seconds >= KNOWN_RENEWED_AFTER)
         } else {
@@ -427,7 +430,8 @@ impl LoginTable {
         oldest.map(|(_, at)| self.counts.remove(at)).is_some()
     }
 
-    /// Forgets what is over. If the clock was set back, a time in the future becomes `now`: no delay lasts longer for that.
+    /// Removes counts that are 0 and waits that are over. If the clock was set back, times in the future become `now`, so that no
+    /// delay gets longer.
     fn settle(&mut self, now: i64) {
         for count in &mut self.counts {
             count.at = count.at.min(now);
@@ -449,15 +453,15 @@ impl LoginTable {
                 Subject::Rejected(_) => Ok(()),
             };
         }
-        for WaitingAttempt { id, address, until, failures, gone } in &self.waiting {
-            let word = if *gone { "gone" } else { "waits" };
+        for WaitingAttempt { id, address, until, failures, displaced } in &self.waiting {
+            let word = if *displaced { "gone" } else { "waits" };
             let address = address.map_or_else(|| UNKNOWN.to_owned(), |address| address.to_string());
             let _ = writeln!(text, "{word} {until} {failures} {id} {address}");
         }
         text
     }
 
-    /// Reads that text, and returns how many lines cannot be read, or are too many.
+    /// Reads the text of the file. Returns also the number of lines that are damaged or too many.
     pub fn parse(text: &[u8]) -> (LoginTable, usize) {
         let (mut table, mut wrong) = (LoginTable::default(), 0);
         for line in text.split_inclusive(|octet| *octet == b'\n') {
@@ -479,7 +483,13 @@ impl LoginTable {
             ("known", digest) => Subject::Known(parse_digest(digest)?, ClientNetwork::parse(second)?),
             ("waits" | "gone", id) if self.waiting.len() < 2 * WAITING_LIMIT => {
                 let (id, address) = (id.to_owned(), parse_address(second)?);
-                self.waiting.push(WaitingAttempt { id, address, until: at, failures: count, gone: *word == "gone" });
+                self.waiting.push(WaitingAttempt {
+                    id,
+                    address,
+                    until: at,
+                    failures: count,
+                    displaced: *word == "gone",
+                });
                 return Some(());
             }
             _ => return None,

@@ -1,9 +1,9 @@
-//! Slows clients that guess secrets, across the processes of a spool.
+//! Slows clients that guess secrets, across all processes of a spool.
 //!
-//! Each AUTH that tries a secret is an attempt, by the rules of [`LoginTable`]. The table is in memory and in the file
-//! `SPOOL/.odmr/logins`, which `serve` and each process of `serve --inetd` read and replace under the lock of `logins.lock`.
-//! Only a thread of its own touches the disk, and ends when it has nothing to do: if the disk hangs, attempts go on with what is
-//! in memory. Nothing is fsynced: if a power cut loses the file, the counts begin anew.
+//! Each AUTH that tries a secret is an attempt under the rules of [`LoginTable`]. The table is in memory and in the file
+//! `SPOOL/.odmr/logins`, which `serve` and each process of `serve --inetd` read and replace while they lock `logins.lock`.
+//! Only a separate thread uses the disk, and ends when it has nothing to do: if the disk hangs, attempts go on with the table in
+//! memory. The file is not fsynced: if a power cut loses it, the counts begin anew.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -23,25 +23,25 @@ use crate::maildir::{replace_file, wait_for_state_file, with_path};
 use crate::net::cancel::{CancelToken, poll};
 use crate::net::trace::quoted;
 
-/// How long an attempt waits for the file, and a process for its lock.
+/// How long an attempt waits for the file, and the thread for the lock.
 const FILE_WAIT: Duration = Duration::from_millis(250);
 
-/// How often an attempt that waits looks whether it still has its place.
+/// How often a waiting attempt checks whether it still has its place.
 const LOOK_INTERVAL: Duration = Duration::from_secs(1);
 
-/// Octets of the file at most: all that a table can have.
+/// The maximum size of the file in octets: more than any table has.
 const TABLE_SIZE_LIMIT: u64 = 1 << 20;
 
-/// Changes that are kept for the file, if it cannot be written.
+/// Changes that are stored in memory while the file cannot be written.
 const CHANGES_LIMIT: usize = 256;
 
-/// How long an attempt waits for others of its network or account that may be decided now.
+/// How long an attempt waits for the open attempts of its network or account.
 const CROWD_WAIT: Duration = Duration::from_secs(5);
 
-/// How often the same is logged.
+/// How long the delays of a subject, and failures of the file, are not logged again.
 const LOG_INTERVAL: Duration = Duration::from_secs(60);
 
-/// Subjects of which is known when they were logged last.
+/// The maximum of subjects with a delay in the log within the interval.
 const LOGGED_LIMIT: usize = 1000;
 
 /// A change of the table.
@@ -51,7 +51,7 @@ enum Change {
     End { attempt: AttemptOrigin, counted: bool, end: AttemptEnd },
 }
 
-/// The attempts to log in, and the networks from which accounts have authenticated. It lasts over reloads.
+/// The attempts to authenticate, and the networks from which accounts have authenticated. It outlives reloads.
 pub struct Logins {
     root: PathBuf,
     clock: Clock,
@@ -61,21 +61,22 @@ pub struct Logins {
 
 #[derive(Default)]
 struct LoginState {
-    /// The file as it was read or written last, with all changes of this process.
+    /// The table of the file, with all later changes of this process.
     table: LoginTable,
-    /// What is not in the file yet.
+    /// The changes that are not in the file yet, each with its time.
     changes: Vec<(i64, Change)>,
-    /// What became of an attempt when it was last put into the table.
+    /// The admission of each attempt that has begun and was not asked for, by its id.
     admissions: Vec<(String, Admission)>,
+    /// The file as it was read or written last.
     stamp: Option<FileStamp>,
     text: String,
-    /// How often the file was asked for, and what of that is done.
+    /// The number of the last request to the thread, and of the last one that is done.
     asked: u64,
     done: u64,
-    /// Since when the thread is at it.
+    /// Since when the thread works on a request; `None`: it does not run.
     running: Option<Instant>,
     failure_logged: Option<Instant>,
-    /// When attempts of a subject were logged last, and how many were not since.
+    /// For each subject, when a delay was logged last, and how many were not logged since.
     logged: Vec<(Subject, Instant, usize)>,
 }
 
@@ -98,7 +99,8 @@ impl LoginState {
         self.admissions.retain(|(id, _)| *id != attempt.id);
     }
 
-    /// Replaces the table by that of the file.
+    /// Replaces the table by that of the file, and repeats the changes that are not in the file. Returns the number of damaged
+    /// lines.
     fn read(&mut self, text: Vec<u8>, stamp: Option<FileStamp>, now: i64) -> usize {
         let (mut table, wrong) = LoginTable::parse(&text);
         table.take_unwritten(&mut self.table);
@@ -118,18 +120,18 @@ impl Logins {
         Logins { root: root.to_owned(), clock, state, synchronised }
     }
 
-    /// Whether an account has authenticated from the network of this address. It does not wait for the file.
+    /// Whether an account has authenticated from the network of this address. Does not wait for the file.
     pub fn knows(&self, address: IpAddr) -> bool {
         self.lock().table.knows(ClientNetwork::of(Some(address)))
     }
 
-    /// Reads the file, and writes to it what is not there yet. Returns when that is done, or after [`FILE_WAIT`].
+    /// Reads the file, and writes the changes that it does not have. Returns when that is done, or after [`FILE_WAIT`].
     pub fn synchronise(self: &Arc<Self>) {
         let asked = self.ask(&mut self.lock());
         drop(self.wait(asked, FILE_WAIT));
     }
 
-    /// The client is authenticated, by a mechanism that tests nothing which could be guessed, so that it has not waited.
+    /// Makes a client's network known that has authenticated by a mechanism without a secret, and so without a wait.
     pub fn learn(self: &Arc<Self>, attempt: AttemptOrigin) {
         self.change(Change::End { attempt, counted: false, end: AttemptEnd::Succeeded });
     }
@@ -143,7 +145,7 @@ impl Logins {
         found.unwrap_or(Admission::Rejected)
     }
 
-    /// Waits until not too many others of the network or account are open.
+    /// Waits, for [`CROWD_WAIT`] at most, while other open attempts of the network or account are as many as permitted.
     fn wait_for_others(&self, attempt: &AttemptOrigin, cancel: &CancelToken) {
         let late = Instant::now() + CROWD_WAIT;
         while Instant::now() < late && !cancel.is_cancelled() {
@@ -169,12 +171,12 @@ impl Logins {
         self.ask(&mut state)
     }
 
-    /// Has the thread look at the file, which is started if it does not run.
+    /// Has the thread read and write the file. Starts it if it does not run. Returns the number of the request.
     fn ask(self: &Arc<Self>, state: &mut LoginState) -> u64 {
         state.asked += 1;
         if state.running.is_none() {
             let logins = self.clone();
-            // Without a thread there is what is in memory.
+            // If the system has no thread, attempts go on with the table in memory.
             if thread::Builder::new().name("logins".to_owned()).spawn(move || logins.run()).is_ok() {
                 state.running = Some(Instant::now());
             }
@@ -184,7 +186,7 @@ impl Logins {
 
     fn wait(&self, asked: u64, limit: Duration) -> MutexGuard<'_, LoginState> {
         let state = self.lock();
-        // If the disk hangs, nobody waits for it any more.
+        // If the disk hangs, do not wait for it again: only the first attempt does.
         let left = state.running.map_or(Duration::ZERO, |since| limit.saturating_sub(since.elapsed()));
         let waiting = self.synchronised.wait_timeout_while(state, left, |state| state.done < asked);
         let mut state = waiting.unwrap_or_else(PoisonError::into_inner).0;
@@ -202,7 +204,7 @@ impl Logins {
         self.clock.now().seconds()
     }
 
-    /// The thread.
+    /// The work of the thread. It ends when no request is left.
     fn run(&self) {
         loop {
             let (asked, has_changes) = {
@@ -228,7 +230,7 @@ impl Logins {
     fn exchange(&self, has_changes: bool) -> io::Result<()> {
         let lock = has_changes.then(|| wait_for_state_file(&self.root, "logins.lock", Instant::now() + FILE_WAIT));
         self.read()?;
-        // What cannot be written can be read nevertheless.
+        // Read before an error of the lock returns: a file that cannot be written may be readable.
         let Some(_lock) = lock.transpose()? else { return Ok(()) };
         let path = self.path();
         let (text, written) = {
@@ -240,7 +242,7 @@ impl Logins {
         }
         let stamp = path.metadata().ok().map(|found| FileStamp::of(&found));
         let mut state = self.lock();
-        // Others have come meanwhile, and a few may have gone because they were too many.
+        // There may be new changes by now, and the oldest may have been dropped because there were too many.
         let written = written.min(state.changes.len());
         state.changes.drain(..written);
         state.stamp = stamp;
@@ -271,7 +273,7 @@ impl Logins {
         let wrong = if state.stamp == stamp { 0 } else { state.read(text, stamp, now) };
         match wrong {
             0 => Ok(()),
-            // The rest counts, and the next change writes the file anew.
+            // The other lines count, and the next change replaces the file.
             lines => {
                 state.text.clear();
                 log_failure(&mut state, &io::Error::other(format!("{}: {lines} lines are damaged", path.display())));
@@ -288,18 +290,18 @@ fn log_failure(state: &mut LoginState, error: &io::Error) {
     }
 }
 
-/// Why an attempt that has begun is not decided.
+/// Why the server does not decide an attempt.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Undecided {
-    /// Too many wait, or another attempt has its place.
+    /// Too many attempts wait, or another attempt has its place.
     TooMany,
-    /// This process ends.
+    /// The process is shutting down.
     Stopping,
     /// The client has closed the connection.
     ClientGone,
 }
 
-/// One attempt of a session. It ends when it is dropped.
+/// One attempt of a session. If it is dropped without [`LoginAttempt::end`], it is withdrawn.
 pub struct LoginAttempt {
     logins: Arc<Logins>,
     attempt: AttemptOrigin,
@@ -308,11 +310,11 @@ pub struct LoginAttempt {
 }
 
 impl LoginAttempt {
-    /// Begins an attempt, and waits until it may be decided. `input`: the connection, which is not read. `log`: logs that it
-    /// waits so many seconds, or `None` that it is not decided, and how many others have had a delay since the last line.
+    /// Begins an attempt, and waits until the server may decide it. `input`: the connection, which is not read. `log` logs a delay:
+    /// its seconds, or `None` if too many attempts wait; and the number of delays that were not logged since the last line.
     ///
     /// # Errors
-    /// It must not be decided.
+    /// The reason why the server must not decide the attempt.
     pub fn wait(
         logins: &Arc<Logins>, attempt: AttemptOrigin, input: BorrowedFd<'_>, cancel: &CancelToken,
         log: &dyn Fn(Option<u32>, usize),
@@ -353,12 +355,12 @@ impl LoginAttempt {
             if !descriptors[1].revents().is_empty() {
                 return Err(Undecided::ClientGone);
             }
-            // The answer is there at the next look.
+            // Read the file before the next check: another process may have displaced this attempt.
             self.logins.ask(&mut self.logins.lock());
         }
     }
 
-    /// Ends the attempt. Without this it is withdrawn.
+    /// Ends the attempt with this result.
     pub fn end(mut self, end: AttemptEnd) {
         self.end = end;
     }
@@ -368,21 +370,22 @@ impl Drop for LoginAttempt {
     fn drop(&mut self) {
         let LoginAttempt { attempt, counted, end, .. } = self;
         let asked = self.logins.change(Change::End { attempt: attempt.clone(), counted: *counted, end: *end });
-        // Before the client gets its 535, other processes know of it.
+        // Wait for the file before the client gets its 535: otherwise it could guess faster in other processes.
         if *end == AttemptEnd::Failed {
             drop(self.logins.wait(asked, FILE_WAIT));
         }
     }
 }
 
-/// What poll(2) reports of a client that has gone, without being asked for input. POLLHUP it reports in any case.
+/// The event of poll(2) for a client that has closed its side. POLLHUP is reported in any case.
 #[cfg(target_os = "linux")]
 const CLOSED: PollFlags = PollFlags::RDHUP;
 #[cfg(not(target_os = "linux"))]
 const CLOSED: PollFlags = PollFlags::empty();
 
 impl Logins {
-    /// Whether a delay is logged: the first of its network and its account, then one a minute. Returns how many were not since.
+    /// Whether to log a delay: for its network and its account, one a minute is logged. Returns the number of delays that were not
+    /// logged since the last one.
     fn may_log(&self, attempt: &AttemptOrigin) -> Option<usize> {
         let (now, mut state) = (Instant::now(), self.lock());
         let is_recent = |last: &Instant| now.duration_since(*last) < LOG_INTERVAL;
@@ -425,7 +428,7 @@ mod tests {
     }
 
     #[test]
-    fn many_customers_of_one_network_wait_for_each_other_only() {
+    fn many_customers_in_one_network_log_in_without_a_delay() {
         let root = tempfile::tempdir().unwrap();
         let logins = process(root.path());
         let log_in = |account: u8| {
@@ -448,7 +451,7 @@ mod tests {
     }
 
     #[test]
-    fn processes_count_together_and_a_known_network_is_not_forgotten() {
+    fn processes_count_together_and_known_networks_survive_a_restart() {
         let root = tempfile::tempdir().unwrap();
         let [one, other] = [process(root.path()), process(root.path())];
         begin(&one, "a", "203.0.113.1").unwrap().end(AttemptEnd::Succeeded);
@@ -464,7 +467,7 @@ mod tests {
     }
 
     #[test]
-    fn an_ordinary_login_writes_nothing() {
+    fn a_login_from_a_known_network_writes_nothing() {
         let root = tempfile::tempdir().unwrap();
         let log_in = || {
             let logins = process(root.path());
@@ -476,7 +479,7 @@ mod tests {
     }
 
     #[test]
-    fn a_client_that_has_gone_and_a_process_that_ends_wait_no_longer() {
+    fn the_wait_ends_when_the_client_closes_the_connection_or_the_process_stops() {
         let root = tempfile::tempdir().unwrap();
         let logins = process(root.path());
         for id in ["a", "b", "c"] {
@@ -494,7 +497,7 @@ mod tests {
         assert_eq!(wait(10, &cancel), Some(Undecided::Stopping));
         drop(client);
         assert_eq!(wait(11, &CancelToken::new().unwrap()), Some(Undecided::ClientGone));
-        // Neither has kept a place: there is one more of eight.
+        // Neither has a place any more: of eight, two are left.
         logins.begin(&attempt(12));
         logins.begin(&attempt(13));
         assert_eq!(wait(14, &CancelToken::new().unwrap()), Some(Undecided::TooMany));
@@ -504,7 +507,7 @@ mod tests {
         AttemptOrigin { id: number.to_string(), address: "192.0.2.1".parse().ok(), account: ACME }
     }
 
-    /// A disk never delays a login for long.
+    /// A slow disk must not delay logins.
     #[test]
     fn without_its_file_it_counts_in_memory() {
         let root = tempfile::tempdir().unwrap();
@@ -520,7 +523,7 @@ mod tests {
             logins.synchronise();
         }
         assert!(root.path().join(".odmr/logins").exists());
-        // It is a directory.
+        // A directory in place of the file.
         std::fs::remove_file(root.path().join(".odmr/logins")).unwrap();
         std::fs::create_dir(root.path().join(".odmr/logins")).unwrap();
         assert!(is_quick(|| drop(begin(&logins, "c", "203.0.113.1").unwrap())));

@@ -1,20 +1,20 @@
-//! How many messages each account with a `rate` submits in an hour, exact for all threads and processes.
+//! The number of messages that each account with a `rate` submits in an hour, exact across all threads and processes.
 //!
-//! A message counts when its content begins, and no more if it is not accepted. So a client that repeats MAIL, is rejected or
-//! loses its connection uses up nothing, and one that sends over many connections at once gets no more. At MAIL the account
-//! is looked at too: content that would be rejected need not be sent.
+//! A message counts from the begin of its content, and no longer if it is not accepted. So a client that repeats MAIL, gets
+//! rejections or loses its connection uses up nothing, and one with many connections gets no more than one with a single one.
+//! The count is checked at MAIL too, so that the client need not send content that would be rejected.
 //!
 //! The file `SPOOL/.odmr/rate-ACCOUNT` is locked while it is read and written:
 //!
 //! ```text
 //! BEGUN MESSAGES .
 //!
-//! BEGUN      when the hour has begun, with its first message; seconds since 1970
-//! MESSAGES   how many messages of it were accepted or are being received
+//! BEGUN      when the hour began, with its first message; seconds since 1970
+//! MESSAGES   how many messages were accepted in it or are being received
 //! ```
 //!
-//! It is not fsynced: a power cut may begin a new hour. A process that is killed leaves what it was receiving counted. If the
-//! file cannot be locked, read or written, this process counts in memory, from what it has seen last.
+//! The file is not fsynced: a power cut may begin a new hour. If a process is killed, the messages that it was receiving still
+//! count. If the file cannot be locked, read or written, this process counts in memory, from the last count that it has read.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -29,16 +29,16 @@ use crate::maildir::{wait_for_state_file, with_path};
 use crate::net::trace::quoted;
 use crate::smtp::reply::Reply;
 
-/// How the names of the files in `SPOOL/.odmr` begin.
+/// The prefix of the files in `SPOOL/.odmr`.
 pub const RATE_FILE: &str = "rate-";
 
-/// How long a session waits for the lock, which others have for a moment: a process that was stopped may have it.
+/// How long a session waits for the lock. Others have it for a moment only, but a process that was stopped may have it for ever.
 const LOCK_TIMEOUT: Duration = Duration::from_millis(250);
 
 /// How often a failure is logged.
 const FAILURE_LOG_INTERVAL: Duration = Duration::from_secs(60);
 
-/// Octets of the file at most.
+/// The maximum size of the file in octets.
 const RECORD_LIMIT: usize = 64;
 
 const HOUR_SECONDS: i64 = 3600;
@@ -47,7 +47,7 @@ const HOUR_SECONDS: i64 = 3600;
 pub struct SubmissionRates {
     root: PathBuf,
     clock: Clock,
-    /// Never locked while a file is used: a disk that hangs must not hold up other accounts.
+    /// Not locked while a file is used: a disk that hangs must not delay other accounts.
     known: Mutex<HashMap<String, KnownHour>>,
     /// When a failure was logged last.
     logged: Mutex<Option<Instant>>,
@@ -57,7 +57,7 @@ pub struct SubmissionRates {
 #[derive(Clone, Copy)]
 struct KnownHour {
     hour: Hour,
-    /// The file does not have it: it counts what this process has counted alone.
+    /// The file could not be written: the count is in memory only.
     is_alone: bool,
 }
 
@@ -68,7 +68,7 @@ struct Hour {
 }
 
 impl Hour {
-    /// Reads a file. `None`: it is new.
+    /// Reads a file. `None`: the file is empty.
     fn read(file: &File) -> io::Result<Option<Hour>> {
         let mut record = [0; RECORD_LIMIT];
         let octets = file.read_at(&mut record, 0)?;
@@ -85,13 +85,13 @@ impl Hour {
         (fields.next() == Some(".") && fields.next().is_none()).then_some(hour)
     }
 
-    /// In place, as the file has the lock. What is left of a longer line comes after the end of this one.
+    /// Writes in place, because the file itself is locked. The rest of a longer line may stay after the end of this one.
     fn write(self, file: &File) -> io::Result<()> {
         file.write_all_at(format!("{} {} .\n", self.begun, self.messages).as_bytes(), 0)
     }
 
-    /// The hour at this time. After the clock was set back a little, as NTP does, it goes on; one that begins more than an hour
-    /// in the future is over: the clock was wrong then, or is now.
+    /// The hour at this time. If the clock was set back a little, for instance by NTP, the hour goes on. An hour that begins more
+    /// than an hour in the future is over: the clock was wrong then, or is now.
     fn at(self, now: i64) -> Hour {
         let age = now.saturating_sub(self.begun);
         let is_over = !(-HOUR_SECONDS..HOUR_SECONDS).contains(&age);
@@ -100,15 +100,15 @@ impl Hour {
 }
 
 impl SubmissionRates {
-    /// Touches no file. `root`: that of the spool.
+    /// Reads no file yet. `root`: the spool.
     pub fn new(root: &Path, clock: Clock) -> SubmissionRates {
         SubmissionRates { root: root.to_owned(), clock, known: Mutex::default(), logged: Mutex::default() }
     }
 
-    /// Checks that the account may submit a message now; `limit`: messages in an hour, 0: no limit.
+    /// Checks that the account may submit a message now. `limit`: messages in an hour, 0: no limit.
     ///
     /// # Errors
-    /// The reply to MAIL.
+    /// The reply to MAIL, 452.
     pub fn check(&self, account: &str, limit: usize) -> Result<(), Reply> {
         if limit == 0 {
             return Ok(());
@@ -116,10 +116,10 @@ impl SubmissionRates {
         if self.change(account, &mut |_| {}).messages < limit { Ok(()) } else { Err(rejection(limit)) }
     }
 
-    /// Counts a message whose content begins. `None`: the account has no limit.
+    /// Counts a message whose content begins. `limit`: as for [`SubmissionRates::check`]. `None`: the account has no limit.
     ///
     /// # Errors
-    /// The reply to DATA or BDAT.
+    /// The reply to DATA or BDAT, 452.
     pub fn admit(self: &Arc<Self>, account: &str, limit: usize) -> Result<Option<SubmissionPermit>, Reply> {
         if limit == 0 {
             return Ok(None);
@@ -136,11 +136,11 @@ impl SubmissionRates {
         Ok(Some(SubmissionPermit { rates, account, begun: hour.begun, is_used: false }))
     }
 
-    /// Changes the hour of an account, and returns what it is then.
+    /// Changes the hour of an account, and returns the changed hour.
     fn change(&self, account: &str, change: &mut dyn FnMut(&mut Hour)) -> Hour {
         let name = format!("{RATE_FILE}{account}");
         let path = self.root.join(".odmr").join(&name);
-        // Not again and again.
+        // If the last call waited in vain, do not wait again.
         let patience =
             if self.known_hour(account, &mut |known| known.is_alone) { Duration::ZERO } else { LOCK_TIMEOUT };
         let file = wait_for_state_file(&self.root, &name, Instant::now() + patience);
@@ -149,7 +149,7 @@ impl SubmissionRates {
             let failed = |error| self.log(account, &with_path(&path, error));
             Hour::read(file).map_err(failed).ok().flatten()
         });
-        // With the lock, after which no other process has another time, unless the clock is set.
+        // Read the clock under the lock, so that the times of all processes are in the order of their changes.
         let now = self.clock.now().seconds();
         let mut hour = Hour { begun: now, messages: 0 };
         self.known_hour(account, &mut |known| {
@@ -171,14 +171,14 @@ impl SubmissionRates {
         hour
     }
 
-    /// Calls this with what is known of an account; at first nothing is.
+    /// Calls `call` with the last known hour of an account; at first, an hour that is over.
     fn known_hour(&self, account: &str, call: &mut dyn FnMut(&mut KnownHour) -> bool) -> bool {
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         let nothing = KnownHour { hour: Hour { begun: i64::MIN, messages: 0 }, is_alone: false };
         call(known.entry(account.to_owned()).or_insert(nothing))
     }
 
-    /// Logs, once a minute, that the file of an account is of no use.
+    /// Logs that the file of an account cannot be used, at most once a minute.
     fn log(&self, account: &str, error: &io::Error) {
         let mut logged = self.logged.lock().unwrap_or_else(PoisonError::into_inner);
         if logged.is_none_or(|at| at.elapsed() >= FAILURE_LOG_INTERVAL) {
@@ -196,7 +196,8 @@ fn rejection(limit: usize) -> Reply {
     Reply::new(452, "4.3.2", format!("No more than {limit} messages an hour"))
 }
 
-/// A message that is being received and counts. If it is dropped unused, it counts no more.
+/// A message that is being received, and counts. If the permit is dropped without [`SubmissionPermit::keep`], the message counts
+/// no longer.
 pub struct SubmissionPermit {
     rates: Arc<SubmissionRates>,
     account: String,
@@ -206,7 +207,7 @@ pub struct SubmissionPermit {
 }
 
 impl SubmissionPermit {
-    /// The message was accepted.
+    /// The message was accepted, and counts for the rest of the hour.
     pub fn keep(mut self) {
         self.is_used = true;
     }
@@ -261,7 +262,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_accepted_does_not_count() {
+    fn a_message_that_is_not_accepted_does_not_count() {
         let (_root, file, rates) = place();
         for _ in 0..10 {
             rates.check("acme", 2).unwrap();
@@ -277,7 +278,7 @@ mod tests {
     }
 
     #[test]
-    fn an_hour_ends_whatever_the_clock_does() {
+    fn an_hour_ends_even_if_the_clock_is_set() {
         let now = Clock::Fixed.now().seconds();
         let cases =
             [(0, 0), (3599, 0), (3600, 2), (86_400 * 366, 2), (-1, 0), (-3600, 0), (-3601, 2), (-86_400 * 366, 2)];
@@ -293,14 +294,14 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_is_damaged_or_of_no_use_stops_nobody_and_nobody_gets_around_it() {
+    fn with_a_damaged_or_unusable_file_the_process_counts_in_memory() {
         for content in
             ["", "\0\0\0\0", "1767323045 2", "x 2 .\n", "1767323045 -2 .\n", "1767323045 99999999999999999999 .\n"]
         {
             let (_root, file, rates) = place();
             fill(&rates, 1);
             fs::write(&file, content).unwrap();
-            // This process has seen one.
+            // This process has counted one message already.
             assert_eq!(fill(&rates, 3), 2, "{content:?}");
             assert_eq!(fs::read_to_string(&file).unwrap().lines().next(), Some("1767323045 3 ."));
         }
@@ -312,7 +313,7 @@ mod tests {
         assert_eq!(fill(&rates, 3), 2);
         assert!(begun.elapsed() >= LOCK_TIMEOUT && begun.elapsed() < LOCK_TIMEOUT * 8, "{:?}", begun.elapsed());
         drop(lock);
-        // What was counted in memory is not lost.
+        // The count in memory is written later.
         assert_eq!((fill(&rates, 3), fill(&rates, 4)), (0, 1));
         fs::remove_file(&file).unwrap();
         fs::create_dir(&file).unwrap();

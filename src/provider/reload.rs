@@ -1,8 +1,8 @@
-//! The configuration read anew: at SIGHUP, and the certificate when its files change.
+//! Reloads the configuration at SIGHUP, and the certificate when its files change.
 //!
-//! What all threads share is made from the configuration, and made once more at a reload. New connections begin with the
-//! new one, and sessions go on with its accounts at the next MAIL, AUTH or ATRN; transactions, turned sessions and the
-//! relay's attempts under way end with the one that they began with.
+//! A reload makes a new [`Shared`] state from the configuration. New connections begin with it, and sessions use its
+//! accounts from the next MAIL, AUTH or ATRN on. Transactions, turned sessions and the relay's attempts under way keep the
+//! state that they began with.
 
 use std::collections::HashSet;
 use std::path::Path;
@@ -25,7 +25,7 @@ use crate::net::tls::ServerTls;
 use crate::net::trace::quoted;
 use crate::report::Reporter;
 
-/// Makes what depends on the configuration. `earlier`: the relay's context before a reload.
+/// Makes the state that depends on the configuration. `earlier`: the relay's context before a reload.
 ///
 /// # Errors
 /// A file that the configuration names cannot be used.
@@ -51,15 +51,15 @@ pub fn configure(config: ProviderConfig, lasting: Lasting, earlier: Option<&Work
     Ok(Shared { config, spool, turn_settings, worker, tls, lasting })
 }
 
-/// Has the state that new connections begin with, and replaces it.
+/// Owns the state that new connections begin with, and replaces it. Clones share it.
 #[derive(Clone)]
 pub struct Reloader(Arc<ReloaderState>);
 
 struct ReloaderState {
     current: RwLock<Arc<Shared>>,
-    /// What stays until a restart.
+    /// The settings that only a restart changes.
     fixed: Fixed,
-    /// The certificate may change while the configuration is read.
+    /// Held during a reload: the certificate may change while the configuration is read.
     one_at_a_time: Mutex<()>,
 }
 
@@ -79,9 +79,9 @@ impl Reloader {
         *self.0.current.write().unwrap_or_else(PoisonError::into_inner) = shared.clone();
     }
 
-    /// Reads the configuration anew. Listeners, sessions and turned sessions stay; those of an account that is removed end
-    /// after the message under way. A customer's file with a mistake leaves its account as it was. The result is logged: a
-    /// mistake anywhere else leaves everything as it was.
+    /// Reads the configuration anew. Listeners and sessions stay, but turned sessions of a removed account end after the message
+    /// under way. If a customer's file has a mistake, its account stays as it was; if any other file has one, everything stays as
+    /// it was. The result is logged.
     pub fn reload(&self, file: &Path) {
         let _one = self.0.one_at_a_time.lock().unwrap_or_else(PoisonError::into_inner);
         let old = self.current();
@@ -92,7 +92,7 @@ impl Reloader {
             Ok(shared) => {
                 let shared = Arc::new(shared);
                 self.replace(&shared);
-                // An account that had no quota has one now.
+                // An account may have a quota now that had none before.
                 shared.spool.recount();
                 shared.record_reload(None);
                 log_reload(&old, &shared);
@@ -108,7 +108,7 @@ impl Reloader {
         }
     }
 
-    /// Reads the certificate and its key anew. If they do not fit each other, the old ones stay.
+    /// Reads the certificate and its key anew. If they cannot be used, the old ones stay, and the log has the error.
     fn reload_certificate(&self) {
         let _one = self.0.one_at_a_time.lock().unwrap_or_else(PoisonError::into_inner);
         let old = self.current();
@@ -123,13 +123,13 @@ impl Reloader {
         }
     }
 
-    /// Looks once a minute whether the files of the certificate have changed, until it is cancelled. Logs its end, lets held
-    /// mail expire, and removes what is left over in the spool, once a day.
+    /// Until it is cancelled, checks once a minute whether the files of the certificate have changed, and begins a pass of expiry
+    /// over held mail. Once a day it logs the certificate's end, if that is near, and tidies the spool.
     pub fn keep_up(&self, cancel: &CancelToken) {
         let stamp = || {
             let shared = self.current();
             let files = shared.config.tls.iter().flat_map(|files| [&files.certificate, &files.key]);
-            // Also what chmod(1) changes: a file that could not be read may be readable now.
+            // The stamp includes the mode: chmod(1) may have made a file readable.
             files.map(|file| file.metadata().ok().map(|found| FileStamp::of(&found))).collect()
         };
         let mut seen: Vec<_> = stamp();
@@ -140,11 +140,11 @@ impl Reloader {
         loop {
             log_end();
             expiring.retain(|pass| !pass.is_finished());
-            // Passes that hang leave the other domains to the next one.
+            // If a pass hangs in one domain, another pass goes on with the others.
             if expiring.len() <= plan.stuck().min(STUCK_PASSES_LIMIT) {
                 expiring.extend(self.expire(&plan, cancel));
             }
-            // The disk of a domain may hang: that must hold up neither a new certificate nor the end.
+            // Tidy in a thread: a disk that hangs must delay neither a new certificate nor the end of the process.
             if tidying.as_ref().is_none_or(JoinHandle::is_finished) {
                 let (spool, first) = (self.current().spool.clone(), tidying.is_none());
                 let tidy = move || {
@@ -170,11 +170,11 @@ impl Reloader {
         }
     }
 
-    /// Begins a pass over held mail by the configuration as it is now. `None`: the system has no thread.
+    /// Begins a pass of expiry over held mail, with the current configuration. `None`: the system has no thread.
     fn expire(&self, plan: &Arc<ExpiryPlan>, cancel: &CancelToken) -> Option<JoinHandle<()>> {
         let (shared, plan, cancel, reloader) = (self.current(), plan.clone(), cancel.clone(), self.clone());
         let pass = move || {
-            // After a reload the next pass goes on: the account may be gone, or a mistake in `expire-after` be mended.
+            // A reload ends the pass: the account may be removed, or its `expire-after` corrected. The next pass goes on.
             let is_over = || cancel.is_cancelled() || !Arc::ptr_eq(&shared.spool, &reloader.current().spool);
             let pass = ExpiryPass {
                 accounts: &shared.config.accounts,
@@ -189,18 +189,18 @@ impl Reloader {
     }
 }
 
-/// Passes over held mail that may hang, each in a domain whose disk does.
+/// How many passes may hang at a time, each in a domain whose disk hangs, before no other begins.
 const STUCK_PASSES_LIMIT: usize = 4;
 
-/// How often the files of the certificate and the time are looked at.
+/// How often the upkeep thread does its checks.
 const UPKEEP_INTERVAL: Duration = Duration::from_secs(60);
 
-/// How long the end waits for the daily tidying and for expiry, which may end anywhere.
+/// How long the end of the process waits for tidying and expiry. Both may be interrupted anywhere.
 const LAST_TIDYING: Duration = Duration::from_secs(1);
 
-/// The state with this configuration; what lasts over reloads is that of `old`.
+/// The state of this configuration, with the part of `old` that outlives reloads.
 fn renew(mut config: ProviderConfig, old: &Shared) -> Result<Shared, String> {
-    // Sessions, turned sessions and the relay go on with the old one until a restart.
+    // The spool changes only at a restart: sessions and the relay use the old one.
     config.spool.clone_from(&old.config.spool);
     let shared = configure(config, old.lasting.clone(), Some(&old.worker))?;
     let (limits, accounts) = (&shared.config.limits, &shared.config.accounts);
@@ -215,12 +215,12 @@ fn log_failure(error: &str, consequence: &str) {
     log::error!("event=reload-failed error={} consequence={consequence:?}", quoted(error));
 }
 
-/// The end of a certificate's validity, for the log; `-`: there is none.
+/// The end of a certificate's validity, for the log; `-`: there is no certificate.
 fn end_of(tls: Option<&ServerTls>) -> String {
     tls.and_then(ServerTls::until).map_or_else(|| "-".to_owned(), Timestamp::rfc3339)
 }
 
-/// Logs what a reload has changed, and what it has not.
+/// Logs what a reload has changed, and domains without an account that have mail.
 fn log_reload(old: &Shared, new: &Shared) {
     let names =
         |shared: &Shared| shared.config.accounts.iter().map(|account| account.name.clone()).collect::<HashSet<_>>();
@@ -238,7 +238,7 @@ fn log_reload(old: &Shared, new: &Shared) {
     }
 }
 
-/// What a reload leaves as it was at the start, by its keys.
+/// The keys whose values a reload does not change, each with its value at the start.
 struct Fixed([(&'static str, String); 6]);
 
 impl Fixed {
@@ -254,7 +254,7 @@ impl Fixed {
         ])
     }
 
-    /// The keys whose values in a file are others.
+    /// The keys that have other values in this configuration.
     fn changed(&self, config: &ProviderConfig) -> Vec<&'static str> {
         let now = Fixed::of(config);
         self.0.iter().zip(&now.0).filter(|(fixed, now)| fixed != now).map(|((key, _), _)| *key).collect()

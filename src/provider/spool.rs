@@ -1,21 +1,23 @@
-//! The provider's spool: which queues there are, and which of them a recipient's mail goes to.
+//! The provider's spool: its queues, and which of them a recipient's mail goes to.
 //!
 //! ```text
 //! SPOOL/domains/<domain>/     mail for a customer's domain, until the customer fetches it
 //! SPOOL/outgoing/@all/        mail from customers and DSNs for domains elsewhere, until the relay has sent them; a message
-//!                             is one file, whose name tells its domain
-//! SPOOL/outgoing/<domain>/    the same as earlier versions stored it: sent from there, and removed when it is empty; a domain
-//!                             that is not made of letters, digits and hyphens has its `Domain::file_name`
+//!                             is one file, whose name has its domain
+//! SPOOL/outgoing/<domain>/    the same, from earlier versions: sent from there, and removed when it is empty; a domain
+//!                             with other characters than letters, digits and hyphens has its `Domain::file_name`
 //! SPOOL/postmaster/           mail for the provider's own postmaster (RFC 5321 section 4.5.1)
-//! SPOOL/.odmr/                the lock of `odmr serve`; `account-ACCOUNT.lock`, which a turned session of the account has,
-//!                             besides `odmr.lock` in each directory with mail; for `odmr status`: `call-ACCOUNT`, the
-//!                             last call of an account, and `reload`, the last reading of the configuration;
-//!                             `usage-ACCOUNT`, how much is held for an account with a quota at most; `rate-ACCOUNT`, how
-//!                             many messages an account with a rate has submitted in this hour; `unknown-ACCOUNT`, the
-//!                             recipients that a customer's server does not know; `clock`, what is known of the clock, by
-//!                             which mail expires; `tidy`, whose time says when what was left over was removed last;
-//!                             `scram-key`, of which the salts are made that no file has; `logins`, who guesses secrets and
-//!                             where the accounts log in from, and `logins.lock`
+//! SPOOL/.odmr/                state files:
+//!     serve                   the lock of `odmr serve`
+//!     account-ACCOUNT.lock    the lock that a turned session of the account has, besides `odmr.lock` in each queue
+//!     call-ACCOUNT, reload    for `odmr status`: the last call of an account, and the last reading of the configuration
+//!     usage-ACCOUNT           an upper bound of the mail that is held for an account with a quota
+//!     rate-ACCOUNT            how many messages an account with a rate has submitted in this hour
+//!     unknown-ACCOUNT         the recipients that a customer's server does not know
+//!     clock                   the history of the clock, by which mail expires
+//!     tidy                    its time of modification is that of the last daily tidying
+//!     scram-key               the key of the salts that are in no file
+//!     logins, logins.lock     failed logins, and the networks that accounts have logged in from
 //! SPOOL/.wake                 the socket at which other processes wake `odmr serve` when they have stored mail for the relay
 //!                             ([`crate::net::wake`])
 //! ```
@@ -39,23 +41,23 @@ use crate::queue::{Queue, QueueDue, QueueName, QueuedEnvelope, SharedIndex, remo
 use crate::session::check_room;
 use crate::smtp::reply::Reply;
 
-/// How long a recipient waits who is not in a list that has been changed just now, and how often it is looked for.
+/// How long the reply to RCPT waits for a list of recipients that another program is writing, and how often it is read.
 const SETTLE_TIMEOUT: Duration = Duration::from_millis(2500);
 const SETTLE_INTERVAL: Duration = Duration::from_millis(50);
 
 /// The file in `SPOOL/.odmr` that `odmr serve` locks.
 const LOCK_FILE: &str = "serve";
 
-/// How the names of the files begin that the sessions of accounts lock.
+/// The prefix of the files that turned sessions lock.
 const ACCOUNT_LOCK: &str = "account-";
 
-/// How the names of the files begin with the recipients that are not known.
+/// The prefix of the files with unknown recipients.
 const UNKNOWN_RECIPIENTS: &str = "unknown-";
 
-/// The directory in `SPOOL/outgoing` for the mail of all domains. No domain has this name.
+/// The directory in `SPOOL/outgoing` for mail to all domains. No domain can have this name.
 const OUTGOING: &str = "@all";
 
-/// How many directories below the spool a queue is at most: `domains/<domain>`.
+/// The maximum depth of a queue below the spool: `domains/<domain>`.
 pub const SPOOL_DEPTH: usize = 2;
 
 /// Finds, reads and writes the queues.
@@ -64,7 +66,7 @@ pub struct Spool {
     queue: Queue,
     accounts: Accounts,
     quotas: Quotas,
-    /// Octets that stay free on each disk.
+    /// Octets that messages from outside leave free on each disk.
     min_free: u64,
     /// The provider's own domain; `None`: its hostname is not a domain.
     own: Option<Domain>,
@@ -77,11 +79,11 @@ pub enum SpoolQueue {
     Held(Domain),
     /// Mail for the provider's own postmaster.
     Postmaster,
-    /// Mail from customers, and DSNs, for a domain elsewhere.
+    /// Mail from customers, and DSNs, for one domain elsewhere.
     Outgoing(Domain),
-    /// Those for all of them.
+    /// The same for all domains elsewhere.
     AllOutgoing,
-    /// Mail for a domain elsewhere that an earlier version has stored.
+    /// Mail for one domain elsewhere, stored by an earlier version.
     OldOutgoing(Domain),
 }
 
@@ -93,7 +95,7 @@ fn held_path(root: &Path, domain: &Domain) -> PathBuf {
     root.join("domains").join(&*domain.file_name())
 }
 
-/// The names of the files in a directory, in order; none if it does not exist.
+/// The names of the files in a directory, sorted; none if it does not exist.
 fn files_in(directory: &Path) -> io::Result<Vec<String>> {
     let files = match fs::read_dir(directory) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
@@ -105,7 +107,7 @@ fn files_in(directory: &Path) -> io::Result<Vec<String>> {
 }
 
 impl Spool {
-    /// The spool that the configuration names. Queues are made when the first message is stored in them.
+    /// The spool of a configuration. Directories of queues are made when the first message is stored in them.
     pub fn new(config: &ProviderConfig, ids: &Ids) -> Spool {
         let root = config.spool.clone();
         Spool {
@@ -118,13 +120,13 @@ impl Spool {
         }
     }
 
-    /// Locks and reads the queues, by their [`Spool::name`].
+    /// The storage of the queues, which locks and reads them by their [`Spool::name`].
     pub fn queue(&self) -> &Queue {
         &self.queue
     }
 
-    /// The secret key of which salts and digests of names are made, the same in each process. If it cannot be stored, it is of
-    /// this process only.
+    /// The secret key of salts and of digests of names, the same in each process. If it cannot be stored, which is logged, this
+    /// process has a key of its own.
     pub fn login_key(&self, ids: &Ids) -> [u8; 32] {
         let new = ids.key();
         maildir::state_key(&self.root, "scram-key", new).unwrap_or_else(|error| {
@@ -133,10 +135,10 @@ impl Spool {
         })
     }
 
-    /// Locks the spool for one `odmr serve`; the lock lasts as long as the file is open. `None`: another one has it.
+    /// Locks the spool for one `odmr serve`, as long as the returned file is open. `None`: another process has the lock.
     ///
     /// # Errors
-    /// The spool cannot be written to; the text says what to do.
+    /// The spool cannot be written to; the text has the remedy.
     pub fn lock(&self) -> io::Result<Option<File>> {
         let lock = maildir::lock_for_daemon(&self.root, LOCK_FILE)?;
         rustix::fs::access(&self.root, Access::WRITE_OK | Access::EXEC_OK).map_err(|error| {
@@ -146,15 +148,15 @@ impl Spool {
         Ok(lock)
     }
 
-    /// Whether an `odmr serve` has the spool. Nothing is created.
+    /// Whether an `odmr serve` has the lock of the spool. No file is created.
     ///
     /// # Errors
-    /// The lock cannot be looked at.
+    /// The lock cannot be read.
     pub fn is_locked(&self) -> io::Result<bool> {
         maildir::locked_state_file(&self.root, LOCK_FILE).map(|file| file.is_some())
     }
 
-    /// The name of a queue: its directory, and whether its messages are tried again at times of their own.
+    /// The name of a queue: its directory, its locks and limits, and whether each message has its own time of the next attempt.
     pub fn name(&self, queue: &SpoolQueue) -> QueueName {
         let (path, domain) = match queue {
             SpoolQueue::Held(domain) => (held_path(&self.root, domain), Some(domain)),
@@ -178,7 +180,7 @@ impl Spool {
         self.root.join("outgoing")
     }
 
-    /// The queues with mail for a domain elsewhere: there is a second one if an earlier version has stored some.
+    /// The queues with mail for a domain elsewhere: two, if an earlier version has stored some.
     pub fn outgoing_names(&self, domain: &Domain) -> Vec<QueueName> {
         let old = self.name(&SpoolQueue::OldOutgoing(domain.clone()));
         let old = Some(old).filter(|old| old.path.exists());
@@ -209,7 +211,7 @@ impl Spool {
         destinations.iter().for_each(|domain| self.remove_old_destination(domain));
     }
 
-    /// Removes that for one domain.
+    /// Removes the directory of one domain elsewhere, if it has no mail. A failure is logged.
     pub fn remove_old_destination(&self, domain: &Domain) {
         let name = self.name(&SpoolQueue::OldOutgoing(domain.clone()));
         if let Err(error) = self.queue.remove_empty(&name) {
@@ -217,8 +219,8 @@ impl Spool {
         }
     }
 
-    /// All queues with their names for administrators: those of the customers' domains, also if they are customers no
-    /// more, the postmaster's, `outgoing`, and `outgoing/DOMAIN` of earlier versions.
+    /// All queues, each with its name for administrators: the domains of customers and former customers, the postmaster's,
+    /// `outgoing`, and `outgoing/DOMAIN` of earlier versions.
     ///
     /// # Errors
     /// A directory exists and cannot be read.
@@ -231,28 +233,27 @@ impl Spool {
         Ok(held.chain(others).chain(old).collect())
     }
 
-    /// The customer that a domain belongs to.
+    /// The name of the account that a domain belongs to.
     pub fn owner(&self, domain: &Domain) -> Option<&str> {
         self.accounts.owner(domain).map(|account| account.name.as_str())
     }
 
-    /// The domains of an account; none: there is no such account.
+    /// The domains of an account; none, if there is no such account.
     pub fn domains_of(&self, account: &str) -> &[Domain] {
         self.accounts.account(account).map_or(&[], |account| &account.domains)
     }
 
-    /// The age at which mail that is held for an account expires. `None`: never, or the account is gone, or its file has a
-    /// mistake.
+    /// The age at which an account's held mail expires. `None`: never; or the account was removed, or its file has a mistake.
     pub fn expire_after(&self, account: &str) -> Option<Duration> {
         self.accounts.account(account).filter(|_| !self.accounts.is_skipped(account))?.held.expire_after
     }
 
-    /// Whether no customer has this domain, whatever is in the files that are skipped.
+    /// Whether no customer has this domain, even if the skipped files were valid.
     pub fn is_unowned(&self, domain: &Domain) -> bool {
         self.accounts.owner(domain).is_none() && !self.accounts.may_be_skipped(domain)
     }
 
-    /// Whether a domain may be that of a customer whose file is skipped.
+    /// Whether a domain may belong to a customer whose file is skipped.
     pub fn may_be_skipped(&self, domain: &Domain) -> bool {
         self.accounts.may_be_skipped(domain)
     }
@@ -262,25 +263,24 @@ impl Spool {
         self.root.join(".odmr").join(format!("call-{account}"))
     }
 
-    /// The file with the recipients that the server of an account does not know.
+    /// The file with the recipients that the account's server does not know.
     pub fn unknown_recipients(&self, account: &str) -> PathBuf {
         self.root.join(".odmr").join(format!("{UNKNOWN_RECIPIENTS}{account}"))
     }
 
-    /// What the file of an account says of its held mail; the defaults, if the account is gone.
+    /// The settings of an account's held mail; the defaults, if the account was removed.
     pub fn held_config(&self, account: &str) -> HeldConfig {
         self.accounts.account(account).map(|account| account.held.clone()).unwrap_or_default()
     }
 
-    /// The file with the last reading of the configuration, in the form of a call.
+    /// The file with the last reading of the configuration ([`CallRecord`](crate::report::calls::CallRecord)).
     pub fn reload_record(&self) -> PathBuf {
         self.root.join(".odmr/reload")
     }
 
-    /// Removes what is left over, once a day by whichever process comes first: files of writers that died, queues without
-    /// mail of domains that no customer has, and of domains elsewhere, the records of accounts that are gone, and the recipients of
-    /// those that learn none; each when
-    /// it was not used for 36 hours. A failure is logged.
+    /// Removes what is left over, once a day in whichever process comes first: files of writers that died; queues without mail
+    /// whose domain has no customer; the state files of removed accounts, and rates of accounts without one. Each must be unused for
+    /// 36 hours. A failure is logged.
     pub fn tidy(&self) {
         maildir::tidy_daily(&self.root, || {
             for (_, queue) in self.all_queues()? {
@@ -301,7 +301,7 @@ impl Spool {
             let has_no_rate = |account: &str| self.accounts.account(account).is_none_or(|account| account.rate == 0);
             let starts = ["call-", USAGE_FILE, UNKNOWN_RECIPIENTS];
             let is_left = |name: &str| {
-                // By `retry` earlier versions have asked the relay for what a datagram asks now.
+                // Earlier versions used the file `retry` where a datagram wakes the relay now.
                 name == "retry"
                     || name.strip_prefix(RATE_FILE).is_some_and(has_no_rate)
                     || starts.iter().any(|start| name.strip_prefix(start).is_some_and(is_gone))
@@ -315,7 +315,7 @@ impl Spool {
         Ok(names.iter().filter_map(|name| Domain::of_file_name(name)).collect())
     }
 
-    /// Checks that the disk has room for a message of so many octets, and what stays free.
+    /// Checks that the disk has room for a message of `octets`, and `min-free` besides.
     ///
     /// # Errors
     /// The reply to MAIL.
@@ -323,13 +323,13 @@ impl Spool {
         check_room(&self.root, octets, self.min_free)
     }
 
-    /// Has all files counted of accounts with a quota.
+    /// Has all files of accounts with a quota counted again.
     pub fn recount(&self) {
         self.quotas.recount();
     }
 
-    /// Checks that a recipient of held mail is known to the customer, if it has named its recipients, and that a message of
-    /// `size` octets for it may be stored. `others`: the queues that the message goes to already.
+    /// Checks that a recipient of held mail is in the customer's list, if it has one, and that there is room for a message of
+    /// `size` octets. `others`: the queues of the message's earlier recipients.
     ///
     /// # Errors
     /// The reply to RCPT.
@@ -339,7 +339,7 @@ impl Spool {
         let late = Instant::now() + SETTLE_TIMEOUT;
         let knowledge = loop {
             match account.held.recipients.look_up(mailbox, &account.name) {
-                // Only time shows that nobody is writing the file any more.
+                // Another program may still be writing the file: only time shows that it is done.
                 Knowledge::Changing if Instant::now() < late => std::thread::sleep(SETTLE_INTERVAL),
                 knowledge => break knowledge,
             }
@@ -356,7 +356,7 @@ impl Spool {
         if others.contains(&queue) {
             return Ok(());
         }
-        // The queue may be on another file system than the spool (RFC 1870 section 6.1).
+        // RFC 1870 section 6.1. MAIL has checked the spool, and the queue may be on another file system.
         check_room(&held_path(&self.root, domain), size, self.min_free)?;
         let is_its_own =
             |other: &&SpoolQueue| matches!(other, SpoolQueue::Held(other) if account.domains.contains(other));
@@ -364,15 +364,15 @@ impl Spool {
         self.quotas.check(account, Usage { octets: size.saturating_mul(copies), messages: copies })
     }
 
-    /// The reply to a message for these queues that could not be stored.
+    /// The reply to the content of a message that could not be stored in these queues.
     pub fn failure_reply<'a>(&self, error: &io::Error, queues: impl IntoIterator<Item = &'a SpoolQueue>) -> Reply {
         let accounts: Vec<_> = queues.into_iter().map(|queue| self.holder(queue)).collect();
-        // There is one reply for all recipients, so it rejects only what all of them would.
+        // There is one reply for all recipients, so it rejects only if the quota of all of them does.
         self.quotas.reply(error, accounts.first().copied().flatten().filter(|_| is_one(&accounts)))
     }
 
-    /// Whether a message for several accounts has room in each, however large it turns out to be. There is one reply to the
-    /// content for all recipients: a full account would defer it for the others too, at each attempt of the client.
+    /// Whether a message for several accounts fits into the quota of each, however large its content is. The content has one reply
+    /// for all recipients: an account without room would defer the message for the others too, at each attempt.
     pub fn may_go_together(&self, queues: &[SpoolQueue], size: Option<u64>) -> bool {
         let accounts: Vec<_> = queues.iter().map(|queue| self.holder(queue)).collect();
         let has_room = |account: &&Account| {
@@ -390,12 +390,11 @@ impl Spool {
         }
     }
 
-    /// Begins a message from outside, as [`Spool::begin_message`]: not for accounts that have enough, nor for a disk that
-    /// has no room for so many `octets` of content.
+    /// Begins a message from outside, as [`Spool::begin_message`], within the quotas of the accounts and the room on the disk.
+    /// `octets`: the expected size of the content.
     ///
     /// # Errors
-    /// `StorageFull`, and those of [`Spool::begin_message`]. [`Spool::failure_reply`] is the reply to each, and to those of the
-    /// writer.
+    /// `StorageFull`, and those of [`Spool::begin_message`]. [`Spool::failure_reply`] makes replies of these and of the writer's.
     pub fn begin_incoming(
         &self, copies: &[(SpoolQueue, QueuedEnvelope)], head: &str, octets: u64,
     ) -> io::Result<MessageWriter> {
@@ -405,8 +404,8 @@ impl Spool {
         Ok(writer)
     }
 
-    /// Begins a message with a copy in each of these queues. `head`: the first lines of the content, or nothing. It is stored
-    /// even if it is too much for an account or the disk: a DSN must be, or the message that it is about would stay forever.
+    /// Begins a message with a copy in each of these queues, whatever the quotas and `min-free`: if a DSN could not be stored, the
+    /// message that it is about would stay for ever. `head`: the first lines of the content, or empty.
     ///
     /// # Errors
     /// A file cannot be made; `InvalidInput` if an envelope is too long.
@@ -415,8 +414,8 @@ impl Spool {
         self.queue.begin_message(&copies, head)
     }
 
-    /// The queue of mail that is held here: for a customer's domain or for the provider's postmaster, whom every server
-    /// has (RFC 5321 section 4.5.1). `None`: mail for this mailbox would have to be relayed.
+    /// The queue of held mail for this mailbox: in a customer's domain, or the provider's postmaster (RFC 5321 section 4.5.1).
+    /// `None`: mail for this mailbox would have to be relayed.
     pub fn held_queue(&self, mailbox: &Mailbox) -> Option<SpoolQueue> {
         let domain = mailbox.domain()?;
         if self.accounts.owner(domain).is_some() {
@@ -431,10 +430,11 @@ impl Spool {
         self.accounts.owner(domain).is_some()
     }
 
-    /// Checks that the domain cannot belong to a customer whose file has a mistake: a mistake in typing bounces nothing.
+    /// Checks that the domain does not belong to a customer whose file is skipped: a typing mistake must not reject the
+    /// customer's mail.
     ///
     /// # Errors
-    /// The reply to a recipient or to ATRN, and the reason why mail waits.
+    /// The reply to RCPT or ATRN, 451. It is also the reason why the relay defers the mail.
     pub fn check_skipped(&self, domain: &Domain) -> Result<(), Reply> {
         match self.accounts.may_be_skipped(domain) {
             true => {

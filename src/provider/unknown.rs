@@ -1,20 +1,20 @@
-//! `recipients = "learn"`: the recipients that a customer's server does not know, as it has said itself in its calls.
+//! `recipients = "learn"`: the provider learns from a customer's calls which recipients its server does not know.
 //!
-//! A recipient that was rejected with 5.1.1 in two calls, at least an hour apart, is *learned*: RCPT gets 550 5.1.1, so that the
-//! sender's own server tells the sender, and no DSN goes to whoever was named as one. It is forgotten when the customer accepts
-//! it, in whichever case it is written, and a day after its last rejection, so that a new mailbox is found soon. It is learned as
-//! it was written: local parts of other cases may be other mailboxes (RFC 5321 section 2.4), and a stranger who writes to one
-//! that does not exist must not have another rejected. The postmaster is never learned.
+//! A recipient that was rejected with 5.1.1 in two calls, at least an hour apart, is *learned*: RCPT gets 550 5.1.1. So the
+//! sender's own server reports the rejection, and no DSN goes to a forged sender. The provider forgets a recipient when the
+//! customer accepts it, with any spelling of its local part, and a day after its last rejection, so that a new mailbox gets its
+//! mail soon. Only the rejected spelling is learned: RFC 5321 section 2.4 permits `BOB` and `bob` to be two mailboxes, and a
+//! stranger who writes to one that does not exist must not get the other rejected. The postmaster is never learned.
 //!
-//! Each account has one file, `SPOOL/.odmr/unknown-ACCOUNT`, which the end of a turned session replaces, while it has the lock
-//! of the account:
+//! Each account has one file, `SPOOL/.odmr/unknown-ACCOUNT`. A turned session replaces it at its end, while it has the lock of
+//! the account:
 //!
 //! ```text
 //! 1795689600 1795693200 bob@example.org     first and last rejection, in seconds since 1970
 //! ```
 //!
-//! If the file is lost or damaged, the recipients are learned anew. Of a time that is in the future, or before this program
-//! existed, a clock was wrong: that recipient is forgotten.
+//! If the file is lost or damaged, the recipients are learned anew. A time in the future, or before this program existed, comes
+//! from a wrong clock: that recipient is forgotten.
 
 use std::cmp::Reverse;
 use std::collections::{HashMap, HashSet};
@@ -29,36 +29,36 @@ use crate::mail::address::Mailbox;
 use crate::maildir::{read_state_file, remove_if_there, replace_file, with_path};
 use crate::net::trace::quoted;
 
-/// Seconds from the first to the last rejection of a recipient that is learned, at least.
+/// The least time from the first to the last rejection of a learned recipient, in seconds.
 const LEARNED_AFTER: i64 = 60 * 60;
 
 /// Seconds after its last rejection when a recipient is forgotten.
 const FORGOTTEN_AFTER: i64 = 24 * 60 * 60;
 
-/// Recipients in a file; the oldest are forgotten.
+/// The maximum of recipients in a file; the oldest are forgotten.
 const RECIPIENTS_LIMIT: usize = if cfg!(test) { 100 } else { 10_000 };
 
-/// Octets of a file at most: two times and an address, for each.
+/// The maximum size of a file in octets: two times and an address for each recipient.
 const FILE_LIMIT: u64 = 400 * RECIPIENTS_LIMIT as u64;
 
-/// Accounts whose files are kept in memory; then all are read anew.
+/// The maximum of accounts whose files are cached; after it, the cache is emptied.
 const ACCOUNTS_LIMIT: usize = 100;
 
-/// The recipients of an account that were rejected lately, by their [`key`].
+/// The recipients of an account that were rejected lately, each by its [`key`].
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct UnknownRecipients(HashMap<String, UnknownRecipient>);
 
 /// When a recipient was rejected.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct UnknownRecipient {
-    /// In the case in which it was rejected.
+    /// In the spelling that was rejected.
     address: String,
     first: Timestamp,
     last: Timestamp,
 }
 
 impl UnknownRecipient {
-    /// Whether it is remembered: less than a day has passed, and the clock was right.
+    /// Whether it still counts: less than a day has passed, and the clock was right.
     fn counts(&self, now: Timestamp) -> bool {
         let possible = self.first.is_possible(now) && self.last.is_possible(now);
         possible && now.seconds() - self.last.seconds() < FORGOTTEN_AFTER
@@ -69,18 +69,18 @@ impl UnknownRecipient {
     }
 }
 
-/// What the spellings of an address have in common.
+/// One key for all spellings of an address.
 fn key(address: &str) -> String {
     address.to_ascii_lowercase()
 }
 
-/// Whether a line of the file can have this address.
+/// Whether this address can be in a line of the file.
 fn is_plain(address: &str) -> bool {
     address.contains('@') && !address.contains(char::is_control)
 }
 
 impl UnknownRecipients {
-    /// Reads the file of an account. If it is missing, or damaged, which is logged, there are none.
+    /// Reads the file of an account. If it is missing, or damaged, which is logged, the result is empty.
     pub fn read(path: &Path) -> UnknownRecipients {
         let read = match read_state_file(path, FILE_LIMIT + 1) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return UnknownRecipients::default(),
@@ -118,7 +118,7 @@ impl UnknownRecipients {
         text
     }
 
-    /// How many are learned.
+    /// The number of learned recipients.
     pub fn learned(&self, now: Timestamp) -> usize {
         self.0.values().filter(|unknown| unknown.is_learned(now)).count()
     }
@@ -129,15 +129,15 @@ impl UnknownRecipients {
     }
 }
 
-/// What one turned session learns.
+/// The recipients that one turned session learns and forgets.
 pub struct Learning {
     path: PathBuf,
-    /// When the session has begun: its rejections are one call's, however long it takes.
+    /// When the session began. All its rejections have this time, as they are of one call.
     begun: Timestamp,
     /// `None`: the file was not read yet.
     recipients: Option<UnknownRecipients>,
-    /// Keys of recipients that the session has accepted: it teaches nothing of them, because a rejection that was postponed may
-    /// have come before.
+    /// Keys of the recipients that the session has accepted. They are not learned even if a rejection is recorded later: its
+    /// settlement may have been postponed.
     accepted: HashSet<String>,
     changed: bool,
 }
@@ -158,7 +158,7 @@ impl Learning {
         &mut recipients.0
     }
 
-    /// The customer's server has a recipient.
+    /// Forgets a recipient: the customer's server has accepted it.
     pub fn accepted(&mut self, mailbox: &Mailbox) {
         let key = key(&mailbox.canonical().to_string());
         self.changed |= self.recipients().remove(&key).is_some();
@@ -167,15 +167,16 @@ impl Learning {
         }
     }
 
-    /// The customer's server does not know a recipient: 5.1.1. Returns whether it is learned by that.
+    /// Records that the customer's server has rejected a recipient with 5.1.1. Returns whether the recipient is learned now, and
+    /// was not before.
     pub fn rejected(&mut self, mailbox: &Mailbox) -> bool {
-        // RFC 5321 section 4.5.1: mail for the postmaster must be accepted.
+        // RFC 5321 section 4.5.1: every server must accept mail for the postmaster.
         if mailbox.local().eq_ignore_ascii_case("postmaster") || !self.begun.is_possible(self.begun) {
             return false;
         }
         let address = mailbox.canonical().to_string();
         let (key, begun) = (key(&address), self.begun);
-        // Of more recipients nobody knows whether they were accepted.
+        // If `accepted` is full, this recipient may have been accepted without a record of it.
         if self.accepted.len() >= RECIPIENTS_LIMIT || self.accepted.contains(&key) || !is_plain(&address) {
             return false;
         }
@@ -193,7 +194,7 @@ impl Learning {
         learned
     }
 
-    /// Writes the file, if something has changed. A failure is logged.
+    /// Writes the file, if anything has changed. A failure is logged.
     pub fn write(self, account: &str) {
         if let Some(recipients) = self.recipients.filter(|_| self.changed) {
             log_not_recorded(replace_file(&self.path, &recipients.text()), account);
@@ -201,8 +202,8 @@ impl Learning {
     }
 }
 
-/// Removes the file of an account that does not learn: what the customer accepts would not be forgotten, and be rejected if the
-/// account learned again. A failure is logged.
+/// Removes the file of an account that does not learn. Otherwise, if it learned again, recipients that its server has accepted
+/// meanwhile would be rejected. A failure is logged.
 pub fn forget(path: &Path, account: &str) {
     log_not_recorded(remove_if_there(path), account);
 }
@@ -213,14 +214,14 @@ fn log_not_recorded(recorded: io::Result<()>, account: &str) {
     }
 }
 
-/// The files of accounts as they were read last: RCPT reads one again only when it has changed.
+/// A cache of the accounts' files: RCPT reads a file again only when it has changed.
 #[derive(Default)]
 pub struct UnknownCache(Mutex<HashMap<PathBuf, (FileStamp, Arc<UnknownRecipients>)>>);
 
 impl UnknownCache {
     /// Whether a recipient of the account with this file is learned.
     pub fn is_learned(&self, path: &Path, mailbox: &Mailbox, now: Timestamp) -> bool {
-        // An error is logged by the end of the next call.
+        // The end of the next call logs the error.
         let Ok(found) = std::fs::metadata(path) else { return false };
         self.recipients(path, FileStamp::of(&found)).is_learned(mailbox, now)
     }
@@ -230,7 +231,7 @@ impl UnknownCache {
         if let Some((_, recipients)) = files().get(path).filter(|(read, _)| *read == stamp) {
             return recipients.clone();
         }
-        // Without the lock: others need not wait for this file.
+        // Read without the lock, so that other sessions do not wait for this file.
         let recipients = Arc::new(UnknownRecipients::read(path));
         let mut files = files();
         if files.len() >= ACCOUNTS_LIMIT {
@@ -255,7 +256,7 @@ mod tests {
         Timestamp::from_seconds(NOW + seconds)
     }
 
-    /// One call in which the recipient is rejected so often, or accepted.
+    /// One call in which the recipient is rejected `rejections` times, or accepted if that is 0.
     fn call(path: &Path, at: i64, address: &str, rejections: usize) {
         let mut learning = Learning::new(path.to_owned(), time(at));
         for _ in 0..rejections {
@@ -268,7 +269,7 @@ mod tests {
     }
 
     #[test]
-    fn two_calls_an_hour_apart_teach_and_a_day_or_an_acceptance_makes_it_forgotten() {
+    fn a_recipient_is_learned_after_two_calls_an_hour_apart_and_forgotten_after_a_day_or_when_accepted() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join(".odmr/unknown-acme");
         let cache = UnknownCache::default();
@@ -287,7 +288,7 @@ mod tests {
             call(&path, at, "PostMaster@example.org", 1);
         }
         assert!(!learned("postmaster@example.org", 4000));
-        // More than a day apart.
+        // Two rejections more than a day apart do not count together.
         call(&path, 0, "carol@example.org", 1);
         call(&path, 90_000, "carol@example.org", 1);
         assert!(!learned("carol@example.org", 90_000));
@@ -296,14 +297,14 @@ mod tests {
         assert_eq!(UnknownRecipients::read(&path).learned(time(93_600)), 1);
     }
 
-    /// RFC 5321 section 2.4: BOB and bob may be two mailboxes. A stranger who writes to one must not have the other rejected.
+    /// RFC 5321 section 2.4: BOB and bob may be two mailboxes. A stranger who writes to one must not get the other rejected.
     #[test]
-    fn a_rejection_is_about_the_recipient_as_it_was_spelled() {
+    fn only_the_rejected_spelling_is_learned() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("unknown-acme");
         let cache = UnknownCache::default();
         let learned = |address: &str| cache.is_learned(&path, &mailbox(address), time(7200));
-        // KELVIN SIGN: Unicode's small letter for it is `k`.
+        // U+212A, KELVIN SIGN: its lower case is `k`.
         for (unknown, exists) in
             [("BOB@example.org", "bob@example.org"), ("\u{212a}ate@example.org", "kate@example.org")]
         {
@@ -311,18 +312,18 @@ mod tests {
             assert!(learned(unknown) && !learned(exists), "{exists}");
         }
         assert!(learned("\"BOB\"@Example.ORG"));
-        // But a server that knows one spelling may know all.
+        // But if the server accepts one spelling, all are forgotten.
         call(&path, 3700, "Bob@example.org", 0);
         assert!(!learned("BOB@example.org"));
-        // Two spellings, once each.
+        // One rejection each of two spellings.
         call(&path, 3800, "carol@example.org", 1);
         call(&path, 7400, "Carol@example.org", 1);
         assert!(!learned("carol@example.org") && !learned("Carol@example.org"));
     }
 
-    /// A rejection that was postponed is settled after what came later.
+    /// A postponed rejection is settled after later messages.
     #[test]
-    fn a_session_that_has_accepted_a_recipient_teaches_nothing_of_it() {
+    fn a_recipient_that_the_session_has_accepted_is_not_learned() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("unknown-acme");
         let bob = mailbox("bob@example.org");
@@ -337,7 +338,7 @@ mod tests {
     }
 
     #[test]
-    fn a_wrong_clock_teaches_nothing_and_keeps_nothing() {
+    fn rejections_under_a_wrong_clock_do_not_count() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("unknown-acme");
         let year = 365 * 86_400;
@@ -357,7 +358,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_has_a_limit_and_may_be_damaged() {
+    fn a_file_is_limited_and_a_damaged_one_is_empty() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("unknown-acme");
         let address = |number: usize| mailbox(&format!("u{number}@example.org"));

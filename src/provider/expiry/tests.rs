@@ -1,4 +1,4 @@
-//! Tests of expiry without a call: what becomes of a message of each age, and who gets a DSN.
+//! Tests of expiry without a call: which messages expire, and which senders get DSNs.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -45,7 +45,7 @@ impl Case {
         path
     }
 
-    /// Puts a message of this age into the queue. `name`: what its name has after the time.
+    /// Puts a message of this age in seconds into the queue. `name`: the part of the file's name after the time.
     fn put(&self, age: i64, name: &str, head: &str) {
         let arrived = Timestamp::from_seconds(Clock::Fixed.now().seconds() - age);
         let text = format!(
@@ -64,7 +64,7 @@ impl Case {
         self.pass_that_waits(Duration::ZERO)
     }
 
-    /// `wait`: for a session that has the queue.
+    /// A pass. `wait`: how long it waits for a session that has the queue.
     fn pass_that_waits(&self, wait: Duration) -> PassResult {
         let ids = Ids::fixed();
         let config = ProviderConfig::load(&self.directory.path().join("provider.toml")).unwrap();
@@ -84,7 +84,7 @@ impl Case {
         names
     }
 
-    /// The text of the only DSN; empty: there is none.
+    /// The text of the only DSN; empty, if there is none.
     fn dsn(&self) -> String {
         let files = self.files("outgoing/@all/new");
         assert!(files.len() < 2, "{files:?}");
@@ -92,7 +92,7 @@ impl Case {
         files.first().map(|name| fs::read_to_string(path(name)).unwrap()).unwrap_or_default()
     }
 
-    /// How many messages are held, and are in `.refused`.
+    /// How many messages are held, and how many are in `.refused`.
     fn left(&self) -> (usize, usize) {
         let held = ["new", "cur"].map(|part| self.files(&format!("domains/example.org/{part}")).len());
         (held[0] + held[1], self.files("domains/example.org/.refused/new").len())
@@ -110,7 +110,7 @@ fn unfolded(text: &str) -> String {
     text.split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
-/// A message that nobody fetches expires at the promised second; NOTIFY counts, and the null sender is told nothing.
+/// A message expires at its age to the second. NOTIFY is respected, and the null sender gets no DSN.
 #[test]
 fn a_message_expires_at_its_age() {
     let plain = format!("{FROM}{TO}");
@@ -139,7 +139,7 @@ fn a_message_expires_at_its_age() {
         assert_eq!(dsn.contains("Will-Retry-Until: "), action == "delayed" && !keys.contains("never"), "{keys} {age}");
         let found = dsn.lines().find_map(|line| line.strip_prefix("Action: ")).unwrap_or_default();
         assert_eq!((found, case.left()), (action, left), "{keys} {age} {head}");
-        // Neither is reported twice, by this process or the next.
+        // Neither is reported twice, by this process or by the next one.
         case.pass();
         assert_eq!(case.dsn(), dsn, "{keys} {age}");
         let next = Case { plan: ExpiryPlan::default(), ..case };
@@ -148,7 +148,7 @@ fn a_message_expires_at_its_age() {
     }
 }
 
-/// The sender is warned only if the customer has not called since, and learns the day of its last call.
+/// The sender gets a warning only if the customer has not called since the message arrived. It has the day of the last call.
 #[test]
 fn a_warning_depends_on_the_last_call() {
     let never = "no call of the recipient's mail server for its mail is known";
@@ -163,7 +163,7 @@ fn a_warning_depends_on_the_last_call() {
         (2 * HOUR, "result=failed\ncount sent=0", ""),
         (2 * HOUR, "result=failed\nreason=450", never),
         (2 * HOUR, "result=failed\nsuccess=2026-01-01T04:04:05Z", on_day),
-        // The clock was wrong, or the record is damaged.
+        // The record is from a wrong clock, or damaged.
         (-400 * DAY, "result=done", ""),
         (2 * HOUR, "result=", ""),
     ] {
@@ -181,7 +181,7 @@ fn a_warning_depends_on_the_last_call() {
 }
 
 #[test]
-fn what_is_known_of_the_message_is_in_the_dsn() {
+fn the_dsn_has_the_reason_and_the_last_reply() {
     for (name, head, wanted) in [
         ("x:2,S", format!("{FROM}{TO}"), "Given up after 14 days: no call"),
         ("x:2,F", format!("{FROM}{TO}"), "the message may have been delivered"),
@@ -198,7 +198,7 @@ fn what_is_known_of_the_message_is_in_the_dsn() {
     }
 }
 
-/// Recipients that are settled are not reported again, and those that cannot be read keep the file.
+/// Settled recipients are not reported again, and a recipient that cannot be read keeps the file.
 #[test]
 fn only_open_recipients_expire() {
     let case = Case::new("");
@@ -211,7 +211,7 @@ fn only_open_recipients_expire() {
     assert_eq!(case.dsn(), dsn);
 }
 
-/// A customer's file with a mistake stops all expiry of its mail; so does a session, for a while.
+/// If a customer's file has a mistake, its mail does not expire; nor while a session has it.
 #[test]
 fn a_mistake_and_a_session_stop_expiry() {
     let case = Case::new("");
@@ -229,7 +229,7 @@ fn a_mistake_and_a_session_stop_expiry() {
     assert_eq!((case.pass().left, case.left()), (Vec::new(), (0, 0)));
 }
 
-/// A session that comes while a pass has the queue gets it.
+/// A session that requests the queue of a pass gets it.
 #[test]
 fn a_pass_yields_to_a_session() {
     let case = Case::new("");
@@ -249,7 +249,7 @@ fn a_pass_yields_to_a_session() {
     });
 }
 
-/// The DSN cannot be stored: the message stays.
+/// Otherwise its sender would never know.
 #[test]
 fn a_message_stays_if_its_dsn_cannot_be_stored() {
     let case = Case::new("");
@@ -263,7 +263,7 @@ fn a_message_stays_if_its_dsn_cannot_be_stored() {
     assert_eq!((case.pass().left, case.left()), (Vec::new(), (0, 0)));
 }
 
-/// Nothing is listed before it may be due, unless the configuration or the clock has changed.
+/// A domain is not listed before a message may be due, unless the configuration or the clock has changed.
 #[test]
 fn a_domain_is_listed_when_something_is_due() {
     let case = Case::new("");
@@ -277,7 +277,7 @@ fn a_domain_is_listed_when_something_is_due() {
     for (time, listed) in [(0, 0), (99, 0), (100, 1), (-1, 1)] {
         assert_eq!(due(&config.accounts, at(time)), listed, "{time}");
     }
-    // A pass that hangs in the domain leaves it to no other.
+    // While a pass hangs in the domain, no other pass begins it.
     let account = config.accounts.iter().next().unwrap();
     let under_way = case.plan.begin(account, &account.domains[0], now).unwrap();
     assert!(case.plan.begin(account, &account.domains[0], now).is_none());
@@ -294,9 +294,9 @@ fn a_domain_is_listed_when_something_is_due() {
     assert_eq!(due(&config.accounts, now), 0);
 }
 
-/// A message from a clock that was wrong has no age; from when it is seen first, it has one.
+/// A message with the time of a wrong clock has no age. Its age counts from the first pass that finds it.
 #[test]
-fn a_message_of_a_wrong_clock_is_seen_first_now() {
+fn the_age_of_a_message_of_a_wrong_clock_counts_from_the_first_pass() {
     for age in [-5 * 365 * DAY, 50 * 365 * DAY] {
         let case = Case::new("");
         case.put(age, "x", &format!("{FROM}{TO}"));
@@ -318,9 +318,9 @@ fn a_message_of_a_wrong_clock_is_seen_first_now() {
     }
 }
 
-/// A session that has ended while a pass waits for the lock was a call.
+/// A session that ends while a pass waits for its lock is a call.
 #[test]
-fn nobody_is_warned_who_waits_for_a_call_that_has_just_been() {
+fn a_call_that_ends_during_the_pass_prevents_the_warning() {
     let case = Case::new("delay-warning = \"2h\"");
     case.put(3 * HOUR, "x", &format!("{FROM}{TO}"));
     let config = ProviderConfig::load(&case.directory.path().join("provider.toml")).unwrap();
@@ -341,9 +341,9 @@ fn nobody_is_warned_who_waits_for_a_call_that_has_just_been() {
     assert_eq!((case.dsn().as_str(), case.left()), ("", (1, 0)));
 }
 
-/// A message whose DSN cannot be stored, or whose sender's host gets too many, does not hold up the others.
+/// If the DSN of one message cannot be stored, or the limit of its domain is reached, the others are handled all the same.
 #[test]
-fn a_message_does_not_hold_up_those_after_it() {
+fn a_message_without_its_dsn_does_not_delay_those_after_it() {
     let case = Case::new("delay-warning = \"2h\"");
     case.write(
         "customers.d/other.toml",
@@ -367,9 +367,9 @@ fn a_message_does_not_hold_up_those_after_it() {
     assert_eq!(dsns.iter().filter(|name| text(name).contains("To: <eve@world.example>")).count(), 1, "{}", dsns.len());
 }
 
-/// Files of other agents may be newer than their names; those after them expire.
+/// Files of other agents may be newer than their names, and are not due. Those after them expire.
 #[test]
-fn messages_that_wait_do_not_hold_up_those_after_them() {
+fn messages_that_are_not_due_do_not_delay_those_after_them() {
     let case = Case::new("");
     let copied = Clock::Fixed.now().seconds() - DAY;
     let copied = std::time::SystemTime::UNIX_EPOCH + Duration::from_secs(copied.unsigned_abs());

@@ -1,4 +1,4 @@
-//! The rules for those who guess secrets.
+//! Tests of the rules for clients that guess secrets.
 
 use super::*;
 
@@ -13,7 +13,7 @@ fn attempt(id: &str, account: u8, address: &str) -> AttemptOrigin {
     AttemptOrigin { id: id.to_owned(), address: Some(address.parse().unwrap()), account: [account; 16] }
 }
 
-/// What a wrong secret costs: `None` if it is rejected.
+/// How many seconds a wrong secret waits; `None`: it is rejected.
 fn guess(table: &mut LoginTable, account: u8, address: &str, now: i64) -> Option<u32> {
     let attempt = attempt("guess", account, address);
     let (counted, seconds) = match table.begin(&attempt, now) {
@@ -31,7 +31,7 @@ fn guess_often(table: &mut LoginTable, times: usize) {
     }
 }
 
-/// How long the right secret waits, or `None`.
+/// How many seconds the right secret waits; `None`: it is rejected.
 fn log_in(table: &mut LoginTable, account: u8, address: &str, now: i64) -> Option<u32> {
     let attempt = attempt("login", account, address);
     let admission = table.begin(&attempt, now);
@@ -44,7 +44,7 @@ fn log_in(table: &mut LoginTable, account: u8, address: &str, now: i64) -> Optio
     }
 }
 
-/// The table after it was written and read.
+/// The table after it was written and read again.
 fn reread(table: &LoginTable) -> LoginTable {
     let (read, wrong) = LoginTable::parse(table.text().as_bytes());
     assert_eq!((read.text(), wrong), (table.text(), 0));
@@ -64,7 +64,7 @@ fn three_failures_are_free_and_then_the_delay_doubles() {
 }
 
 #[test]
-fn networks_are_a_24_or_a_64() {
+fn a_network_is_a_24_of_ipv4_or_a_64_of_ipv6() {
     for (address, text) in [
         ("192.0.2.77", "192.0.2.0/24"),
         ("::ffff:192.0.2.77", "192.0.2.0/24"),
@@ -78,22 +78,22 @@ fn networks_are_a_24_or_a_64() {
 }
 
 #[test]
-fn many_at_once_are_not_all_free_and_eight_of_a_network_wait() {
+fn of_many_attempts_at_once_eight_are_free_eight_wait_and_the_others_are_rejected() {
     let mut table = LoginTable::default();
     let begin = |number: u32| table.begin(&attempt(&number.to_string(), ACME, "192.0.2.1"), NOW);
     let admissions: Vec<_> = (0..20).map(begin).collect();
     assert_eq!(admissions[..9], [[Admission::Free; 8].as_slice(), &[Admission::Delayed(1)]].concat());
     assert_eq!(admissions.iter().filter(|admission| matches!(admission, Admission::Delayed(_))).count(), 8);
     assert_eq!(admissions[16..], [Admission::Rejected; 4]);
-    // Other processes know that, and each place is free again after its time.
+    // Another process reads the same from the file. Each place is free again after its time.
     let mut table = reread(&table);
     assert_eq!(table.begin(&attempt("late", 2, "192.0.2.1"), NOW + 1), Admission::Rejected);
     assert_eq!(table.begin(&attempt("late", 2, "192.0.2.1"), NOW + 2), Admission::Delayed(30));
 }
 
-/// Behind one address translator, or all on loopback.
+/// For instance after one address translator, or all on loopback.
 #[test]
-fn customers_that_call_at_once_are_no_guessers() {
+fn customers_that_call_at_once_from_one_network_have_no_delay() {
     let mut table = LoginTable::default();
     let attempts: Vec<_> = (0..100).map(|number| attempt(&number.to_string(), number, "192.0.2.1")).collect();
     for round in 0..2 {
@@ -101,7 +101,7 @@ fn customers_that_call_at_once_are_no_guessers() {
         while !waiting.is_empty() {
             let (begun, crowded): (Vec<_>, _) = waiting.into_iter().partition(|attempt| table.open(attempt, NOW));
             assert!(crowded.iter().all(|attempt| table.is_crowded(attempt, NOW)));
-            // Of a known network only the attempts at the same account count.
+            // From a known network only the attempts at the same account count.
             assert_eq!(begun.len(), if round == 0 { 8.min(begun.len() + crowded.len()) } else { 100 });
             open.extend(begun);
             for attempt in open.drain(..) {
@@ -114,9 +114,9 @@ fn customers_that_call_at_once_are_no_guessers() {
     assert!(!table.text().contains("failed"));
 }
 
-/// Exchanges that are begun and not ended, in order to hold others up.
+/// A client begins exchanges and does not end them, to delay others.
 #[test]
-fn who_waits_for_others_in_vain_is_delayed_like_one_who_guesses() {
+fn after_the_wait_for_open_attempts_an_attempt_is_delayed_as_after_failures() {
     let mut table = LoginTable::default();
     (0..8).for_each(|number| drop(format!("{:?}", table.begin(&attempt(&number.to_string(), ACME, "192.0.2.1"), NOW))));
     let customer = attempt("customer", 2, "192.0.2.9");
@@ -128,7 +128,7 @@ fn who_waits_for_others_in_vain_is_delayed_like_one_who_guesses() {
 
 /// An attacker must not be able to lock a customer out.
 #[test]
-fn a_known_network_waits_for_its_own_failures_only() {
+fn in_a_known_network_only_the_accounts_own_failures_there_count() {
     let mut table = LoginTable::default();
     assert_eq!(log_in(&mut table, ACME, "203.0.113.1", NOW), Some(0));
     let text = table.text();
@@ -139,13 +139,13 @@ fn a_known_network_waits_for_its_own_failures_only() {
     }
     let mut table = reread(&table);
     assert_eq!(log_in(&mut table, ACME, "203.0.113.1", NOW), Some(0));
-    // An ordinary login changes nothing in the file, but once a day.
+    // A login from a known network changes the file at most once a day.
     let text = table.text();
     assert_eq!(log_in(&mut table, ACME, "203.0.113.1", NOW), Some(0));
     assert_eq!(table.text(), text);
     assert_eq!(log_in(&mut table, ACME, "203.0.113.1", NOW + 86_400), Some(0));
     assert!(table.text().contains(&format!("known {} 0 ", NOW + 86_400)));
-    // Its own failures count there as anywhere, until it has logged in.
+    // Its own failures count there until it has logged in.
     let delays: Vec<_> = (0..5).map(|_| guess(&mut table, ACME, "203.0.113.1", NOW + 86_400)).collect();
     assert_eq!(delays, [0, 0, 0, 1, 2].map(Some));
     assert_eq!(log_in(&mut table, ACME, "203.0.113.1", NOW + 86_400), Some(4));
@@ -153,7 +153,7 @@ fn a_known_network_waits_for_its_own_failures_only() {
 }
 
 #[test]
-fn many_at_once_from_a_known_network_are_not_all_free() {
+fn of_many_attempts_at_once_from_a_known_network_eight_are_free() {
     let mut table = LoginTable::default();
     log_in(&mut table, ACME, "203.0.113.1", NOW);
     let begin = |number: u32| table.begin(&attempt(&number.to_string(), ACME, "203.0.113.1"), NOW);
@@ -162,7 +162,7 @@ fn many_at_once_from_a_known_network_are_not_all_free() {
     assert_eq!(admissions, [[Admission::Free; 8].as_slice(), &delayed].concat());
 }
 
-/// One who has an account must not clear its network by logging in.
+/// Otherwise a guesser with an account could clear its network.
 #[test]
 fn a_login_clears_neither_its_network_nor_its_account() {
     let mut table = LoginTable::default();
@@ -173,7 +173,7 @@ fn a_login_clears_neither_its_network_nor_its_account() {
 }
 
 #[test]
-fn an_attempt_that_tests_nothing_does_not_count() {
+fn an_attempt_without_a_compared_secret_does_not_count() {
     let mut table = LoginTable::default();
     for _ in 0..10 {
         let attempt = attempt("withdrawn", ACME, "192.0.2.1");
@@ -184,7 +184,7 @@ fn an_attempt_that_tests_nothing_does_not_count() {
 }
 
 #[test]
-fn a_quarter_of_an_hour_halves_the_failures_and_no_clock_prolongs_that() {
+fn failures_are_halved_each_quarter_of_an_hour_even_if_the_clock_is_set_back() {
     let full = || {
         let mut table = LoginTable::default();
         guess_often(&mut table, 100);
@@ -193,12 +193,12 @@ fn a_quarter_of_an_hour_halves_the_failures_and_no_clock_prolongs_that() {
     for (later, expected) in [(0, 30), (899, 30), (900, 30), (3 * 900, 8), (4 * 900, 1), (5 * 900, 0), (1 << 40, 0)] {
         assert_eq!(guess(&mut full(), ACME, "192.0.2.1", NOW + later), Some(expected), "{later}");
     }
-    // Set back by a year: from then on time passes as always.
+    // The clock is set back by a year: from then on the failures are halved as before.
     let (mut table, past) = (full(), NOW - 365 * 86_400);
     assert_eq!(guess(&mut table, ACME, "192.0.2.1", past), Some(30));
     let mut table = reread(&table);
     assert_eq!(guess(&mut table, ACME, "192.0.2.1", past + 3600), Some(1));
-    // Those who wait have no place for a year.
+    // Waiting attempts do not have their places for a year.
     let mut table = LoginTable::default();
     for number in 0..20 {
         table.begin(&attempt(&number.to_string(), ACME, "192.0.2.1"), NOW);
@@ -206,9 +206,9 @@ fn a_quarter_of_an_hour_halves_the_failures_and_no_clock_prolongs_that() {
     assert_eq!(table.begin(&attempt("other", ACME, "192.0.2.1"), past), Admission::Delayed(30));
 }
 
-/// A customer comes from a new network while others guess at its account from many.
+/// A customer calls from a new network while others guess at its account from many.
 #[test]
-fn a_network_with_fewer_failures_takes_the_place_of_the_one_with_the_most() {
+fn an_attempt_from_a_network_with_fewer_failures_displaces_the_one_with_the_most() {
     let mut table = LoginTable::default();
     let address = |number: usize| format!("10.0.{number}.1");
     for number in 0..100 {
@@ -222,7 +222,7 @@ fn a_network_with_fewer_failures_takes_the_place_of_the_one_with_the_most() {
     assert_eq!(table.begin(&customer, NOW), Admission::Delayed(30));
     let displaced = |table: &LoginTable| (0..100).filter(|number| table.is_displaced(&format!("a{number}"))).count();
     assert_eq!(displaced(&table), 1);
-    // All of them come again, and the customer keeps its place; the other process learns of that.
+    // All of them come again, and the customer keeps its place. Another process reads the same.
     for number in 0..100 {
         assert_ne!(table.begin(&attempt(&format!("b{number}"), ACME, &address(number)), NOW), Admission::Free);
     }
@@ -231,15 +231,15 @@ fn a_network_with_fewer_failures_takes_the_place_of_the_one_with_the_most() {
     assert_eq!(displaced(&table), 1);
 }
 
-/// The same before their networks have any failure.
+/// The same, before the networks have any failure.
 #[test]
-fn among_equals_the_one_that_did_not_come_in_vain_before_goes_first() {
+fn among_equals_an_attempt_from_a_network_without_rejections_comes_first() {
     let mut table = LoginTable::default();
     let mut begin =
         |number: usize| table.begin(&attempt(&format!("a{number}"), ACME, &format!("10.0.{number}.1")), NOW);
     (0..60).for_each(|number| drop(format!("{:?}", begin(number))));
     assert_eq!(begin(60), Admission::Rejected);
-    // One of those that wait asks for another place, over another connection.
+    // The clients that wait ask for more places, over other connections.
     for number in (0..40).chain(0..40) {
         begin(number);
     }
@@ -247,9 +247,9 @@ fn among_equals_the_one_that_did_not_come_in_vain_before_goes_first() {
     assert!(!table.is_displaced("customer"));
 }
 
-/// Guesses from a customer's own network, by one client that has all its places.
+/// One client in a customer's own network guesses, and has all the network's places.
 #[test]
-fn an_address_does_not_keep_the_others_of_its_network_out() {
+fn an_address_does_not_lock_out_the_others_of_its_network() {
     let mut table = LoginTable::default();
     let mut begin = |id: String, address| table.begin(&attempt(&id, ACME, address), NOW);
     (0..20).for_each(|number| drop(format!("{:?}", begin(format!("a{number}"), "203.0.113.66"))));
@@ -263,7 +263,7 @@ fn an_address_does_not_keep_the_others_of_its_network_out() {
 
 /// An attacker has 65,536 networks of IPv6, and uses each once.
 #[test]
-fn a_site_with_many_networks_does_not_keep_others_out() {
+fn a_site_with_many_networks_does_not_lock_others_out() {
     let mut table = LoginTable::default();
     guess_often(&mut table, 20);
     let mut begin = |id: String, address: &str| table.begin(&attempt(&id, ACME, address), NOW + 40);
@@ -275,9 +275,9 @@ fn a_site_with_many_networks_does_not_keep_others_out() {
     assert!(!table.is_displaced("customer"));
 }
 
-/// A customer whose secret was wrong for days, and is mended while others guess from everywhere.
+/// A customer's secret was wrong for days, and is corrected while others guess from everywhere.
 #[test]
-fn a_known_network_goes_before_the_others() {
+fn an_attempt_from_a_known_network_comes_first() {
     let mut table = LoginTable::default();
     log_in(&mut table, 2, "203.0.113.1", NOW);
     for _ in 0..100 {
@@ -295,7 +295,7 @@ fn a_known_network_goes_before_the_others() {
 }
 
 #[test]
-fn what_is_counted_is_bounded_and_what_is_invented_clears_nothing() {
+fn the_table_is_bounded_and_invented_names_clear_no_count() {
     let mut table = LoginTable::default();
     guess_often(&mut table, 20);
     log_in(&mut table, ACME, "203.0.113.1", NOW);
@@ -307,21 +307,21 @@ fn what_is_counted_is_bounded_and_what_is_invented_clears_nothing() {
         let attempt = invented(number);
         let counted = matches!(table.begin(&attempt, NOW + 1), Admission::Delayed(_));
         table.end(&attempt, counted, AttemptEnd::Failed, NOW + 1);
-        // This one has its own account, and logs in from everywhere.
+        // The attacker also has an account, and logs in from everywhere.
         table.learn([9; 16], attempt.network(), NOW + 1);
     }
     let text = table.text();
     let lines = text.lines().filter(|line| !line.starts_with("waits"));
     assert_eq!(lines.count(), 2 * COUNTED_LIMIT + KNOWN_LIMIT_EACH + 1);
     assert_eq!(guess(&mut table, ACME, "192.0.2.1", NOW + 1), Some(30));
-    // Two that take each other's place are not free either.
+    // Two subjects that replace each other in the table are not free either.
     let delays: Vec<_> = (3000..3020).map(|number| table.begin(&invented(3000 + number % 2), NOW + 40)).collect();
     assert!(!delays.contains(&Admission::Free), "{delays:?}");
     assert!(table.knows(network("203.0.113.9")) && !table.knows(network("203.0.114.9")));
 }
 
 #[test]
-fn more_known_networks_than_there_is_room_for_change_once_a_day() {
+fn a_full_list_of_known_networks_changes_once_a_day() {
     let mut table = LoginTable::default();
     let mut log_in_all = |count: u128, now| {
         for number in 0..count {
@@ -355,7 +355,7 @@ fn a_damaged_line_is_left_out() {
         assert_eq!(guess(&mut table, 7, "192.0.2.1", NOW), Some(30));
     }
     assert_eq!(LoginTable::parse(b"\0\xff\n\n").1, 2);
-    // Times and counts that cannot be.
+    // Impossible times and counts.
     let (mut table, wrong) =
         LoginTable::parse(format!("failed {} 4294967295 network 192.0.2.0/24\n", i64::MAX).as_bytes());
     assert_eq!(wrong, 0);
