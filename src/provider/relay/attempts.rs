@@ -1,15 +1,15 @@
-//! The attempts under way, and how strangers are kept from having all of them: whoever forges the senders of rejected mail
-//! chooses the hosts that its DSNs go to.
+//! The attempts under way, and the rules that prevent strangers from using up all connections. A stranger who forges the senders
+//! of rejected mail chooses the hosts that the DSNs go to.
 //!
-//! - In a queue DSNs come after mail, and wait for another attempt if mail arrives meanwhile.
-//! - Attempts with DSNs alone come last, and have at most a quarter of all connections; an eighth is theirs alone.
-//! - A destination is slow if its hosts and name servers have given no session for 10 s, or a host took as long for a message
-//!   that is not large. Attempts at slow ones come after other mail, and have at most a quarter of all connections.
-//! - If mail is due and all connections are in use, the attempts that have had no session for the longest time, and for 3 s at
-//!   least, end: their mail is deferred, and their destinations are slow. Attempts within their quarter do not end so.
-//! - A session must not end so: the message under way would be sent twice. If mail is due, those that were not done with a
-//!   message for 3 s do not count, but at most as many as `connections` permits.
-//! - An attempt that has had no session ends after 10 min, and its lookups together after 1 min, whatever it waits for.
+//! - In a queue, DSNs come after mail with a sender, and wait for another attempt if such mail arrives meanwhile.
+//! - Attempts with DSNs alone come last, and have at most a quarter of all connections. An eighth is reserved for them.
+//! - A destination is slow if an attempt had no session for 10 s, or if a host took as long for a message that is not large.
+//!   Attempts at slow destinations come after other mail, and have at most a quarter of all connections.
+//! - If mail is due and all connections are in use, attempts end that have had no session for at least 3 s, the longest
+//!   first: their mail is deferred, and their destinations are slow. Attempts within a reserved quarter do not end so.
+//! - Sessions do not end so: the message under way would be sent twice. Instead, if mail is due, sessions that have not finished
+//!   a message for 3 s do not count for the limit; at most `connections` of them.
+//! - An attempt without a session ends after 10 min, and all its lookups end after 1 min.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -17,25 +17,25 @@ use std::time::{Duration, Instant};
 use super::hosts::{AttemptKind, AttemptState, HostTable, TableState};
 use crate::net::cancel::CancelToken;
 
-/// How long an attempt may be without a session while mail waits for its connection.
+/// How long an attempt may have no session while mail waits for its connection.
 const GIVE_WAY_AFTER: Duration = Duration::from_secs(3);
 
-/// A destination is slow if an attempt has had no session for this time, or a message has taken as long.
+/// A destination is slow if an attempt had no session for this time, or a message took as long.
 const SLOW_AFTER: Duration = Duration::from_secs(10);
 
-/// A message of more octets may take its time.
+/// A message of at least this many octets may take longer.
 const LARGE: u64 = 1 << 20;
 
-/// How long a destination is slow, unless an attempt finds that it is not.
+/// How long a destination counts as slow, unless an attempt finds that it is not.
 const SLOW_FOR: Duration = Duration::from_secs(6 * 60 * 60);
 
-/// Slow destinations that are remembered.
+/// The maximum of slow destinations in the table.
 const SLOW_LIMIT: usize = 10_000;
 
-/// How long the hosts of one destination are tried in one attempt: slow ones must not keep a worker for hours.
+/// How long one attempt tries the hosts of a destination: slow hosts must not occupy a worker for hours.
 const ATTEMPT_DEADLINE: Duration = Duration::from_secs(600);
 
-/// How long the lookups of one attempt last together.
+/// How long all lookups of one attempt last together.
 const LOOKUP_DEADLINE: Duration = Duration::from_secs(60);
 
 /// Why no attempt can begin.
@@ -43,14 +43,14 @@ const LOOKUP_DEADLINE: Duration = Duration::from_secs(60);
 pub(super) enum NoAttempt {
     /// All connections are in use.
     AllInUse,
-    /// Those for this purpose are.
+    /// All connections for this kind of attempt are in use.
     KindInUse,
 }
 
 impl HostTable {
-    /// Begins an attempt, which has one connection at a time.
+    /// Begins an attempt, which counts as one connection until the permit is dropped.
     pub(super) fn begin_attempt(self: &Arc<HostTable>, kind: AttemptKind) -> Result<AttemptPermit, NoAttempt> {
-        // Without a descriptor there would be no connection either.
+        // The token needs a descriptor. If there is none, there would be none for a connection either.
         let cancel = CancelToken::new().map_err(|_| NoAttempt::AllInUse)?;
         let mut state = self.lock();
         state.check_share(kind)?;
@@ -74,7 +74,7 @@ impl HostTable {
         Ok(AttemptPermit { hosts: self.clone(), number, kind, deadline: now + ATTEMPT_DEADLINE, cancel, lookups })
     }
 
-    /// So much mail is due and finds all connections in use: ends as many attempts that have had no session for a while.
+    /// Ends up to `needed` attempts that have had no session for a while, for mail that is due while all connections are in use.
     pub(super) fn give_way(&self, needed: usize) {
         let mut state = self.lock();
         let has_share = state.limit / 4 > 0;
@@ -92,7 +92,7 @@ impl HostTable {
         }
     }
 
-    /// Ends the waits of all attempts that have no session: the relay was cancelled.
+    /// Ends the waits of all attempts that have no session, after the relay was cancelled.
     pub(super) fn cancel_attempts(&self) {
         self.lock().attempts.values().for_each(|attempt| attempt.cancel.cancel());
     }
@@ -102,14 +102,14 @@ impl HostTable {
         self.lock().slow.get(destination).is_some_and(|until| *until > Instant::now())
     }
 
-    /// Forgets that a destination is slow: it has no mail any more, or an administrator wants it to be tried.
+    /// Removes a destination from the slow ones, when it has no mail any more.
     pub(super) fn forget_slow(&self, destination: &str) {
         self.lock().slow.remove(destination);
     }
 }
 
 impl TableState {
-    /// Checks that there is a connection for one more attempt.
+    /// Checks that the limits permit one more attempt of this kind.
     fn check_share(&self, kind: AttemptKind) -> Result<(), NoAttempt> {
         let count = |counts: &dyn Fn(&AttemptState) -> bool| self.attempts.values().filter(|one| counts(one)).count();
         if kind != AttemptKind::Mail && count(&|attempt| attempt.kind == kind) >= (self.limit / 4).max(1) {
@@ -131,45 +131,45 @@ impl TableState {
 }
 
 impl AttemptState {
-    /// Whether it has a session that was not done with a message for a while.
+    /// Whether it has a session that has not finished a message for a while.
     fn stalls(&self) -> bool {
         self.sessions > 0 && self.progress.elapsed() >= GIVE_WAY_AFTER
     }
 }
 
-/// An attempt, counted until this is dropped.
+/// An attempt, which counts until this is dropped.
 pub(super) struct AttemptPermit {
     hosts: Arc<HostTable>,
     number: u64,
     kind: AttemptKind,
     deadline: Instant,
     cancel: CancelToken,
-    /// How long its lookups may still last.
+    /// How much time is left for its lookups.
     lookups: Mutex<Duration>,
 }
 
 impl AttemptPermit {
-    /// What it is for.
+    /// The kind of the attempt.
     pub(super) fn kind(&self) -> AttemptKind {
         self.kind
     }
 
-    /// Ends the waits before a session.
+    /// The token that ends the attempt's waits before a session.
     pub(super) fn cancel(&self) -> &CancelToken {
         &self.cancel
     }
 
-    /// No other address is tried after that.
+    /// When the attempt tries no other address any more.
     pub(super) fn deadline(&self) -> Instant {
         self.deadline
     }
 
-    /// The end of a wait for a session. If there has been one the hosts answer, and a long queue may take hours.
+    /// The deadline for a session; `None` after the first one: then the hosts respond, and a long queue may take hours.
     pub(super) fn session_deadline(&self) -> Option<Instant> {
         self.with(|attempt| attempt.first_session.is_none()).unwrap_or(true).then_some(self.deadline)
     }
 
-    /// Whether the attempt has ended for other mail.
+    /// Whether the attempt must end because other mail needs its connection.
     pub(super) fn gave_way(&self) -> bool {
         self.with(|attempt| attempt.gave_way).unwrap_or(false)
     }
@@ -179,7 +179,7 @@ impl AttemptPermit {
         Instant::now() >= self.deadline || self.lock_lookups().is_zero()
     }
 
-    /// Makes lookups, which get the time of their end.
+    /// Calls `lookups` with the deadline of the lookups, and subtracts the time that they take.
     pub(super) fn look_up<T>(&self, lookups: impl FnOnce(Instant) -> T) -> T {
         let (begun, left) = (Instant::now(), *self.lock_lookups());
         let result = lookups(self.deadline.min(begun + left));
@@ -191,7 +191,7 @@ impl AttemptPermit {
         self.lookups.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A session has begun; it ends when the result is dropped.
+    /// Counts a session, until the result is dropped.
     pub(super) fn session_begun(&self) -> AttemptSession<'_> {
         self.with(|attempt| {
             attempt.sessions += 1;
@@ -201,7 +201,7 @@ impl AttemptPermit {
         AttemptSession(self)
     }
 
-    /// A session is done with a message of so many octets.
+    /// Records that a session has finished a message of `octets`.
     pub(super) fn message_done(&self, octets: u64) {
         self.with(|attempt| {
             attempt.is_slow |= octets < LARGE && attempt.progress.elapsed() >= SLOW_AFTER;
@@ -209,7 +209,7 @@ impl AttemptPermit {
         });
     }
 
-    /// The attempt at this destination is over: records whether it is slow.
+    /// Records at the end of the attempt whether its destination is slow.
     pub(super) fn record_speed(&self, destination: &str) {
         let mut state = self.hosts.lock();
         let Some(attempt) = state.attempts.get(&self.number) else { return };
@@ -262,7 +262,7 @@ mod tests {
     }
 
     #[test]
-    fn dsns_and_slow_destinations_leave_connections_to_other_mail() {
+    fn dsns_and_slow_destinations_do_not_use_up_the_connections() {
         let hosts = table(20);
         for kind in [AttemptKind::Dsn, AttemptKind::Slow] {
             let held: Vec<_> = (0..5).map(|_| hosts.begin_attempt(kind).ok().unwrap()).collect();
@@ -274,7 +274,7 @@ mod tests {
         let dsns: Vec<_> = (0..2).map(|_| hosts.begin_attempt(AttemptKind::Dsn).ok().unwrap()).collect();
         assert_eq!(hosts.begin_attempt(AttemptKind::Dsn).err(), Some(NoAttempt::AllInUse));
         drop((mail, dsns));
-        // One connection is for each in turn.
+        // A single connection is for each kind in turn.
         let hosts = table(1);
         for kind in AttemptKind::ALL {
             let held = hosts.begin_attempt(kind).ok().unwrap();
@@ -284,7 +284,7 @@ mod tests {
     }
 
     #[test]
-    fn the_attempt_that_is_longest_without_a_session_gives_way() {
+    fn the_attempt_that_has_had_no_session_for_longest_gives_way() {
         let hosts = table(3);
         let attempts: Vec<_> = (0..3).map(|_| hosts.begin_attempt(AttemptKind::Mail).ok().unwrap()).collect();
         let session = attempts[0].session_begun();

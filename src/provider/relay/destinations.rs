@@ -1,4 +1,4 @@
-//! Which destination of outgoing mail is due when.
+//! When each destination of outgoing mail is due.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::io;
@@ -12,25 +12,25 @@ use crate::net::trace::quoted;
 use crate::provider::spool::{Spool, SpoolQueue};
 use crate::queue::{QueueDue, SharedIndex};
 
-/// How often the spool is read for mail that another process has stored, if no datagram has told of it.
+/// How often the spool is read for mail of another process whose datagram was lost.
 pub(super) const RESCAN_INTERVAL: Duration = Duration::from_secs(300);
 
-/// How long new mail waits for more: one session sends what arrives together.
+/// How long new mail waits for more, so that one session sends all that arrives together.
 const GATHER_DELAY: Duration = Duration::from_millis(200);
 
-/// All destinations that have mail, as far as the relay knows. There may be very many, as strangers choose where DSNs go: none
-/// of the functions that the scheduler calls for each attempt looks at all of them.
+/// All destinations that have mail, as far as the relay knows. There may be very many, as strangers choose where DSNs go: no
+/// function that the scheduler calls for each attempt goes through all of them.
 #[derive(Default)]
 pub(super) struct DestinationTable {
-    /// When an attempt at a destination is due; for a busy one, at mail that has arrived since its attempt began.
+    /// When each destination is due; of a busy one, only the mail that has arrived since its attempt began.
     due: HashMap<Domain, QueueDue>,
-    /// Destinations that a worker has.
+    /// Destinations with an attempt under way.
     busy: HashSet<Domain>,
-    /// Those that no worker has, by the time when mail with a sender is due.
+    /// The other destinations, by the time when their mail with a sender is due.
     mail: ByTime,
     /// The same for DSNs.
     dsns: ByTime,
-    /// Busy ones with mail that was found in the spool: when it is due is found out after the attempt.
+    /// Busy destinations for which more mail was found in the spool: their due times are read after the attempt.
     news: HashSet<Domain>,
 }
 
@@ -41,7 +41,7 @@ fn log_failed(queue: &str, error: &io::Error) {
 /// Destinations by the time when they are due.
 type ByTime = BTreeMap<SystemTime, BTreeSet<Domain>>;
 
-/// Those that are due, the earliest first.
+/// The destinations that are due, the earliest first.
 fn due_before(list: &ByTime, now: SystemTime) -> impl Iterator<Item = &Domain> {
     list.range(..=now).flat_map(|(_, domains)| domains)
 }
@@ -50,8 +50,8 @@ fn due_before(list: &ByTime, now: SystemTime) -> impl Iterator<Item = &Domain> {
 pub(super) type IsSlow<'a> = dyn Fn(&Domain) -> bool + 'a;
 
 impl DestinationTable {
-    /// Reads the spool, and finds out when the destinations are due that are not known yet, or for which another process has
-    /// stored mail. `again`: all of them, as an administrator may have changed it.
+    /// Reads the spool for the due times of new destinations, and of those for which another process has stored mail. `again`: of
+    /// all destinations, because an administrator may have changed them.
     pub(super) fn read(&mut self, spool: &Spool, index: &SharedIndex, again: bool) {
         index.read(&spool.name(&SpoolQueue::AllOutgoing)).unwrap_or_else(|error| log_failed("-", &error));
         let old = spool.old_destinations().unwrap_or_else(|error| {
@@ -60,7 +60,7 @@ impl DestinationTable {
         });
         let mut news = std::mem::take(&mut self.news);
         news.extend(index.take_news());
-        // A process of an earlier version may store more there.
+        // A process of an earlier version may still store mail there.
         news.extend(old);
         let known = index.domains().into_iter().filter(|domain| again || !self.due.contains_key(domain));
         news.extend(known.collect::<Vec<_>>());
@@ -73,13 +73,13 @@ impl DestinationTable {
         }
     }
 
-    /// New mail has arrived for a destination; `dsn`: without a sender. It is not due before `not_before`.
+    /// Records that new mail has arrived for a destination. `dsn`: it has the null sender. It is not due before `not_before`.
     pub(super) fn arrived(&mut self, domain: Domain, dsn: bool, not_before: Option<SystemTime>) {
         let due = Some(SystemTime::now() + GATHER_DELAY).max(not_before);
         self.add(domain, if dsn { QueueDue { mail: None, dsn: due } } else { QueueDue { mail: due, dsn: None } });
     }
 
-    /// A worker has finished its attempt at a destination. Mail that was found for it meanwhile, the worker may not have seen.
+    /// Records that a worker has finished its attempt at a destination. The attempt may have missed mail that was found meanwhile.
     pub(super) fn done(&mut self, next: NextDue, spool: &Spool, index: &SharedIndex) {
         self.busy.remove(&next.destination);
         if self.news.remove(&next.destination) {
@@ -88,7 +88,7 @@ impl DestinationTable {
         self.add(next.destination, next.due);
     }
 
-    /// Finds out when a destination is due.
+    /// Reads when a destination is due.
     fn find_due(&mut self, domain: Domain, spool: &Spool, index: &SharedIndex) {
         match spool.outgoing_due(&domain, index) {
             Ok(due) => self.add(domain, due),
@@ -96,7 +96,7 @@ impl DestinationTable {
         }
     }
 
-    /// Whether a worker has the destination.
+    /// Whether an attempt at the destination is under way.
     pub(super) fn is_busy(&self, domain: &Domain) -> bool {
         self.busy.contains(domain)
     }
@@ -127,7 +127,7 @@ impl DestinationTable {
         }
     }
 
-    /// The destinations that are due for an attempt of this kind and that no worker has, those that are due for longest first.
+    /// The destinations that are due for an attempt of this kind and not busy, the earliest first.
     fn due_of<'a>(
         &'a self, now: SystemTime, kind: AttemptKind, is_slow: &'a IsSlow<'_>,
     ) -> impl Iterator<Item = &'a Domain> {
@@ -136,7 +136,7 @@ impl DestinationTable {
         due_before(list, now).filter(move |domain| match kind {
             AttemptKind::Mail => !is_slow(domain),
             AttemptKind::Slow => is_slow(domain),
-            // Mail comes first, and takes them along.
+            // An attempt at the destination's mail sends its DSNs too.
             AttemptKind::Dsn => !has_mail(domain),
         })
     }
@@ -146,7 +146,7 @@ impl DestinationTable {
         self.due_of(now, kind, is_slow).next().is_some()
     }
 
-    /// How many destinations are due for attempts of this kind, up to `limit`.
+    /// The number of destinations that are due for attempts of this kind, up to `limit`.
     pub(super) fn count_due(&self, now: SystemTime, kind: AttemptKind, is_slow: &IsSlow<'_>, limit: usize) -> usize {
         self.due_of(now, kind, is_slow).take(limit).count()
     }
@@ -156,15 +156,14 @@ impl DestinationTable {
         [&self.mail, &self.dsns].into_iter().any(|list| due_before(list, now).next().is_some())
     }
 
-    /// Takes the destination that has been due for longest for an attempt of this kind. It is busy until
-    /// [`DestinationTable::done`].
+    /// Takes the earliest destination that is due for an attempt of this kind. It is busy until [`DestinationTable::done`].
     pub(super) fn take_due(&mut self, now: SystemTime, kind: AttemptKind, is_slow: &IsSlow<'_>) -> Option<Domain> {
         let domain = self.due_of(now, kind, is_slow).next()?.clone();
         self.take(&domain);
         Some(domain)
     }
 
-    /// Takes all that are due, for one session that sends the mail of all of them.
+    /// Takes all destinations that are due, for one attempt at the mail of all of them.
     pub(super) fn take_all_due(&mut self, now: SystemTime) -> Vec<Domain> {
         let due = due_before(&self.mail, now).chain(due_before(&self.dsns, now));
         let mut seen = HashSet::new();
@@ -179,7 +178,7 @@ impl DestinationTable {
         self.busy.insert(domain.clone());
     }
 
-    /// How long no other destination will become due, at most until the spool is to be read again.
+    /// The time until another destination becomes due, at most [`RESCAN_INTERVAL`].
     pub(super) fn pause(&self, now: SystemTime) -> Duration {
         let after = |list: &ByTime| list.range((Excluded(now), Unbounded)).next().map(|(time, _)| *time);
         let next = [after(&self.mail), after(&self.dsns)].into_iter().flatten().min();
@@ -200,7 +199,7 @@ mod tests {
         Domain::parse(name).unwrap()
     }
 
-    /// A provider of this directory.
+    /// The spool of a provider in this directory.
     fn spool(directory: &Path) -> Spool {
         let text = "hostname = \"relay.example.net\"\nspool = \".\"\ncustomers = \"customers.d\"\n[odmr]\nrequire-tls = false\n";
         std::fs::create_dir(directory.join("customers.d")).unwrap();
@@ -228,7 +227,7 @@ mod tests {
         table.arrived(a.clone(), false, None);
         let soon = now + Duration::from_secs(1);
         assert_eq!(take(&mut table, soon), Some(a.clone()));
-        // While a worker has it, more mail makes it due again at once, but not twice.
+        // More mail during the attempt makes the destination due again at its end, once.
         table.arrived(a.clone(), false, None);
         assert_eq!(take(&mut table, soon), None);
         done(&mut table, mail(later));
@@ -239,7 +238,7 @@ mod tests {
         assert_eq!(take(&mut table, later), Some(a.clone()));
         done(&mut table, QueueDue::default());
         assert!(table.due.is_empty() && table.busy.is_empty() && table.mail.is_empty() && table.dsns.is_empty());
-        // One session for all: one job for all.
+        // For a smarthost, one attempt takes all.
         table.arrived(a.clone(), false, None);
         table.arrived(b.clone(), true, None);
         let mut job = table.take_all_due(soon);
@@ -248,7 +247,7 @@ mod tests {
     }
 
     #[test]
-    fn mail_of_other_processes_is_found_also_for_destinations_that_are_due_later() {
+    fn mail_of_other_processes_is_found_even_if_its_destination_is_due_later() {
         let directory = tempfile::tempdir().unwrap();
         let spool = spool(directory.path());
         let (index, a) = (SharedIndex::default(), domain("a.example"));
@@ -268,7 +267,7 @@ mod tests {
         assert_eq!(due_after_read(&mut table, now), None);
         put("@all", "2.a,D=a.example", now);
         assert_eq!(due_after_read(&mut table, now), Some(a.clone()));
-        // While a worker has it.
+        // During an attempt.
         put("@all", "3.a,D=a.example", now);
         assert_eq!(due_after_read(&mut table, now), None);
         let done = |table: &mut DestinationTable| {

@@ -1,4 +1,4 @@
-//! The hosts that the relay has connections to, and those that it does not connect to for a while.
+//! The hosts that the relay has connections to, and those that are down.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -8,15 +8,15 @@ use crate::mail::address::Domain;
 use crate::net::cancel::CancelToken;
 use crate::smtp::reply::Reply;
 
-/// How long no session is opened beside others with a host after a worker has found all its connections in use: until
-/// that worker has tried again.
+/// After an attempt has found all connections to a host in use, no session is opened beside others for this time, so that the
+/// attempt finds a connection when it tries again.
 const YIELD_PAUSE: Duration = Duration::from_secs(5);
 
-/// Hosts and addresses that are remembered for one destination. After more of them, which only an attacker's list has, the
-/// next attempt begins with the first address again.
+/// The maximum of hosts and addresses in `passed` for one destination. Only an attacker has more; then the next attempt begins
+/// with the first address again.
 const PASSED_LIMIT: usize = 1000;
 
-/// What an attempt is for.
+/// The kind of an attempt.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum AttemptKind {
     /// Mail with a sender.
@@ -28,30 +28,30 @@ pub(super) enum AttemptKind {
 }
 
 impl AttemptKind {
-    /// The most urgent one first.
+    /// The most urgent kind first.
     pub(super) const ALL: [AttemptKind; 3] = [AttemptKind::Mail, AttemptKind::Slow, AttemptKind::Dsn];
 }
 
 /// One attempt under way.
 pub(super) struct AttemptState {
     pub(super) kind: AttemptKind,
-    /// Sessions that are open.
+    /// The number of open sessions.
     pub(super) sessions: usize,
-    /// Since when there is none.
+    /// Since when there is no session.
     pub(super) idle_since: Instant,
     pub(super) begun: Instant,
-    /// How long it took to the first session.
+    /// The time from the begin to the first session.
     pub(super) first_session: Option<Duration>,
-    /// When a session began or was done with a message last.
+    /// When a session last began, or finished a message.
     pub(super) progress: Instant,
     /// A host took long for a message that is not large.
     pub(super) is_slow: bool,
-    /// It has given way to other mail.
+    /// The attempt has given way to other mail.
     pub(super) gave_way: bool,
     pub(super) cancel: CancelToken,
 }
 
-/// What the relay knows of each host, and how many connections it has.
+/// The state of each host, with the number of connections to it.
 #[derive(Default)]
 pub(super) struct HostTable {
     state: Mutex<TableState>,
@@ -63,40 +63,40 @@ pub(super) struct TableState {
     pub(super) limit: usize,
     /// The most connections to one host.
     limit_each: usize,
-    /// Mail goes to hosts that strangers may choose, not to a smarthost.
+    /// There is no smarthost: mail goes to hosts that strangers may choose.
     pub(super) by_mx: bool,
     /// By IP address and port; a smarthost by its name.
     hosts: HashMap<String, HostState>,
-    /// The attempts under way, each with a worker.
+    /// The attempts under way, by number.
     pub(super) attempts: HashMap<u64, AttemptState>,
     /// The number of the next attempt.
     pub(super) next_attempt: u64,
-    /// The destinations that are slow, until when.
+    /// The slow destinations, each with the time until which it is slow.
     pub(super) slow: HashMap<String, Instant>,
-    /// The destinations that mail has arrived for since their attempt began: its DSNs wait for the next one.
+    /// The destinations for which mail has arrived since their attempt began: the DSNs of the attempt wait for the next one.
     mail_waits: HashSet<String>,
-    /// Sessions that an attempt has beside its first one.
+    /// The number of sessions beside the first ones of all attempts.
     pub(super) beside: usize,
     /// An attempt is due, and all connections are in use.
     attempt_waits: bool,
-    /// It is for mail that the smarthost gets.
+    /// That attempt has mail with a sender for the smarthost.
     smarthost_waits: bool,
-    /// For each destination whose last attempt left addresses untried: the hosts and addresses that it, and those before
-    /// it, have tried.
+    /// For each destination whose last attempt left addresses untried: the hosts and addresses that it and the attempts
+    /// before it have tried.
     passed: HashMap<String, HashSet<String>>,
 }
 
 #[derive(Default)]
 struct HostState {
     connections: usize,
-    /// How many of them are of sessions beside the first one of an attempt.
+    /// How many of them are for sessions beside the first one of an attempt.
     beside: usize,
-    /// How many are of attempts with DSNs alone.
+    /// How many are for attempts with DSNs alone.
     dsns: usize,
     down_until: Option<Instant>,
-    /// A worker that found all connections in use tries again before then.
+    /// An attempt that found all connections in use tries again before this time.
     wanted_until: Option<Instant>,
-    /// One that had mail with a sender.
+    /// The same for an attempt that had mail with a sender.
     mail_wanted_until: Option<Instant>,
 }
 
@@ -105,7 +105,7 @@ impl HostState {
         self.down_until.is_some_and(|until| until > Instant::now())
     }
 
-    /// Whether anything is known of it.
+    /// Whether the entry has any information.
     fn is_needed(&self) -> bool {
         self.connections > 0 || self.is_down() || self.is_wanted()
     }
@@ -119,35 +119,35 @@ impl HostState {
     }
 }
 
-/// Why no session has decided on the mail of an attempt.
+/// Why an attempt has ended without a session that decided on its mail.
 #[derive(Debug)]
 pub(super) enum RouteError {
     /// All mail that is due is deferred with this reply.
     Deferred(Reply),
     /// All mail that is due is rejected with this reply.
     Rejected(Reply),
-    /// The relay has all permitted connections to the host in use: the mail is tried again soon.
+    /// All permitted connections to the host are in use: the next attempt is soon.
     Busy,
     /// The relay was cancelled.
     Cancelled,
 }
 
 impl HostTable {
-    /// `limit`: the most connections in all; `limit_each`: to one host; `by_mx`: there is no smarthost.
+    /// Sets the limits. `limit`: connections in all; `limit_each`: connections to one host; `by_mx`: there is no smarthost.
     pub(super) fn set_limits(&self, limit: usize, limit_each: usize, by_mx: bool) {
         let mut state = self.lock();
         (state.limit, state.limit_each, state.by_mx) = (limit, limit_each, by_mx);
     }
 
-    /// Whether an attempt waits for a connection from now on; `for_mail`: it is one at mail with a sender. Returns whether one
-    /// will be free soon, because a session beside another one ends for it.
+    /// Sets whether an attempt waits for a connection. `for_mail`: it has mail with a sender. Returns whether a connection will be
+    /// free soon, because a session beside another one ends for it.
     pub(super) fn set_attempt_waits(&self, waits: bool, for_mail: bool) -> bool {
         let mut state = self.lock();
         (state.attempt_waits, state.smarthost_waits) = (waits, for_mail && !state.by_mx);
         waits && state.beside > 0
     }
 
-    /// Mail has arrived for a destination with an attempt under way, or (`false`) that attempt is over.
+    /// Sets whether mail has arrived for a destination since its attempt began; `false` at the end of the attempt.
     pub(super) fn set_mail_waits(&self, destination: &str, waits: bool) {
         let mut state = self.lock();
         match waits {
@@ -156,8 +156,8 @@ impl HostTable {
         }
     }
 
-    /// Whether the DSNs of an attempt at these destinations must wait, because mail for one of them has arrived, or mail for
-    /// another one needs a connection to this host.
+    /// Whether the DSNs of an attempt at these destinations must wait for the next attempt: mail for one of them has arrived, or
+    /// mail for another destination needs a connection to this host.
     pub(super) fn mail_waits(&self, destinations: &[Domain], host: &str) -> bool {
         let state = self.lock();
         state.smarthost_waits
@@ -165,8 +165,8 @@ impl HostTable {
             || !state.mail_waits.is_empty() && destinations.iter().any(|one| state.mail_waits.contains(one.as_str()))
     }
 
-    /// Counts one more connection to a host. DSNs alone have half of the connections to a host, and none that mail waits for:
-    /// strangers may have sent them to many domains with this host.
+    /// Counts one more connection to a host. Attempts with DSNs alone have at most half of the connections to a host, and none
+    /// while mail waits for one: strangers may have caused DSNs to many domains with this host.
     ///
     /// # Errors
     /// The host is busy.
@@ -196,7 +196,7 @@ impl HostTable {
         Ok(HostPermit { table: self, host: host.to_owned(), beside: false, is_dsn })
     }
 
-    /// Counts one more connection to a host that has one; `None`: the limits, or attempts that wait, do not permit it.
+    /// Counts one more connection to a host that has one already. `None`: the limits or waiting attempts do not permit it.
     pub(super) fn acquire_beside(&self, host: &str) -> Option<HostPermit<'_>> {
         let mut state = self.lock();
         if state.attempt_waits || state.attempts.len() + state.beside >= state.limit {
@@ -213,43 +213,43 @@ impl HostTable {
         Some(HostPermit { table: self, host: host.to_owned(), beside: true, is_dsn: false })
     }
 
-    /// Whether a session beside another one must end, because an attempt waits for its connection.
+    /// Whether a session beside another one must end because an attempt waits for its connection.
     pub(super) fn must_yield(&self, host: &str) -> bool {
         let state = self.lock();
         state.attempt_waits || state.hosts.get(host).is_some_and(HostState::is_wanted)
     }
 
-    /// Whether a host that is busy will have a connection for another attempt soon, because a session ends for it.
+    /// Whether a busy host will have a connection for another attempt soon, because a session beside another one ends for it.
     pub(super) fn yields(&self, host: &str) -> bool {
         self.lock().hosts.get(host).is_some_and(|host| host.beside > 0)
     }
 
-    /// Whether a host is not connected to now.
+    /// Whether a host is down: no attempt connects to it now.
     pub(super) fn is_down(&self, host: &str) -> bool {
         self.lock().hosts.get(host).is_some_and(HostState::is_down)
     }
 
-    /// Forgets which hosts are down, and which destinations are slow: an administrator wants them to be tried.
+    /// Marks all hosts as up and all destinations as not slow, so that the next attempts try them, as an administrator wants.
     pub(super) fn forget_down(&self) {
         let mut state = self.lock();
         state.hosts.values_mut().for_each(|host| host.down_until = None);
         state.slow.clear();
     }
 
-    /// Permits no connection to a host for `pause`.
+    /// Marks a host as down for `pause`.
     pub(super) fn mark_down(&self, host: &str, pause: Duration) {
         let mut state = self.lock();
-        // Otherwise the table would grow with every host that was ever connected to.
+        // Remove unused entries: otherwise the table would grow with every host ever connected to.
         state.hosts.retain(|_, host| host.is_needed());
         state.hosts.entry(host.to_owned()).or_default().down_until = Some(Instant::now() + pause);
     }
 
-    /// What earlier attempts at a destination have tried, if they left addresses untried.
+    /// The hosts and addresses that earlier attempts at a destination have tried, if they left others untried.
     pub(super) fn passed(&self, destination: &str) -> HashSet<String> {
         self.lock().passed.get(destination).cloned().unwrap_or_default()
     }
 
-    /// Records what the next attempt at a destination leaves out; empty: nothing.
+    /// Records the hosts and addresses that the next attempt at a destination skips; empty: none.
     pub(super) fn set_passed(&self, destination: &str, passed: HashSet<String>) {
         let mut state = self.lock();
         match passed.is_empty() || passed.len() > PASSED_LIMIT {
@@ -263,7 +263,7 @@ impl HostTable {
     }
 }
 
-/// One connection to a host, counted until this is dropped.
+/// One connection to a host, which counts until this is dropped.
 pub(super) struct HostPermit<'a> {
     table: &'a HostTable,
     host: String,
@@ -272,7 +272,7 @@ pub(super) struct HostPermit<'a> {
 }
 
 impl HostPermit<'_> {
-    /// The name for which the connection is counted.
+    /// The name of the host for which the connection counts.
     pub(super) fn host(&self) -> &str {
         &self.host
     }
@@ -302,7 +302,7 @@ mod tests {
     const ADDRESS: &str = "127.0.0.2:25";
 
     #[test]
-    fn a_host_that_is_busy_gives_no_permit_and_one_that_is_down_is_known() {
+    fn a_busy_host_has_no_permit_and_a_host_is_down_for_its_pause() {
         let hosts = HostTable::default();
         hosts.set_limits(20, 1, true);
         let permit = hosts.acquire(ADDRESS, AttemptKind::Mail).ok().unwrap();
@@ -317,7 +317,7 @@ mod tests {
     }
 
     #[test]
-    fn dsns_leave_connections_to_a_host_to_mail() {
+    fn dsns_do_not_use_up_the_connections_to_a_host() {
         let hosts = HostTable::default();
         let acquire = |kind| hosts.acquire(ADDRESS, kind);
         hosts.set_limits(20, 5, true);
@@ -332,7 +332,7 @@ mod tests {
         assert!(acquire(AttemptKind::Slow).is_ok() && acquire(AttemptKind::Dsn).is_ok());
         hosts.set_limits(20, 1, true);
         assert!(acquire(AttemptKind::Dsn).is_ok(), "one after the other");
-        // All mail goes to a smarthost: what waits for a connection to it, and what has arrived for a destination.
+        // With a smarthost, DSNs wait for any attempt with mail, and for mail that has arrived for their destinations.
         let destinations = [Domain::parse("a.example").unwrap(), Domain::parse("b.example").unwrap()];
         hosts.set_limits(5, 5, false);
         for (waits, for_mail) in [(true, false), (true, true), (false, false)] {
@@ -345,7 +345,7 @@ mod tests {
     }
 
     #[test]
-    fn sessions_beside_the_first_take_what_no_attempt_waits_for() {
+    fn sessions_beside_the_first_use_only_connections_that_no_attempt_waits_for() {
         let hosts = Arc::new(HostTable::default());
         hosts.set_limits(4, 3, true);
         let begin = || hosts.begin_attempt(AttemptKind::Mail).ok();
@@ -355,7 +355,7 @@ mod tests {
         let second = hosts.acquire_beside(ADDRESS).unwrap();
         let _third = hosts.acquire_beside(ADDRESS).unwrap();
         assert!(hosts.acquire_beside(ADDRESS).is_none(), "the limit of the host");
-        // Another destination at the same host: a session ends for it.
+        // An attempt at another destination needs the same host: a session ends for it.
         let _two = begin().unwrap();
         assert!(!hosts.must_yield(ADDRESS));
         assert!(matches!(hosts.acquire(ADDRESS, AttemptKind::Mail), Err(RouteError::Busy)));

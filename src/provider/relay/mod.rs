@@ -6,42 +6,40 @@
 //!                └──────────── done, due again at … ◀──────────────┘
 //! ```
 //!
-//! A destination is a domain; its mail is what [`SharedIndex`] tells of `SPOOL/outgoing/@all/`, and what an earlier version has
-//! stored in `SPOOL/outgoing/<domain>/`. A smarthost gets the mail of all destinations that are due in one attempt. The keys
-//! below are those of `[relay]`.
+//! A destination is a domain. Its mail is in `SPOOL/outgoing/@all/`, indexed by [`SharedIndex`]; mail of earlier versions is in
+//! `SPOOL/outgoing/<domain>/`. A smarthost gets the mail of all destinations that are due in one attempt. The keys below are
+//! those of `[relay]`.
 //!
 //! An attempt has one session, and more with the same host if more than 20 messages wait for each of them. There are at
-//! most `connections-per-host` connections to one address (or to a smarthost) and `connections` in all; an attempt that
-//! waits for a connection gets one from an attempt that has several.
+//! most `connections-per-host` connections to one address (or to a smarthost) and `connections` in all. An attempt that waits
+//! for a connection gets one from an attempt that has several.
 //!
 //! When the relay tries again (RFC 5321 section 4.5.4.1):
 //!
-//! - A message: new mail is sent after 200 ms, so that one session sends what arrives together. After each attempt that
+//! - A message: new mail waits for 200 ms, so that one session sends all that arrives together. After each attempt that
 //!   leaves a recipient deferred or in doubt, the message waits for half of its age, but for at least `retry-first` (5
-//!   min) and at most `retry-max` (4 h), a fifth more or less by chance. The time of modification of the file is when the
-//!   next attempt is due, so it stays after a restart; what is known of hosts does not.
-//! - A destination: it is due when the first of its messages is. All messages that are due then are sent in one attempt.
-//!   It tries the hosts in the order of preference, at most 8 addresses of each host, IPv6 and IPv4 in turn. Its lookups
-//!   end after 1 min, and it waits for a session for 10 min at most. If one of these limits leaves addresses untried, the
-//!   next attempt begins after those that were tried, and so on to the end of the list. If no host gives a session, all
-//!   these messages are deferred. If a message could not be recorded on disk, the destination waits for `retry-first`. If
-//!   its queue is locked, or all permitted connections to its hosts are in use, it is tried again after 2 s, and the
-//!   messages not tried yet are not deferred.
-//! - An address of an MX host that no host in the world has (loopback, private, ...), or that is our own, is passed over, unless
+//!   min) and at most `retry-max` (4 h), at random a fifth more or less. The file's time of modification is that of the
+//!   next attempt, so it survives a restart. The state of hosts does not.
+//! - A destination is due when its first message is. One attempt sends all messages that are due then. It tries the hosts in
+//!   the order of preference, at most 8 addresses of each host, IPv6 and IPv4 in turn. All its lookups end after 1 min, and
+//!   it waits for a session for at most 10 min. If one of these limits leaves addresses untried, the next attempt begins
+//!   after those that were tried. If there is no session with any host, all these messages are deferred. If a result could
+//!   not be recorded on disk, the destination waits for `retry-first`. If its queue is locked, or all permitted connections
+//!   to its hosts are in use, the next attempt is after 2 s, and the messages not tried yet are not deferred.
+//! - If an address of an MX host is not on the public Internet (loopback, private, ...) or is our own, the attempt skips it, unless
 //!   `allow-private` is set. If a destination has no other address, its mail is deferred.
-//! - A host, by its address: if it cannot be connected to, or three sessions are lost before they have decided on any
-//!   message, no destination connects to it for 0.8 `retry-first`; or for four times as long as it took to fail, at most
-//!   `retry-max`, if that is more. A smarthost likewise after any failure before mail. Attempts meanwhile go on to the next
-//!   address, which is not counted, or are deferred without a connection.
-//! - If connections are short, DSNs and destinations that are slow come last, and those without a session give way: see
-//!   `attempts`.
-//! - Expiry: if an attempt at a message older than `give-up` (5 days) leaves a recipient deferred or in doubt, that
-//!   recipient expires, and the sender gets a DSN. The first such attempt at a message older than `delay-warning` (4 h)
-//!   sends a DSN that it is delayed.
+//! - If an address cannot be connected to, or three sessions with it are lost before a decision on any message, it is down:
+//!   no attempt connects to it for 0.8 `retry-first`; or, if that is more, for four times as long as the failure took, at
+//!   most `retry-max`. A smarthost is also down after any other failure before MAIL. Meanwhile attempts skip the address, or
+//!   are deferred without a connection.
+//! - If connections are short, DSNs and slow destinations come last, and attempts without a session give way: see `attempts`.
+//! - Expiry: if an attempt leaves a recipient deferred or in doubt and the message is older than `give-up` (5 days), the
+//!   recipient expires, and the sender gets a DSN. After the first such attempt at an age of more than `delay-warning` (4 h),
+//!   the sender gets a DSN about the delay.
 //!
-//! The spool is read again if another process has stored mail (inetd mode, `odmr expire`), which it reports by a datagram
-//! ([`crate::net::wake`]), and every 5 min in case that is lost. `odmr queue` reports its changes so too; then no host counts
-//! as down.
+//! When another process has stored mail (inetd mode, `odmr expire`), it sends a datagram ([`crate::net::wake`]), and the relay
+//! reads the spool again. It also does so every 5 min, in case a datagram is lost. `odmr queue` sends one after its changes;
+//! then no host is down any more.
 
 mod hosts;
 mod attempts;
@@ -68,46 +66,46 @@ use hosts::AttemptKind;
 use worker::NextDue;
 pub use worker::WorkerContext;
 
-/// How soon the scheduler looks again for a connection that a session gives up for an attempt that is due.
+/// How often the scheduler checks for a connection while a session is giving one up.
 const YIELD_POLL: Duration = Duration::from_millis(100);
 
-/// How often the scheduler looks at the clock, which may be set, and asks again for a thread that the system did not give.
+/// How often the scheduler reads the clock, which may be set, and asks again for a thread that the system denied.
 const CHECK_INTERVAL: Duration = Duration::from_secs(5);
 
-/// After the spool was read because of a datagram, it is not read again because of another one for so many times as long as
-/// that took: mail goes out meanwhile, however much waits, and however often others store some.
+/// After the scheduler has read the spool, it handles no further datagram for this many times as long as the reading took.
+/// Otherwise frequent datagrams and a long queue would leave no time to send mail.
 const RESCAN_PAUSE_FACTOR: u32 = 4;
 
-/// How many events the scheduler handles before it looks for destinations that are due.
+/// How many events the scheduler handles before it begins the next attempt.
 const EVENTS_AT_ONCE: usize = 1000;
 
 /// What wakes the scheduler.
 enum RelayEvent {
-    /// New mail for this destination, which is not due before then.
+    /// New mail for this destination, not due before `not_before`.
     Arrived { destination: Domain, entry: Entry, is_dsn: bool, not_before: Option<SystemTime> },
     /// A worker has finished its attempt at these destinations.
     Done(Vec<NextDue>),
     /// The relay may have been cancelled.
     Wake,
-    /// Another process has stored mail; `again`: or has made mail due, and wants hosts to be tried that were down.
+    /// Another process has stored mail. `again`: it has changed the queue, and no host is to count as down.
     Look { again: bool },
-    /// The workers go on with this; attempts under way end as they began.
+    /// New attempts have this context; attempts under way keep theirs.
     Reload(Arc<WorkerContext>),
 }
 
-/// Sends events to the scheduler. After the relay's end they are dropped.
+/// Sends events to the scheduler. After the end of the relay, events are dropped.
 #[derive(Clone)]
 pub struct RelayHandle {
     events: Sender<RelayEvent>,
-    /// Gone if no relay runs in this process.
+    /// Has no target if no relay runs in this process.
     relay: Weak<()>,
-    /// That of the spool.
+    /// The spool.
     root: Arc<Path>,
 }
 
 impl RelayHandle {
-    /// Reports that mail was stored in this queue; `is_dsn`: without a sender; `not_before`: it is not due before then. In inetd
-    /// mode, and in a command, no relay runs here: that of a running `odmr serve` is woken.
+    /// Reports that mail was stored in this queue. `is_dsn`: it has the null sender. `not_before`: it is not due before. If no relay
+    /// runs in this process (inetd mode, commands), that of a running `odmr serve` is woken.
     pub fn arrived(&self, queue: &SpoolQueue, entry: Entry, is_dsn: bool, not_before: Option<SystemTime>) {
         match queue {
             SpoolQueue::Outgoing(destination) if self.relay.strong_count() > 0 => {
@@ -119,17 +117,17 @@ impl RelayHandle {
         }
     }
 
-    /// Reports what another process has done.
+    /// Reports a datagram of another process.
     pub fn woken(&self, reason: WakeReason) {
         self.send(RelayEvent::Look { again: reason == WakeReason::Retry });
     }
 
-    /// From now on attempts are made with this.
+    /// Replaces the context of the attempts that begin from now on.
     pub fn reload(&self, worker: Arc<WorkerContext>) {
         self.send(RelayEvent::Reload(worker));
     }
 
-    /// Wakes the scheduler, after its token was cancelled.
+    /// Wakes the scheduler. Call it after its token is cancelled.
     pub fn wake(&self) {
         self.send(RelayEvent::Wake);
     }
@@ -143,23 +141,23 @@ impl RelayHandle {
 pub struct RelayChannel {
     pub handle: RelayHandle,
     events: Receiver<RelayEvent>,
-    /// As long as there is one.
+    /// The target of [`RelayHandle::relay`].
     _relay: Arc<()>,
 }
 
-/// A channel for one relay. Where the handle is all that is used of it, there is none. `root`: that of the spool.
+/// The channel of one relay. A process without a relay uses the handle only. `root`: the spool.
 pub fn channel(root: &Path) -> RelayChannel {
     let ((sender, events), relay) = (crossbeam_channel::unbounded(), Arc::new(()));
     let handle = RelayHandle { events: sender, relay: Arc::downgrade(&relay), root: root.into() };
     RelayChannel { handle, events, _relay: relay }
 }
 
-/// When the spool is read.
+/// Decides when the scheduler reads the spool.
 struct Rescan {
-    /// When it was read last, and how long that took.
+    /// When the spool was read last, and how long that took.
     read: Instant,
     took: Duration,
-    /// Another process has stored mail since then, or more than that.
+    /// Since then a datagram has arrived; `again`: as in [`RelayEvent::Look`].
     asked: bool,
     again: bool,
 }
@@ -172,7 +170,7 @@ impl Rescan {
         rescan
     }
 
-    /// How long it need not be read.
+    /// The time until the spool is to be read.
     fn pause(&self) -> Duration {
         let pause = if self.asked { self.took.saturating_mul(RESCAN_PAUSE_FACTOR) } else { RESCAN_INTERVAL };
         pause.min(RESCAN_INTERVAL).saturating_sub(self.read.elapsed())
@@ -192,15 +190,15 @@ impl Rescan {
     }
 }
 
-/// The scheduler, and what its workers share.
+/// The scheduler, and the context that its workers share.
 pub struct Relay {
     pub worker: Arc<WorkerContext>,
     pub channel: RelayChannel,
 }
 
 impl Relay {
-    /// Runs until it is cancelled, and then until the sessions under way have ended, after their message, or the shutdown
-    /// timeout is over.
+    /// Runs until it is cancelled. Then it waits until the sessions under way have ended, each after its message, or until the
+    /// shutdown timeout is over.
     pub fn run(self) {
         let Relay { mut worker, channel: RelayChannel { handle, events, _relay } } = self;
         let (jobs, waiting) = crossbeam_channel::unbounded::<Job>();
@@ -210,18 +208,18 @@ impl Relay {
         while !worker.cancel.is_cancelled() {
             rescan.read_if_due(&mut table, &worker);
             let (now, mut waits) = (SystemTime::now(), Waits::default());
-            // If the system has given none for a job, it may do so by now.
+            // If the system has denied a thread for a job, ask again.
             let mut needs_thread = under_way > threads && asked.elapsed() >= CHECK_INTERVAL;
             let pause = match next_job(&mut table, &worker, &mut waits) {
                 Some(job) => {
                     under_way += 1;
                     needs_thread = under_way > threads;
                     let _ = jobs.send(job);
-                    // What has happened meanwhile comes before the next one.
+                    // Handle the events that have arrived before the next job.
                     Duration::ZERO
                 }
                 None if worker.hosts.set_attempt_waits(waits.any, waits.for_mail) || waits.ends_soon => YIELD_POLL,
-                // What was due before now waits for an attempt to end.
+                // Destinations that are due already wait for the end of an attempt, which is an event.
                 None => table.pause(now),
             };
             if needs_thread {
@@ -251,7 +249,7 @@ impl Relay {
                 }
             }
         }
-        // Only sessions are waited for. A worker that waits for a name server or a host to answer has sent nothing.
+        // Wait for sessions only: a worker that waits for a name server or for a greeting has sent no mail.
         drop(jobs);
         worker.hosts.cancel_attempts();
         let deadline = Instant::now() + worker.timeouts.shutdown;
@@ -259,7 +257,7 @@ impl Relay {
     }
 }
 
-/// Begins a thread that works on jobs; returns whether there is one.
+/// Starts a worker thread. Returns whether the system has given one.
 fn spawn_worker(handle: &RelayHandle, waiting: &Receiver<Job>) -> bool {
     let (handle, waiting) = (handle.clone(), waiting.clone());
     let done = move |Job { destinations, worker, permit }: Job| {
@@ -278,18 +276,18 @@ struct Job {
     permit: AttemptPermit,
 }
 
-/// What waits for a connection.
+/// Which attempts wait for a connection.
 #[derive(Default)]
 struct Waits {
     /// An attempt is due, and all connections are in use.
     any: bool,
-    /// It is one at mail with a sender.
+    /// It has mail with a sender.
     for_mail: bool,
-    /// That mail goes by MX: an attempt without a session may give way to it, and one with a session may stall.
+    /// That mail goes by MX: an attempt without a session may give way to it, and sessions that stall may stop to count.
     ends_soon: bool,
 }
 
-/// The next job for a worker, whose attempt has begun.
+/// Begins the next attempt that is due. Returns it as a job for a worker.
 fn next_job(table: &mut DestinationTable, worker: &Arc<WorkerContext>, waits: &mut Waits) -> Option<Job> {
     let now = SystemTime::now();
     let is_slow: &IsSlow<'_> = &|domain| worker.hosts.is_slow(domain.as_str());

@@ -14,33 +14,33 @@ pub(super) struct HostAddress {
     pub(super) address: SocketAddr,
 }
 
-/// The addresses of some hosts, the most preferred ones first. IPv6 and IPv4 take turns, within a host and across hosts of
-/// equal preference: if one of them does not work here, a limit must not cut off the other.
+/// The addresses of some hosts, the most preferred ones first. IPv6 and IPv4 alternate, within a host and across hosts of
+/// equal preference: if one family does not work here, a limit of addresses must not cut off the other.
 #[derive(Clone, Default)]
 pub(super) struct AddressOrder {
-    /// Hosts that were not looked up yet, the most preferred ones first.
+    /// Hosts that are not looked up yet, the most preferred ones first.
     hosts: VecDeque<MxHost>,
     /// The preference of the hosts whose addresses are in `found`.
     preference: Option<u16>,
     found: VecDeque<HostAddress>,
-    /// Whether it is the turn of IPv6; `None`: the first address comes first.
+    /// Whether the next address is an IPv6 one, if possible; `None`: either.
     ipv6: Option<bool>,
 }
 
 impl AddressOrder {
-    /// `hosts`: the most preferred ones first, those of equal preference in random order.
+    /// The addresses of these hosts. `hosts`: the most preferred ones first, those of equal preference in random order.
     pub(super) fn of_hosts(hosts: Vec<MxHost>) -> AddressOrder {
         AddressOrder { hosts: hosts.into(), ..AddressOrder::default() }
     }
 
-    /// The addresses of one host, which begin with the family that the system prefers.
+    /// These addresses of one host, in their order, but with alternating families.
     pub(super) fn of_addresses(host: &str, addresses: Vec<SocketAddr>) -> AddressOrder {
         let found = addresses.into_iter().map(|address| HostAddress { host: host.to_owned(), address }).collect();
         AddressOrder { found, ..AddressOrder::default() }
     }
 
-    /// The next address; `None`: there are no more. `look_up` finds the addresses of a host. It is called for one host
-    /// after the other, when an address of the host may be the next.
+    /// The next address; `None`: there are no more. `look_up` returns the addresses of a host. It is called for each host only
+    /// when an address of that host may be the next.
     pub(super) fn next(&mut self, look_up: &mut dyn FnMut(&Domain) -> Vec<SocketAddr>) -> Option<HostAddress> {
         loop {
             let is_next = |found: &HostAddress| self.ipv6.is_none_or(|ipv6| found.address.is_ipv6() == ipv6);
@@ -51,7 +51,7 @@ impl AddressOrder {
             let is_last = self.found.is_empty();
             match self.hosts.front() {
                 Some(next) if is_last || self.preference == Some(next.preference) => {}
-                // Only addresses of the other family are left.
+                // Hosts of equal preference are all looked up, and only addresses of the other family are left.
                 _ => return self.found.pop_front(),
             }
             let MxHost { preference, host } = self.hosts.pop_front()?;
@@ -72,7 +72,7 @@ mod tests {
         SocketAddr::new(address.parse().unwrap(), 25)
     }
 
-    /// `hosts`: preference, name, addresses. Returns the order of the addresses, and after how many of them each host was
+    /// `hosts`: preference, name, addresses. Returns the addresses in order, and for each host after how many of them it was
     /// looked up.
     fn order(hosts: &[(u16, &str, &[&str])]) -> (Vec<String>, Vec<(String, usize)>) {
         let mx = |(preference, name, _): &(u16, &str, &[&str])| MxHost {
@@ -94,7 +94,7 @@ mod tests {
     }
 
     #[test]
-    fn preferred_hosts_come_first_and_families_take_turns() {
+    fn preferred_hosts_come_first_and_families_alternate() {
         let check =
             |hosts: &[(u16, &str, &[&str])], expected: &[&str]| assert_eq!(order(hosts).0, expected, "{hosts:?}");
         check(&[], &[]);

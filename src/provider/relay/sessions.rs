@@ -1,9 +1,9 @@
 //! The sessions of one attempt with one host. They share the queue's lock: each takes the next message, sends it and
 //! settles it, so that no message is in two sessions.
 //!
-//! If a long queue waits, sessions are opened beside the first one, as `connections-per-host` and `connections` permit.
-//! If one of those fails, the messages that it had are deferred or in doubt, the others go on, and no more are opened: the
-//! host may not bear as many. They end when another attempt waits for a connection.
+//! If the queue is long, the attempt opens sessions beside the first one, as `connections-per-host` and `connections` permit.
+//! If one of them fails, its messages are deferred or in doubt, the others go on, and no more are opened: the host may not
+//! permit as many. A session beside the first ends when another attempt waits for a connection.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -23,25 +23,25 @@ use crate::smtp::status::DeliveryResult;
 /// If more messages than this wait for each session, another one is opened.
 const MESSAGES_PER_SESSION: usize = 20;
 
-/// Sessions in a row that a host may end without a decision on any message before it counts as down.
+/// After this many sessions in a row that the host ends without a decision on any message, it is down.
 const HANG_UP_LIMIT: usize = 3;
 
-/// A host that was connected to in vain is not connected to again for this many times the time that took: a slow one must
-/// not keep the workers.
+/// After a failure, a host is down for at least this many times as long as the failure took: a slow host must not occupy the
+/// workers.
 const DOWN_FACTOR: u32 = 4;
 
-/// What the sessions of one attempt with one host share.
+/// The state that the sessions of one attempt with one host share.
 struct SharedQueue<'a> {
     lock: Mutex<&'a mut QueueLock>,
     hosts: &'a HostTable,
     destinations: &'a [Domain],
-    /// The name for which connections are counted.
+    /// The name for which connections count.
     host: &'a str,
-    /// Sessions that are open.
+    /// The number of open sessions.
     sessions: AtomicUsize,
-    /// A session has failed: no other is opened beside those that are open.
+    /// A session has failed: no more are opened.
     session_failed: AtomicBool,
-    /// A message could not be settled on disk.
+    /// The result of a message could not be recorded on disk.
     unsettled: AtomicBool,
 }
 
@@ -82,9 +82,9 @@ struct SessionQueue<'a, 'lock> {
 }
 
 enum Role<'a> {
-    /// The first session. It calls this to open another one.
+    /// The first session, and the function by which it opens another one.
     First(&'a dyn Fn()),
-    /// A session beside it. It sends no more if its connection to this host is needed elsewhere.
+    /// A session beside the first. It sends no more messages if another attempt needs its connection to this host.
     Beside(&'a HostTable, &'a str),
 }
 
@@ -94,7 +94,7 @@ impl MessageSource for SessionQueue<'_, '_> {
             return None;
         }
         let mut message = self.shared.lock().next_message();
-        // Another attempt begins with the mail that has arrived.
+        // Leave DSNs to the next attempt if mail has arrived, which the next attempt sends first.
         if message.as_ref().is_some_and(|message| message.envelope.from == ReversePath::Null)
             && self.shared.hosts.mail_waits(self.shared.destinations, self.shared.host)
             && let Some(dsn) = message.take()
@@ -118,18 +118,18 @@ impl MessageSource for SessionQueue<'_, '_> {
 /// How a session with a host has ended.
 enum Ended {
     Done,
-    /// By the host's limits (RFC 9422): it accepts more in another session.
+    /// The host's limits (RFC 9422) are reached: it accepts more messages in another session.
     UsedUp,
-    /// It was lost before it decided on any message.
+    /// The connection was lost before the host decided on any message.
     Lost(SessionFailure),
 }
 
 impl WorkerContext {
-    /// Sends all messages that the lock offers to one address. A host that ends the session on one message may accept the
-    /// others: they are sent in another session.
+    /// Sends all messages that the lock offers to one address. If the host ends the session because of one message, the others
+    /// are sent in another session.
     ///
     /// # Errors
-    /// No session, or the host ended [`HANG_UP_LIMIT`] of them without a decision on any message; then it counts as down.
+    /// There is no session, or the host ended [`HANG_UP_LIMIT`] of them without a decision on any message; then it is down.
     pub(super) fn deliver_to(
         &self, route: &AttemptRoute<'_>, to: &HostAddress, lock: &mut QueueLock,
     ) -> Result<AllSettled, RouteError> {
@@ -150,7 +150,7 @@ impl WorkerContext {
         sent.map(|()| shared.all_settled())
     }
 
-    /// The first session, and those that follow if the host ends it.
+    /// Sends in the first session, and in those that follow if the host ends it.
     fn send_first(
         &self, route: &AttemptRoute<'_>, to: &HostAddress, shared: &SharedQueue<'_>, open: &dyn Fn(),
     ) -> Result<(), RouteError> {
@@ -176,7 +176,7 @@ impl WorkerContext {
         }
     }
 
-    /// A session beside the first one. If there is none, the host is not down: it may have enough connections.
+    /// Sends in a session beside the first one. If there is none, the host is not down: it may just limit its connections.
     fn send_beside(
         &self, route: &AttemptRoute<'_>, to: &HostAddress, shared: &SharedQueue<'_>, permit: HostPermit<'_>,
     ) {
@@ -193,8 +193,8 @@ impl WorkerContext {
         shared.sessions.fetch_sub(1, Ordering::Relaxed);
     }
 
-    /// No destination connects to a host for 0.8 of the first pause of a message, so that its next attempt finds it
-    /// permitted, or longer if it took long to fail.
+    /// Marks a host as down for 0.8 of the first pause of a message, so that it is up at the message's next attempt; or longer,
+    /// if the failure took long.
     fn mark_down(&self, to: &HostAddress, took: Duration) {
         let retry = &self.config.retry;
         let pause = retry.first.mul_f32(0.8).max((took * DOWN_FACTOR).min(retry.max));

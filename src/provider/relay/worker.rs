@@ -28,13 +28,13 @@ use crate::smtp::command::Recipient;
 use crate::smtp::reply::{Reply, Severity};
 use crate::smtp::status::{DecidedBy, DeliveryResult, RecipientStatus};
 
-/// Addresses of one host tried in one attempt (RFC 5321 section 5.1 requires at least two).
+/// The maximum of addresses of one host in one attempt (RFC 5321 section 5.1 requires at least two).
 const ADDRESS_LIMIT: usize = 8;
 
-/// How soon a destination is tried again if its queue or its host is busy.
+/// The time until the next attempt at a destination whose queue or host is busy.
 const BUSY_RETRY_DELAY: Duration = Duration::from_secs(2);
 
-/// What all workers share.
+/// The context that all workers share.
 pub struct WorkerContext {
     hostname: String,
     pub(super) config: RelayConfig,
@@ -47,13 +47,13 @@ pub struct WorkerContext {
     /// Loaded if the configuration asks for verified certificates.
     verified_tls: Option<ClientTls>,
     pub(super) hosts: Arc<HostTable>,
-    /// Of the directory with all outgoing mail.
+    /// The index of the directory with all outgoing mail.
     pub(super) index: Arc<SharedIndex>,
     pub(super) sessions: Arc<SessionsUnderWay>,
     pub(super) cancel: CancelToken,
 }
 
-/// Each session under way has a clone of what is inside.
+/// Counts the sessions under way: each has a clone of the reference.
 #[derive(Default)]
 pub(super) struct SessionsUnderWay(pub(super) Arc<()>);
 
@@ -63,12 +63,12 @@ pub(super) struct NextDue {
     pub(super) due: QueueDue,
 }
 
-/// How the mail of an attempt can go.
+/// The way of an attempt's mail: by MX, or to the smarthost.
 pub(super) struct AttemptRoute<'a> {
     /// The destination, or the smarthost.
     pub(super) name: &'a str,
     pub(super) destinations: &'a [Domain],
-    /// The name for which connections are counted; `None`: each address is counted for itself.
+    /// The name for which connections count; `None`: each address counts for itself.
     counted_as: Option<&'a str>,
     pub(super) permit: &'a AttemptPermit,
     look_up: &'a (dyn Fn(&Domain) -> Result<Vec<SocketAddr>, RouteError> + Sync),
@@ -82,16 +82,16 @@ pub(super) struct ConnectFailure {
     pub(super) down: bool,
 }
 
-/// Why one mail host has accepted no session, or has lost it before it decided on a message.
+/// Why there was no session with one mail host, or none in which it decided on a message.
 pub(super) struct HostFailure {
     pub(super) host: String,
-    /// IP address and port; `-`: the host could not be looked up.
+    /// IP address and port; `-`: the host could not be resolved.
     pub(super) address: String,
     pub(super) error: RouteError,
 }
 
 impl HostFailure {
-    /// Logs a failure that another host has made up for, or that another failure outweighs.
+    /// Logs the failure of a host that does not decide on the mail: another host has accepted it, or another failure decides.
     pub(super) fn log(&self) {
         let error = match &self.error {
             RouteError::Deferred(reply) | RouteError::Rejected(reply) => reply.to_string(),
@@ -101,8 +101,9 @@ impl HostFailure {
         log::info!("event=host-failed host={} address={} error={}", self.host, self.address, quoted(error));
     }
 
-    /// Which of two failures decides what becomes of the mail; the other one is logged. A host that is only busy will
-    /// accept it soon; and if one host is down and another one leads back to this one, the mail must wait for the first.
+    /// Returns the failure of two that decides on the mail, and logs the other. A busy host decides first, as it will accept the
+    /// mail soon. A deferral decides before a rejection: if one host is down and another one is the provider itself, the mail
+    /// must wait for the first.
     fn or(self, earlier: Option<HostFailure>) -> HostFailure {
         let rank = |failure: &HostFailure| match failure.error {
             RouteError::Rejected(_) => 0,
@@ -116,13 +117,13 @@ impl HostFailure {
     }
 }
 
-/// How far an attempt has come in the order of its addresses.
+/// The progress of an attempt in the order of its addresses.
 #[derive(Default)]
 struct Progress {
     failure: Option<HostFailure>,
-    /// For each host how many of its addresses were tried.
+    /// For each host, how many of its addresses were tried.
     tried: HashMap<String, usize>,
-    /// The addresses that were tried, and the hosts that could not be looked up.
+    /// The addresses that were tried, and the hosts that could not be resolved.
     reached: HashSet<String>,
     /// A limit has left addresses untried.
     cut: bool,
@@ -133,8 +134,8 @@ impl Progress {
         self.failure = Some(HostFailure { host: host.to_owned(), address, error }.or(self.failure.take()));
     }
 
-    /// A host or an address is left out. A failure that was seen tells more than that, but a host that leads back to this
-    /// one must not decide on the mail in its place.
+    /// Records that the attempt skips a host or an address. The failure of another host decides instead, unless it is a rejection:
+    /// then the mail waits for the skipped one.
     fn left_out(&mut self, host: &str, address: &str) {
         if self.failure.as_ref().is_none_or(|failure| matches!(failure.error, RouteError::Rejected(_))) {
             let reply = Reply::new(451, "4.4.1", format!("{host} ({address}) was not reachable lately"));
@@ -143,18 +144,18 @@ impl Progress {
     }
 }
 
-/// Whether every message of an attempt could be settled on disk.
+/// Whether the results of all messages of an attempt could be recorded on disk.
 pub(super) type AllSettled = bool;
 
 impl AttemptRoute<'_> {
-    /// The name for which connections to this address are counted.
+    /// The name for which connections to this address count.
     pub(super) fn counted_as(&self, to: &HostAddress) -> String {
         self.counted_as.map_or_else(|| to.address.to_string(), str::to_owned)
     }
 }
 
 impl WorkerContext {
-    /// `earlier`: the context before a reload, whose sessions and hosts go on to count.
+    /// The context of a configuration. `earlier`: the context before a reload, whose state of hosts and sessions it shares.
     ///
     /// # Errors
     /// The certificates or the smarthost that the configuration names cannot be used.
@@ -183,7 +184,7 @@ impl WorkerContext {
             sessions: earlier.map(|earlier| earlier.sessions.clone()).unwrap_or_default(),
             cancel: cancel.clone(),
         };
-        // Only now: nothing else can fail.
+        // Change the shared limits last, when nothing can fail any more.
         context.hosts.set_limits(limit, relay.connections_per_host, context.smarthost.is_none());
         Ok(context)
     }
@@ -216,7 +217,7 @@ impl WorkerContext {
         SystemTime::now() + self.config.retry.first
     }
 
-    /// One attempt at all mail that is due for these destinations. `Some`: no other attempt before then.
+    /// Makes one attempt at all mail that is due for these destinations. `Some`: the next attempt must not be earlier.
     fn attempt(&self, destinations: &[Domain], permit: &AttemptPermit) -> Option<SystemTime> {
         let (held, elsewhere): (Vec<_>, _) = destinations.iter().cloned().partition(|domain| self.spool.holds(domain));
         let all_held = held.iter().filter(|domain| !self.hold(domain)).count() == 0;
@@ -224,7 +225,7 @@ impl WorkerContext {
         next.or_else(|| (!all_held).then(|| self.first_retry()))
     }
 
-    /// Moves the mail for a domain that has become a customer's into the queue of that domain: its mail host is this one.
+    /// Moves the mail for a domain that a customer has meanwhile into the held queue of that domain: its mail host is this one.
     fn hold(&self, domain: &Domain) -> AllSettled {
         let names = self.spool.outgoing_names(domain);
         let Ok(mut lock) = self.spool.queue().lock_indexed(&names, &self.index) else { return false };
@@ -238,14 +239,14 @@ impl WorkerContext {
         all_settled
     }
 
-    /// Stores a copy of a message for those of its recipients that the customer accepts, as at RCPT. Returns what becomes of
-    /// each.
+    /// Stores a copy of a message for those of its recipients that would be accepted at RCPT. Returns the status of each
+    /// recipient.
     fn hold_message(&self, domain: &Domain, message: &mut QueuedMessage) -> Vec<RecipientStatus> {
         let not_accepted = |reply: Reply| match reply.severity() {
             Severity::Permanent => RecipientStatus::Rejected(reply),
             _ => RecipientStatus::Deferred(reply),
         };
-        // Its file has the size on this disk, which decides when it is stored.
+        // The size is checked when the copy is stored.
         let check = |to: &Recipient| self.spool.check_recipient(&to.mailbox, &[], 0).err().map(not_accepted);
         let checked: Vec<_> = message.envelope.recipients.iter().map(check).collect();
         let accepted = message.envelope.recipients.iter().zip(&checked).filter(|(_, reply)| reply.is_none());
@@ -277,7 +278,7 @@ impl WorkerContext {
                 return Some(self.first_retry());
             }
         };
-        // Without a message a host would be connected to for nothing.
+        // Do not connect to a host if no message is due.
         if !lock.has_next() {
             return Some(self.first_retry());
         }
@@ -285,7 +286,7 @@ impl WorkerContext {
             Some(smarthost) => self.by_smarthost(smarthost, destinations, permit, &mut lock),
             None => self.by_mx(&destinations[0], permit, &mut lock),
         };
-        // The mail host of a customer whose file is skipped is this one, and it may be in no DNS at all.
+        // If the domain may belong to a customer whose file is skipped, do not reject: the mail is to be held here.
         let skipped = || destinations.iter().find_map(|domain| self.spool.check_skipped(domain).err());
         let sent = sent.map_err(|error| match (error, skipped()) {
             (RouteError::Rejected(_), Some(reply)) => RouteError::Deferred(reply),
@@ -308,11 +309,11 @@ impl WorkerContext {
                 self.finish_all(&mut lock, &RecipientStatus::Rejected(reply))
             }
         };
-        // A message that could not be settled is still due. Without a pause it would be tried again and again.
+        // A message whose result could not be recorded is still due: without a pause, it would be sent again and again.
         (!all_settled).then(|| self.first_retry())
     }
 
-    /// Gives all recipients that are due the same status.
+    /// Settles all messages that are due, each recipient with the same status.
     fn finish_all(&self, lock: &mut QueueLock, status: &RecipientStatus) -> AllSettled {
         let mut all_settled = true;
         while let Some(message) = lock.next_message() {
@@ -322,7 +323,7 @@ impl WorkerContext {
         all_settled
     }
 
-    /// An attempt in a session with this client; `None`: without a session.
+    /// The attempt for reports. `client`: that of the session; `None`: there was no session.
     pub(super) fn attempt_with<'a>(&'a self, session: &'a str, client: Option<&'a Client>) -> Attempt<'a> {
         let peer = client.and_then(Client::peer_name);
         Attempt {
@@ -360,7 +361,7 @@ impl WorkerContext {
         self.by_route(&route, &AddressOrder::of_addresses(smarthost.host(), addresses), lock)
     }
 
-    /// What all sessions with hosts have in common. A smarthost has its own settings of TLS.
+    /// The options that all sessions have in common. A smarthost has its own TLS settings.
     fn client_options(&self, starttls: StartTls) -> ClientOptions {
         ClientOptions {
             name: self.hostname.clone(),
@@ -443,7 +444,7 @@ impl WorkerContext {
         let sent = self.by_route(&route, &AddressOrder::of_hosts(hosts), lock);
         let passed_over = passed_over.into_inner().unwrap_or_else(PoisonError::into_inner);
         match (sent, passed_over.first()) {
-            // The owner of the domain may correct the address, so the mail waits.
+            // Do not reject: the owner of the domain may correct the address.
             (Err(RouteError::Rejected(_)), Some(text)) => {
                 let text = format!("No mail host of {destination} has an address in the world: {text}");
                 Err(RouteError::Deferred(Reply::new(451, "4.4.4", text)))
@@ -452,8 +453,8 @@ impl WorkerContext {
         }
     }
 
-    /// Why no MX host is connected to at this address; `None`: it may be the address of a mail host. A stranger who chooses
-    /// the addresses of a domain must not choose a host in the networks of this machine.
+    /// Why the relay does not connect to this address of an MX host; `None`: it does. A stranger who chooses the addresses of a
+    /// domain must not reach hosts in the networks of this machine.
     fn unusable(&self, address: IpAddr) -> Option<&'static str> {
         if self.config.allow_private {
             return reserved::no_host(address);
@@ -461,8 +462,8 @@ impl WorkerContext {
         reserved::not_public(address).or_else(|| reserved::is_own(address).then_some("an address of this machine"))
     }
 
-    /// Sends all messages that the lock offers to the first address that accepts a session, except those that the last
-    /// attempts have tried, if a limit has cut them off: the end of a long list has its turn, too.
+    /// Sends all messages that the lock offers to the first address that accepts a session. If a limit cut off the last attempts,
+    /// it skips the addresses that they have tried, so that the end of a long list is reached.
     fn by_route(
         &self, route: &AttemptRoute<'_>, order: &AddressOrder, lock: &mut QueueLock,
     ) -> Result<AllSettled, RouteError> {
@@ -493,14 +494,14 @@ impl WorkerContext {
                 RouteError::Deferred(Reply::new(451, "4.4.3", format!("No mail host of {name} could be reached")))
             }
             Some(failure) => failure.error,
-            // Hosts without any address are a permanent error of the domain (RFC 5321 section 5.1).
+            // RFC 5321 section 5.1: hosts without any usable address are a permanent error of the domain.
             None => {
                 RouteError::Rejected(Reply::new(550, "5.4.4", format!("No mail host of {name} has a usable address")))
             }
         })
     }
 
-    /// Tries one address after the other, except those in `passed`. `None`: none of them has served the whole queue.
+    /// Tries one address after the other, except those in `passed`. `None`: the attempt has failed at each of them.
     fn by_addresses(
         &self, route: &AttemptRoute<'_>, mut order: AddressOrder, passed: &HashSet<String>, progress: &mut Progress,
         lock: &mut QueueLock,
@@ -522,7 +523,8 @@ impl WorkerContext {
         };
         while let Some(to) = order.next(&mut |host| look_up(host, progress)) {
             let address = to.address.to_string();
-            // RFC 5321 section 5.1: an attempt begins with the most preferred host. One that is down is no attempt.
+            // RFC 5321 section 5.1: the order begins with the most preferred host. A host that is down is skipped, and does
+            // not count for the limit of addresses.
             if passed.contains(&address) || self.hosts.is_down(&address) {
                 progress.left_out(&to.host, &address);
                 continue;
@@ -539,7 +541,8 @@ impl WorkerContext {
             });
             match sent {
                 Ok(_) | Err(RouteError::Cancelled) => return Some(sent),
-                // A less preferred host must not get the mail because a long queue has all connections to this one.
+                // Wait for this host if a session will end for the attempt: a long queue that has all its connections is not a
+                // reason to send the mail to a less preferred host.
                 Err(RouteError::Busy) if self.hosts.yields(&route.counted_as(&to)) => return Some(sent),
                 Err(error) => progress.failed(&to.host, address, error),
             }
@@ -547,7 +550,7 @@ impl WorkerContext {
         None
     }
 
-    /// A session with one address of a mail host. If TLS is optional and fails, the relay connects a second time, without TLS.
+    /// Opens a session with one address of a mail host. If TLS is optional and fails, the relay connects a second time without TLS.
     fn session_with(
         &self, to: &HostAddress, policy: TlsPolicy, permit: &AttemptPermit,
     ) -> Result<ClientSession, ConnectFailure> {
@@ -562,7 +565,7 @@ impl WorkerContext {
         let required = if policy == TlsPolicy::May { StartTls::Offered } else { StartTls::Required };
         let id = self.ids.session_id();
         let connect = self.connect(&id, permit);
-        // An MX record may have a name that no certificate has, such as an address in brackets.
+        // An MX record may have a name that no certificate can have, such as an address in brackets.
         let address = to.address.ip().to_string();
         let name = if is_certificate_name(&to.host) { to.host.as_str() } else { &address };
         let mut connected = Connect { tls: Some((tls, name)), ..connect }.to(to.address, self.client_options(required));
@@ -575,8 +578,8 @@ impl WorkerContext {
         }
         let session = connected.map_err(|failure| match failure {
             SessionFailure::Cancelled if self.cancel.is_cancelled() => failed(RouteError::Cancelled),
-            // A greeting of 554 or 521 only says that this host accepts no mail. Another host may, so the mail waits.
-            // RFC 5321 section 4.5.4.1 permits that.
+            // A greeting of 554 or 521 means that this host accepts no mail. Another host may accept it, so the mail is
+            // deferred, as RFC 5321 section 4.5.4.1 permits.
             SessionFailure::Aborted(Abort::Rejected(Rejection { reply, .. }))
                 if reply.severity() == Severity::Transient =>
             {
@@ -592,7 +595,7 @@ impl WorkerContext {
             let (host, address) = (&to.host, literal(to.address.ip()));
             log::info!("event=tls-failed session={id} host={host} address={address} error={}", quoted(error));
         }
-        // A host that calls itself by our name is this one: the mail would go in circles.
+        // A host that greets with our name is this provider: the mail would loop.
         if session.client().peer_name().is_some_and(|name| name.eq_ignore_ascii_case(&self.hostname)) {
             session.quit();
             let reply = Reply::new(554, "5.4.6", "Mail for that domain comes back to this host");
@@ -602,7 +605,7 @@ impl WorkerContext {
     }
 }
 
-/// The hosts that the mail of a domain may go to, the preferred ones first; at least one. `hostname`: ours.
+/// The hosts for the mail of a domain, the preferred ones first; at least one. `hostname`: the provider's.
 ///
 /// # Errors
 /// The reply that rejects the mail.
@@ -623,7 +626,8 @@ fn hosts(route: MxRoute, domain: &Domain, hostname: &str) -> Result<Vec<MxHost>,
     if hosts.is_empty() {
         return Err(Reply::new(554, "5.4.4", format!("The MX records of {domain} name no host")));
     }
-    // A host that is not preferred to ours would send the mail back to us (RFC 5321 section 5.1).
+    // RFC 5321 section 5.1: if the provider is among the hosts, only hosts that are preferred to it may get the mail. Others
+    // would send it back.
     let own = hosts.iter().find(|mx| mx.host.as_str().eq_ignore_ascii_case(hostname)).map(|mx| mx.preference);
     let before = |preference: u16| own.is_none_or(|own| preference < own);
     let hosts: Vec<_> = hosts.into_iter().filter(|mx| before(mx.preference)).collect();
@@ -633,7 +637,7 @@ fn hosts(route: MxRoute, domain: &Domain, hostname: &str) -> Result<Vec<MxHost>,
     Ok(hosts)
 }
 
-/// The session failed; another attempt may succeed.
+/// The error of a session that failed: another attempt may succeed.
 pub(super) fn unreachable(failure: &SessionFailure) -> RouteError {
     RouteError::Deferred(Reply::new(451, "4.4.1", failure.to_string()))
 }
@@ -668,11 +672,11 @@ mod tests {
         check(MxRoute::NotDnsName, Err(550));
         check(mx(&[]), Err(554));
         check(mx(&[(10, "a.example"), (20, "b.example")]), Ok(&["a.example", "b.example"]));
-        // Our own name removes itself and all hosts that are not preferred to it.
+        // The provider's own name removes itself and all hosts that are not preferred to it.
         let own = (20, "relay.example.net");
         check(mx(&[(10, "a.example"), own, (20, "b.example"), (30, "c.example")]), Ok(&["a.example"]));
         check(mx(&[(20, "b.example"), own]), Err(554));
-        // The reason is true: that there is no host is not that this one is.
+        // The reason must be true: "names no host" differs from "this is the host".
         let text = hosts(mx(&[]), &domain("example.org"), "relay.example.net").unwrap_err().to_string();
         assert_eq!(text, "554 5.4.4 The MX records of example.org name no host");
     }
