@@ -1,8 +1,8 @@
 //! Where mail for names without a mailbox goes, in the domains that are in `accept` as a whole (rule 9).
 //!
-//! A name has a mailbox if its Maildir exists, or if the configuration names it: as the target of an alias, as
-//! `postmaster`, in `catch-all` or in `deliver`. Without that rule a sender makes a Maildir of each word of a dictionary.
-//! Mail for a next hop goes there in any case: it knows its own names.
+//! A name has a mailbox if its Maildir exists, or if the configuration mentions it: as the target of an alias, as
+//! `postmaster`, in `catch-all` or in `deliver`. Without this rule, a sender could make a Maildir of each word of a dictionary.
+//! Mail with a next hop always goes there: the next hop knows its own names.
 
 use super::input::{
     AddressPattern, CatchAll, CatchAllRule, ConfigError, Located, Route, SourceLine, TargetKind, address,
@@ -11,13 +11,13 @@ use super::{Destination, MailboxExists, Match, MatchedRule, RecipientRules};
 use crate::mail::address::{Domain, Mailbox};
 
 impl RecipientRules {
-    /// The names without a mailbox whose mail goes to postmaster because there is no `catch-all` for them, as a note on the
-    /// line of the first such domain.
+    /// A note on the first line of a domain in `accept` without a `catch-all`: mail for its names without a mailbox goes to
+    /// postmaster. `None`: there is no such domain.
     pub fn catch_all_note(&self) -> Option<&ConfigError> {
         self.catch_all_note.as_ref()
     }
 
-    /// The address that gets mail for a name that has no mailbox, and the rule. `None`: it has one, or needs none.
+    /// The address that gets the mail of a name without a mailbox, and the rule. `None`: the name has one, or needs none.
     pub(super) fn catch_all_target(
         &self, found: &Match<'_>, mailbox_exists: MailboxExists<'_>,
     ) -> Option<(Mailbox, MatchedRule)> {
@@ -45,17 +45,17 @@ impl RecipientRules {
         }
     }
 
-    /// Whether the names of a domain have Maildirs, unless one has a route of its own.
+    /// Whether the names of a domain have Maildirs, not counting names with a route of their own.
     fn has_maildirs(&self, domain: &Domain) -> bool {
         let route = self.routes.get(&AddressPattern::Domain(domain.clone())).unwrap_or(&self.route);
         matches!(route, Route::Maildir(_))
     }
 
-    /// Adds the catch-alls, when all other rules are known.
+    /// Adds the catch-alls. Call it after all other rules are added.
     ///
     /// # Errors
     ///
-    /// One has no effect, or leads to no mailbox here; a domain without one has no postmaster here either.
+    /// A catch-all has no effect, or leads to no mailbox here; or a domain has neither a catch-all nor a postmaster here.
     pub(super) fn add_catch_alls(
         &mut self, rules: &[CatchAllRule], accept: &[Located<AddressPattern>],
     ) -> Result<(), ConfigError> {
@@ -86,7 +86,7 @@ impl RecipientRules {
         self.check_postmasters(rules, accept)
     }
 
-    /// Rejects a catch-all for a domain in which no name needs one: it would have no effect.
+    /// Rejects a catch-all for a domain in which no name needs one: it has no effect.
     fn check_catch_all_domain(&self, domain: &Domain, source: &SourceLine) -> Result<(), ConfigError> {
         let text = match self.domain_aliases.get(domain) {
             Some(own) => format!("{domain} is another name of {own} only: write {own}"),
@@ -103,7 +103,7 @@ impl RecipientRules {
         Err(source.error(text))
     }
 
-    /// Notes the names that have a mailbox because the configuration names them.
+    /// Records the names that have a mailbox because the configuration mentions them.
     fn name_mailboxes(&mut self) {
         let targets = self.aliases.values().flat_map(|alias| &alias.targets).filter_map(|target| match &target.kind {
             TargetKind::Mailbox { mailbox, .. } => Some(mailbox),
@@ -121,8 +121,8 @@ impl RecipientRules {
         self.named = named.chain(routed).collect();
     }
 
-    /// Rejects a domain whose names without a mailbox have no postmaster here either, and notes the domains for which
-    /// nothing else is said.
+    /// Rejects a domain that needs postmaster as its catch-all and has no postmaster here. Makes the note on domains without a
+    /// `catch-all`.
     fn check_postmasters(
         &mut self, rules: &[CatchAllRule], accept: &[Located<AddressPattern>],
     ) -> Result<(), ConfigError> {
@@ -163,7 +163,8 @@ impl RecipientRules {
         Ok(())
     }
 
-    /// Why mail for an address of a catch-all would get to no mailbox here. `may_discard`: `/dev/null` is meant.
+    /// Why mail for the address of a catch-all would not reach a mailbox here; `None`: it would. `may_discard`: `/dev/null` is
+    /// permitted.
     fn fault_of(&self, target: &Mailbox, may_discard: bool) -> Option<String> {
         match self.deliveries_to(target, Vec::new()) {
             Err((reason, via)) => Some(self.unserved_target(&via).unwrap_or(reason.text()).to_owned()),

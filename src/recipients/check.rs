@@ -1,5 +1,5 @@
-//! Makes [`RecipientRules`] of [`RuleInput`], and rejects rules that contradict each other, can never apply, or lead
-//! nowhere. Each error names the line, and what to change.
+//! Makes [`RecipientRules`] of [`RuleInput`], and rejects rules that contradict each other, never apply, or lead nowhere.
+//! Each error has the line and the remedy.
 
 use std::collections::{HashMap, HashSet};
 use std::fmt;
@@ -12,7 +12,7 @@ use super::names::has_directory_name;
 use super::{DESTINATION_LIMIT, Expansion, Match, MatchedRule, NoMailbox, RecipientRules};
 use crate::mail::address::{Domain, Mailbox};
 
-/// The most steps from alias to alias until the mailbox.
+/// The maximum of steps from alias to alias until the mailbox.
 const ALIAS_DEPTH_LIMIT: usize = 10;
 
 impl RecipientRules {
@@ -20,8 +20,8 @@ impl RecipientRules {
     ///
     /// # Errors
     ///
-    /// The first rule that contradicts another, has no effect, or leads nowhere. The rules that are returned have no
-    /// aliases in circles. [`RecipientRules::warnings`] has the aliases that do not lead to mailboxes of this customer.
+    /// The first rule that contradicts another, has no effect, or leads nowhere. In the returned rules, no aliases lead in a
+    /// circle. [`RecipientRules::warnings`] has the aliases that do not lead to mailboxes of this customer.
     pub fn new(input: RuleInput) -> Result<RecipientRules, ConfigError> {
         let mut rules = RecipientRules {
             route: Route::Maildir(input.root.clone()),
@@ -77,7 +77,7 @@ impl RecipientRules {
         Ok(rules)
     }
 
-    /// What is to be known about an alias that does not lead to mailboxes here only.
+    /// The warnings about an alias that does not lead only to mailboxes here.
     fn alias_warnings(&self, alias: &Alias) -> Vec<ConfigError> {
         let name = &alias.name;
         let warning = |target: &AliasTarget| match (self.follow(alias, target), &target.kind) {
@@ -94,7 +94,7 @@ impl RecipientRules {
         alias.targets.iter().filter_map(warning).collect()
     }
 
-    /// Adds the domains that have rules, each once.
+    /// Adds the domains of these patterns, each once.
     fn add_domains<'a>(&mut self, patterns: impl Iterator<Item = &'a AddressPattern>) {
         let mut known: HashSet<_> = self.domains.iter().cloned().collect();
         for domain in patterns.filter_map(AddressPattern::domain) {
@@ -104,7 +104,7 @@ impl RecipientRules {
         }
     }
 
-    /// Adds the other names of domains. A name must have no rules of its own, and its domain must have some.
+    /// Adds the other names of domains. Such a name must have no rules of its own, and its domain must have some.
     fn add_domain_aliases(&mut self, aliases: Vec<DomainAlias>) -> Result<(), ConfigError> {
         let known: HashSet<_> = self.domains.iter().cloned().collect();
         for DomainAlias { name, domain, source } in &aliases {
@@ -130,12 +130,12 @@ impl RecipientRules {
         Ok(())
     }
 
-    /// Returns the names of the aliases, in the order of the file.
+    /// Adds the aliases. Returns their names, in the order of the file.
     fn add_aliases(&mut self, aliases: Vec<Alias>) -> Result<Vec<AddressPattern>, ConfigError> {
         let mut order = Vec::with_capacity(aliases.len());
         for mut alias in aliases {
             match self.aliases.get(&alias.name) {
-                // A line for another mail server does not count beside one for us.
+                // If one of two aliases of a name is for another mail server, only the other one counts.
                 Some(_) if alias.is_unserved() => continue,
                 Some(other) if other.is_unserved() => {}
                 Some(other) => {
@@ -178,7 +178,7 @@ impl RecipientRules {
         )))
     }
 
-    /// The alias that gets all mail of a mailbox, unless it is for another mail server; `local` is in lower case.
+    /// The alias that gets all mail of a mailbox, unless it is for another mail server. `local` must be in lower case.
     fn alias_over(&self, local: &str, domain: &Domain) -> Option<&Alias> {
         match self.look_up(local, domain, true) {
             Match::Alias(alias, None) => {
@@ -196,7 +196,7 @@ impl RecipientRules {
         is(mailbox, local, domain) || (base.to_lowercase() == local && mailbox.domain() == Some(domain))
     }
 
-    /// Rejects an exception from anything but a catch-all: it would have no effect.
+    /// Rejects an exception from anything but a catch-all: it has no effect.
     fn check_exception(&self, pattern: &AddressPattern, source: &SourceLine) -> Result<(), ConfigError> {
         let AddressPattern::Address(local, domain) = pattern else { return Ok(()) };
         let text = match self.look_up(local, domain, true) {
@@ -219,7 +219,7 @@ impl RecipientRules {
         Err(source.error(text))
     }
 
-    /// Rejects an alias with a target in one of our domains that is not a mailbox.
+    /// Rejects an alias with a target in a domain of this customer that is not a mailbox.
     fn check_targets(&self, alias: &Alias) -> Result<(), ConfigError> {
         for target in &alias.targets {
             let TargetKind::Mailbox { mailbox, .. } = &target.kind else { continue };
@@ -245,7 +245,7 @@ impl RecipientRules {
         }
     }
 
-    /// Rejects aliases that go in circles, or in too many steps.
+    /// Rejects aliases that lead in a circle, or in too many steps.
     fn check_depths(&self, order: &[AddressPattern]) -> Result<(), ConfigError> {
         let mut depths = HashMap::new();
         for name in order {
@@ -254,14 +254,14 @@ impl RecipientRules {
         Ok(())
     }
 
-    /// Rejects an alias with more than [`DESTINATION_LIMIT`] destinations: one message would become too many.
+    /// Rejects an alias with more than [`DESTINATION_LIMIT`] destinations: one message would become too many copies.
     fn check_destination_counts(&self, order: &[AddressPattern]) -> Result<(), ConfigError> {
         for name in order {
             let alias = &self.aliases[name];
             let mut expansion = Expansion::new(self, Vec::new());
             for target in &alias.targets {
                 let TargetKind::Mailbox { mailbox, .. } = &target.kind else { continue };
-                // It fails only for an alias that is not served, whose mail goes nowhere.
+                // It fails only for an alias that is not served, whose mail is deferred.
                 let _ = expansion.expand(mailbox, self.follow(alias, target));
                 if expansion.deliveries.len() > DESTINATION_LIMIT {
                     return Err(alias.source.error(format!(
@@ -274,12 +274,12 @@ impl RecipientRules {
         Ok(())
     }
 
-    /// The number of steps to the farthest mailbox, [`ALIAS_DEPTH_LIMIT`] at most. `path`: the steps that led here;
-    /// `depths`: those already known.
+    /// The number of steps to the farthest mailbox, at most [`ALIAS_DEPTH_LIMIT`]. `path`: the steps that led here; `depths`:
+    /// the numbers that are already known.
     ///
     /// # Errors
     ///
-    /// The steps are too many, or go in circles.
+    /// There are too many steps, or they lead in a circle.
     fn depth(
         &self, found: Match<'_>, path: &mut Vec<Step>, depths: &mut HashMap<Step, usize>,
     ) -> Result<usize, ConfigError> {
@@ -316,7 +316,7 @@ impl RecipientRules {
         Ok(deepest + 1)
     }
 
-    /// Rejects these steps, if an alias is among them.
+    /// Rejects these steps, if one of them is an alias.
     fn reject_steps(&self, steps: &[Step], text: &str) -> Result<(), ConfigError> {
         let shown: Vec<_> = steps.iter().map(Step::to_string).collect();
         let first = steps.iter().find_map(|step| match step {
@@ -326,7 +326,7 @@ impl RecipientRules {
         first.map_or(Ok(()), |alias| Err(alias.source.error(format!("{}: {text}", shown.join(" -> ")))))
     }
 
-    /// Rejects a route for anything but a mailbox or a domain of this customer: it would have no effect.
+    /// Rejects a route for anything but a mailbox or a domain of this customer: it has no effect.
     fn check_routed(&self, pattern: &AddressPattern, source: &SourceLine) -> Result<(), ConfigError> {
         let Some(domain) = pattern.domain() else { return Ok(()) };
         let text = match (pattern, self.domain_aliases.get(domain)) {

@@ -1,5 +1,5 @@
-//! A customer's rules for recipients as the configuration has them, not checked yet, each with its line in a file; and
-//! the error about a line.
+//! A customer's rules for recipients as they are in the configuration, not checked yet, each with its line in a file; and the
+//! error about a line.
 
 use core::net::{IpAddr, SocketAddr};
 use std::fmt;
@@ -9,14 +9,14 @@ use std::sync::Arc;
 use super::names::is_plain;
 use crate::mail::address::{Domain, Mailbox};
 
-/// The rules that are not checked yet; [`RecipientRules::new`](super::RecipientRules::new) checks them.
+/// The unchecked rules. [`RecipientRules::new`](super::RecipientRules::new) checks them.
 #[derive(Debug)]
 pub struct RuleInput {
     /// The directory of the Maildirs, unless `routes` names another. Absolute.
     pub root: PathBuf,
-    /// The domain of names without a domain.
+    /// The domain of `Postmaster` and other names without a domain.
     pub home: Domain,
-    /// Addresses and domains, in the order of the file; none twice.
+    /// Addresses and domains, in the order of the file, without duplicates.
     pub accept: Vec<Located<AddressPattern>>,
     pub except: Vec<Located<AddressPattern>>,
     pub aliases: Vec<Alias>,
@@ -42,8 +42,8 @@ impl<T> Located<T> {
     }
 }
 
-/// The recipients that a rule is about. Local parts are in lower case: [`AddressPattern::address`] and
-/// [`AddressPattern::bare`] see to it.
+/// The recipients that a rule is about. Local parts must be in lower case, as [`AddressPattern::address`] and
+/// [`AddressPattern::bare`] make them.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
 pub enum AddressPattern {
     /// `info@example.org`
@@ -103,7 +103,7 @@ pub struct Alias {
 }
 
 impl Alias {
-    /// Whether it has a target that this program does not serve: its mail is deferred.
+    /// Whether it has a target that this program does not serve. If so, its mail is deferred.
     pub fn is_unserved(&self) -> bool {
         self.targets.iter().any(|target| matches!(target.kind, TargetKind::Unserved(_)))
     }
@@ -119,11 +119,11 @@ pub struct AliasTarget {
 /// Where a target of an alias leads.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum TargetKind {
-    /// A mailbox here or elsewhere. `direct`: `\alice`, the mailbox itself, even if an alias has that name.
+    /// A mailbox here or elsewhere. `direct`: written `\alice`, the mailbox itself, even if an alias has that name.
     Mailbox { mailbox: Mailbox, direct: bool },
-    /// `/dev/null`: accepted and discarded.
+    /// `/dev/null`: the message is accepted and discarded.
     Discard,
-    /// A program, a file or a list, which other mail servers serve: what it is, with the text in the file.
+    /// A program, a file or a list, which other mail servers serve: its description, with the text in the file.
     Unserved(String),
 }
 
@@ -145,7 +145,7 @@ pub struct RouteRule {
     pub source: SourceLine,
 }
 
-/// What gets mail for names without a mailbox, in the domains that are accepted as a whole.
+/// The catch-all of a domain that is in `accept` as a whole, or of all such domains.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct CatchAllRule {
     /// `None`: each domain without a rule of its own.
@@ -154,33 +154,33 @@ pub struct CatchAllRule {
     pub source: SourceLine,
 }
 
-/// What gets mail for a name without a mailbox.
+/// The mailbox that gets mail for a name without a mailbox.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub enum CatchAll {
     /// The postmaster of the domain (RFC 5321 section 4.5.1).
     #[default]
     Postmaster,
-    /// A mailbox of that name, which is made.
+    /// A new mailbox of that name.
     Create,
     /// One mailbox, or an alias.
     Mailbox(Mailbox),
 }
 
-/// What delivers mail.
+/// The way to a mailbox.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Route {
-    /// For an address: its Maildir. For a domain: the directory of its Maildirs. Else: the directory of all domains.
+    /// For an address, its Maildir; for a domain, the directory of its Maildirs; otherwise the directory of all domains.
     /// Absolute.
     Maildir(PathBuf),
     NextHop(NextHop),
 }
 
-/// A local mail server that mail is sent to, in place of a Maildir.
+/// A local mail server that gets the mail in place of a Maildir.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
 pub enum NextHop {
     /// The path of a Unix socket. Absolute.
     LmtpUnix(PathBuf),
-    /// `address`: `host:port`, `192.0.2.1:port` or `[2001:db8::1]:port`; `host`: the host of it, without brackets.
+    /// `address`: `host:port`, `192.0.2.1:port` or `[2001:db8::1]:port`; `host`: its host, without brackets.
     Lmtp {
         address: String,
         host: String,
@@ -192,8 +192,8 @@ pub enum NextHop {
 }
 
 impl NextHop {
-    /// Whether the address means this listener of the host called `hostname`, as far as it can be known without a DNS
-    /// query.
+    /// Whether the next hop is this listener of the host `hostname`, as far as this is known without a DNS query: mail to it
+    /// would loop.
     pub fn is_at(&self, listener: &SocketAddr, hostname: &str) -> bool {
         let (NextHop::Lmtp { address, host } | NextHop::Smtp { address, host }) = self else { return false };
         let port = address.rsplit_once(':').and_then(|(_, port)| port.parse().ok());
@@ -206,7 +206,7 @@ impl NextHop {
 }
 
 impl fmt::Display for NextHop {
-    /// As the file has it, with the port: `lmtp:/run/dovecot/lmtp`, `smtp:127.0.0.1:25`.
+    /// As in the configuration, with the port: `lmtp:/run/dovecot/lmtp`, `smtp:127.0.0.1:25`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             NextHop::LmtpUnix(path) => write!(f, "lmtp:{}", path.display()),
@@ -220,17 +220,17 @@ impl fmt::Display for NextHop {
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct SourceLine {
     pub file: Arc<Path>,
-    /// From 1; `None`: the file as a whole, or something is missing.
+    /// Counted from 1; `None`: the error is about the file as a whole, or about something that is missing.
     pub line: Option<usize>,
 }
 
 impl SourceLine {
-    /// The error about this place.
+    /// An error about this place.
     pub fn error(&self, text: impl Into<String>) -> ConfigError {
         ConfigError { source: self.clone(), text: text.into() }
     }
 
-    /// The error about a name that comes twice; the second one is here.
+    /// An error about a name that is there twice. This is the place of the second one.
     pub fn duplicate(&self, name: impl fmt::Display) -> ConfigError {
         self.error(format!("{name} is here a second time: remove one of the two"))
     }
@@ -255,24 +255,24 @@ impl fmt::Display for ConfigError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let line = self.source.line.map_or_else(String::new, |line| format!(":{line}"));
         let text = format!("{}{line}: {}", self.source.file.display(), self.text);
-        // The name of a file may have a line end in it.
+        // The name of a file may contain a line end.
         f.write_str(&text.replace(char::is_control, "?"))
     }
 }
 
 impl std::error::Error for ConfigError {}
 
-/// What to do about an alias for mail that is to leave this host, or to be given to a program.
+/// The remedy for an alias whose mail is to leave this host, or to go to a program.
 pub const FORWARD_HINT: &str = "remove that alias, accept the address itself, and send it to the local mail server, \
                                 such as deliver = { \"info@example.org\" = \"smtp:127.0.0.1:25\" }";
 
-/// `local@domain`, quoted if necessary; `None`: it would not be a valid address.
+/// The address `local@domain`, quoted if necessary; `None`: it is not a valid address.
 pub fn address(local: &str, domain: &Domain) -> Option<Mailbox> {
     let escaped = local.replace('\\', r"\\").replace('"', "\\\"");
     Mailbox::parse(&format!("\"{escaped}\"@{domain}")).map(|mailbox| mailbox.canonical())
 }
 
-/// Whether two addresses are one mailbox: local parts compare without case.
+/// Whether two addresses are the same mailbox: local parts compare without case.
 pub fn same_mailbox(one: &Mailbox, other: &Mailbox) -> bool {
     one.host() == other.host() && one.local().to_lowercase() == other.local().to_lowercase()
 }

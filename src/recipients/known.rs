@@ -1,4 +1,4 @@
-//! The recipients that a customer has named to its provider, which rejects all others at RCPT.
+//! The list of recipients that a customer gives its provider, which rejects all others at RCPT.
 
 use std::collections::BTreeSet;
 use std::collections::hash_map::DefaultHasher;
@@ -7,7 +7,7 @@ use std::hash::{Hash, Hasher};
 use super::input::AddressPattern;
 use crate::mail::address::{Domain, Mailbox};
 
-/// What begins a detail: `alice+detail` is a recipient if `alice` is.
+/// The begin of a detail: `alice+detail` is a recipient if `alice` is.
 const SEPARATOR: char = '+';
 
 /// One entry of a list.
@@ -15,19 +15,19 @@ const SEPARATOR: char = '+';
 pub struct ListedRecipient {
     /// An address, or all those of a domain.
     pub pattern: AddressPattern,
-    /// `!spam@example.org`: there is no such recipient in a domain that is listed.
+    /// `!spam@example.org`: an exception in a domain that is listed as a whole.
     pub excepted: bool,
 }
 
-/// A list of recipients. An address takes 8 octets, its hash: an address with the hash of another one is nothing that a
-/// client could gain from.
+/// A list of recipients. It has the hashes of addresses, 8 octets each. If two addresses have the same hash, an unknown
+/// recipient is accepted, which gains a client nothing.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct RecipientList {
     whole: BTreeSet<Domain>,
-    /// Hashes of addresses, in order.
+    /// Hashes of addresses, sorted.
     listed: Vec<u64>,
     excepted: Vec<u64>,
-    /// The domains that have an entry.
+    /// The domains that an entry is about.
     named: BTreeSet<Domain>,
 }
 
@@ -59,7 +59,7 @@ impl RecipientList {
         }
     }
 
-    /// Prepares the list for its use.
+    /// Sorts the list, so that [`RecipientList::knows`] can search it.
     pub fn sort(&mut self) {
         for hashes in [&mut self.listed, &mut self.excepted] {
             hashes.sort_unstable();
@@ -73,18 +73,18 @@ impl RecipientList {
         self.named.is_empty()
     }
 
-    /// How many entries name recipients.
+    /// The number of entries, not counting exceptions.
     pub fn count(&self) -> u64 {
         (self.whole.len() + self.listed.len()) as u64
     }
 
-    /// Whether an entry is about the domain; otherwise only its postmaster is known.
+    /// Whether an entry is about the domain. If not, only its postmaster is a recipient.
     pub fn names(&self, domain: &Domain) -> bool {
         self.named.contains(domain)
     }
 
-    /// Whether a mailbox in a domain of the customer is a recipient. The nearest entry decides: that of the address, that
-    /// without its detail, that of the domain.
+    /// Whether a mailbox in a domain of the customer is a recipient. The most specific entry decides: that of the address, of the
+    /// address without its detail, or of the domain.
     pub fn knows(&self, mailbox: &Mailbox) -> bool {
         let Some(domain) = mailbox.domain() else { return false };
         let local = mailbox.local();
@@ -111,7 +111,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_nearest_entry_decides() {
+    fn the_most_specific_entry_decides() {
         let entry = |text: &str| {
             let (excepted, text) = text.strip_prefix('!').map_or((false, text), |text| (true, text));
             let pattern = match text.strip_prefix('@') {

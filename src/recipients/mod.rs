@@ -3,27 +3,27 @@
 //! Pure: no files, no sockets, no clock. The configuration makes a [`RuleInput`]; [`RecipientRules::new`] checks it.
 //! The rules for an address, in this order:
 //!
-//! 0. *bare postmaster*: `Postmaster` alone is postmaster@ the first domain of `accept` (RFC 5321 section 4.5.1).
+//! 0. *bare postmaster*: `Postmaster` without a domain is postmaster@ the first domain of `accept` (RFC 5321 section 4.5.1).
 //! 1. *domain alias*: another name of a domain is replaced by the domain's own name.
 //! 2. *foreign*: no rule is for that domain. Rejected: a turned session must not relay to other hosts.
 //! 3. *alias* of the whole address, or of its local part in every domain.
 //! 4. *user*: the address is in `accept`.
-//! 5. *detail*: rules 3 and 4 again, without the first separator and what follows it (`alice+detail`). A user keeps the
+//! 5. *detail*: rules 3 and 4 again, without the first separator and the text after it (`alice+detail`). A user keeps the
 //!    detail, an alias drops it.
-//! 6. *postmaster*: postmaster@ and abuse@ without a rule of their own go to `postmaster`. Without that key postmaster
-//!    is a mailbox by default, and mail for abuse goes to it.
+//! 6. *postmaster*: if postmaster@ and abuse@ have no rule of their own, their mail goes to `postmaster`. Without that key
+//!    postmaster is a mailbox by default, which also gets mail for abuse.
 //! 7. *alias of the domain*: `@example.org`.
 //! 8. *exception*: rejected, with or without detail.
-//! 9. *catch-all*: the mailbox of the local part without its detail, if there is one; else the address that `catch-all`
-//!    names for the domain, by default postmaster (see [`catch_all`]).
+//! 9. *catch-all*: the mailbox of the local part without its detail, if there is one; otherwise the domain's `catch-all`
+//!    address, by default postmaster (see [`catch_all`]).
 //! 10. *no rule*: rejected.
 //!
-//! A target of an alias may also be `/dev/null`, which discards, and an address elsewhere, for mail that is submitted here.
-//! Mail from the provider is deferred if any target is elsewhere: it would otherwise be relayed, or lost for that target.
-//! All mail is deferred if any target is not served, such as a program: a part of it would be lost.
+//! A target of an alias may also be `/dev/null`, which discards the message, or an address elsewhere, for mail that is
+//! submitted here. If any target is elsewhere, mail from the provider is deferred: it would otherwise be relayed, or lost for
+//! that target. If any target is not served, such as a program, all mail is deferred: it would be lost for that target.
 //!
-//! Local parts compare without case, domains as [`Domain`] does. An alias that names itself means the mailbox of that
-//! name, and so does a target with a backslash in front: rules 3, 5 and 7 then ignore aliases.
+//! Local parts compare without case, domains as [`Domain`] does. An alias that has its own name as a target leads to the
+//! mailbox of that name, and so does a target with a backslash in front: rules 3, 5 and 7 then ignore aliases.
 
 mod catch_all;
 mod check;
@@ -47,23 +47,23 @@ use self::names::{folder_names, has_directory_name};
 use crate::mail::address::{Domain, ForwardPath, Mailbox, forward_path};
 use crate::smtp::reply::Reply;
 
-/// The most destinations of one address.
+/// The maximum of destinations of one address.
 const DESTINATION_LIMIT: usize = 100;
 
-/// Tells whether there is a Maildir at this path, which the rules cannot see.
+/// Returns whether there is a Maildir at this path. The rules themselves read no files.
 pub type MailboxExists<'a> = &'a dyn Fn(&Path) -> bool;
 
 /// One copy of a message, for one mailbox.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Delivery {
-    /// The final address: the domain's own name, and the local part with its detail, in the case of the RCPT command.
+    /// The final address: the domain's own name, and the local part with its detail, spelled as in the RCPT command.
     pub mailbox: Mailbox,
     pub destination: Destination,
     /// The rules that led to the mailbox, in their order.
     pub via: Vec<MatchedRule>,
-    /// The rule that accepted it.
+    /// The rule that accepted the mailbox.
     pub rule: MatchedRule,
-    /// The message must be accepted even if the next hop rejects the recipient (RFC 5321 section 4.5.1).
+    /// RFC 5321 section 4.5.1: the message must be accepted even if the next hop rejects the recipient.
     pub fallback: bool,
 }
 
@@ -72,13 +72,13 @@ pub struct Delivery {
 pub enum Destination {
     Maildir {
         path: PathBuf,
-        /// Maildir++ folders for the detail, without their dot: the first that exists. If none does: the inbox.
+        /// Maildir++ folders for the detail, without their dot. The first that exists gets the message; if none does, the inbox.
         folders: Vec<String>,
     },
     NextHop(NextHop),
     /// `/dev/null`: the message is accepted and discarded.
     Discard,
-    /// In none of our domains: the outgoing queue, for mail that is submitted here.
+    /// An address in none of our domains: mail that is submitted here goes to the outgoing queue.
     Elsewhere,
 }
 
@@ -125,7 +125,7 @@ pub enum MatchedRule {
     PostmasterByDefault { detail: Option<String> },
     /// Rule 9, to the mailbox of the name, or to its next hop.
     CatchAll { domain: Domain, detail: Option<String> },
-    /// Rule 9, to another address, as the name has no mailbox. `to_postmaster`: to that of the domain.
+    /// Rule 9, to another address, because the name has no mailbox. `to_postmaster`: to the domain's postmaster.
     CatchAllAddress { domain: Domain, to_postmaster: bool },
     /// The target of an alias, accepted and discarded.
     Discard,
@@ -167,9 +167,9 @@ enum NoMailbox {
     Exception,
     /// Rule 10.
     NoRule,
-    /// No directory could have its name.
+    /// No directory can have its name.
     Nameless,
-    /// An alias with a target that is not served. It is deferred: the administrator may change that.
+    /// An alias with a target that is not served. It is deferred: the administrator may change the alias.
     Unserved,
 }
 
@@ -195,12 +195,12 @@ impl NoMailbox {
     }
 }
 
-/// The reply to the provider about a recipient whose alias leads elsewhere.
+/// The reply to RCPT from the provider if an alias of the recipient leads elsewhere.
 fn elsewhere_reply() -> Reply {
     Reply::new(451, "4.3.5", "The alias for that address leads to another host, and this is not a relay")
 }
 
-/// Where an address leads; if nowhere: why, and the rules up to there.
+/// The deliveries of an address; or why it has none, and the rules that led there.
 type TraceResult = Result<Vec<Delivery>, (NoMailbox, Vec<MatchedRule>)>;
 
 /// The delivery rules of a customer.
@@ -208,7 +208,7 @@ type TraceResult = Result<Vec<Delivery>, (NoMailbox, Vec<MatchedRule>)>;
 pub struct RecipientRules {
     root: PathBuf,
     home: Domain,
-    /// The domains with rules, the home domain first, then the aliases of domains.
+    /// The domains with rules, the home domain first; then the aliases of domains.
     domains: Vec<Domain>,
     domain_aliases: HashMap<Domain, Domain>,
     /// Addresses and domains of `accept`.
@@ -217,27 +217,27 @@ pub struct RecipientRules {
     aliases: HashMap<AddressPattern, Alias>,
     separators: String,
     postmaster: Option<Mailbox>,
-    /// For an address or a domain.
+    /// The routes of addresses and domains.
     routes: HashMap<AddressPattern, Route>,
-    /// For all other recipients.
+    /// The route of all other recipients.
     route: Route,
-    /// What gets mail for names without a mailbox: of a domain, and of all other domains in `accept`.
+    /// The catch-alls for names without a mailbox: of single domains, and of all other domains in `accept`.
     catch_alls: HashMap<Domain, CatchAll>,
     catch_all: CatchAll,
-    /// Names that have a mailbox even before it gets its first message.
+    /// Names that the configuration mentions: they have a mailbox even before its first message.
     named: HashSet<AddressPattern>,
-    /// As [`RecipientRules::catch_all_note`].
+    /// See [`RecipientRules::catch_all_note`].
     catch_all_note: Option<ConfigError>,
-    /// As [`RecipientRules::warnings`].
+    /// See [`RecipientRules::warnings`].
     warnings: Vec<ConfigError>,
 }
 
-/// The rule that an address matches, and where it leads.
+/// The rule that an address matches, and where the rule leads.
 enum Match<'a> {
     Alias(&'a Alias, Option<String>),
     /// Rule 6, which continues with this address.
     Postmaster(Mailbox),
-    /// `local`: without the detail.
+    /// A mailbox. `local`: without the detail.
     Mailbox {
         local: String,
         detail: Option<String>,
@@ -251,7 +251,7 @@ enum Match<'a> {
 }
 
 impl RecipientRules {
-    /// Moves the Maildirs that are below the root to another one.
+    /// Changes the root of the Maildirs.
     pub fn set_root(&mut self, root: &Path) {
         let before = std::mem::replace(&mut self.root, root.to_owned());
         for route in self.routes.values_mut().chain([&mut self.route]) {
@@ -261,7 +261,7 @@ impl RecipientRules {
         }
     }
 
-    /// The domains of `accept`, those of aliases, then the aliases of domains. Never empty; the first is the home domain.
+    /// The domains of `accept`, then those of aliases, then the aliases of domains. Never empty; the first is the home domain.
     pub fn domains(&self) -> &[Domain] {
         &self.domains
     }
@@ -276,17 +276,17 @@ impl RecipientRules {
         self.domains.contains(domain)
     }
 
-    /// The aliases whose mail is deferred, all of it or that from the provider: why, and what to write.
+    /// Warnings about aliases whose mail is deferred, all of it or that from the provider; each with the remedy.
     pub fn warnings(&self) -> &[ConfigError] {
         &self.warnings
     }
 
-    /// Where mail from the provider goes: as [`RecipientRules::resolve`], but no delivery is elsewhere.
+    /// The deliveries of mail from the provider: as [`RecipientRules::resolve`], but none is elsewhere.
     ///
     /// # Errors
     ///
-    /// Those of [`RecipientRules::resolve`], and `451` with 4.3.5 if an alias leads elsewhere. Then no target gets the
-    /// message: the provider keeps it for the recipient as a whole, and would send it again to those that have it.
+    /// Those of [`RecipientRules::resolve`], and `451` with 4.3.5 if an alias leads elsewhere. Then no target gets the message:
+    /// the provider has one status for the recipient, and would send the message again to the targets that have it.
     pub fn resolve_from_provider(
         &self, path: &ForwardPath, mailbox_exists: MailboxExists<'_>,
     ) -> Result<Vec<Delivery>, Reply> {
@@ -297,23 +297,23 @@ impl RecipientRules {
         }
     }
 
-    /// Where mail for a recipient goes: at least one delivery, and no destination twice.
+    /// The deliveries of mail for a recipient: at least one, and no destination twice.
     ///
     /// # Errors
     ///
-    /// The reply that rejects the recipient: `550` with 5.1.1, or with 5.7.1 for a foreign domain; or that defers it: `451`
-    /// with 4.3.5 if an alias has a target that is not served.
+    /// The reply to RCPT: `550` with 5.1.1, or with 5.7.1 for a foreign domain; or `451` with 4.3.5 if an alias has a target that
+    /// is not served.
     pub fn resolve(&self, path: &ForwardPath, mailbox_exists: MailboxExists<'_>) -> Result<Vec<Delivery>, Reply> {
         self.trace(path, mailbox_exists).1.map_err(|(reason, _)| reason.reply())
     }
 
-    /// How many aliases there are, those of domains among them.
+    /// The number of aliases, including those of domains.
     pub fn alias_count(&self) -> usize {
         self.aliases.len() + self.domain_aliases.len()
     }
 
-    /// The result of [`RecipientRules::resolve`] as text: one line, and for an alias another line for each delivery. The
-    /// last line has no line end.
+    /// The result of [`RecipientRules::resolve`] as text: one line, and for an alias one more line for each delivery. The last
+    /// line has no line end.
     fn explain(&self, path: &ForwardPath, mailbox_exists: MailboxExists<'_>) -> Result<String, String> {
         let listed = |rules: &[MatchedRule]| rules.iter().map(|rule| format!(" {rule},")).collect::<String>();
         let (begin, result) = self.trace(path, mailbox_exists);
@@ -329,7 +329,7 @@ impl RecipientRules {
                 let bare_or_address = |name: &_| !matches!(name, AddressPattern::Domain(_));
                 let _ = match first {
                     _ if number > 0 => Ok(()),
-                    // The line begins with the name already.
+                    // The line begins with the alias's name already.
                     MatchedRule::Alias { name, source, detail: None } if bare_or_address(name) => {
                         write!(text, " alias ({source})")
                     }
@@ -342,11 +342,11 @@ impl RecipientRules {
         Ok(text)
     }
 
-    /// Where mail for an address goes, and by which rules, as text. The address may be in angle brackets.
+    /// Explains in text where mail for an address goes, and by which rules. The address may be in angle brackets.
     ///
     /// # Errors
     ///
-    /// The explanation if the address is rejected, or a text if it is not a valid address.
+    /// The explanation of a rejection or deferral, or the error if it is not a valid address.
     pub fn explain_typed(&self, typed: &str, mailbox_exists: MailboxExists<'_>) -> Result<String, String> {
         let typed = typed.trim();
         let bracketed = if typed.starts_with('<') { typed.to_owned() } else { format!("<{typed}>") };
@@ -359,7 +359,7 @@ impl RecipientRules {
         }
     }
 
-    /// `ROOT/<domain>/<local part>`, without the detail: for a [`Delivery::fallback`] that no next hop accepts.
+    /// The Maildir of a [`Delivery::fallback`] that the next hop rejects: `ROOT/<domain>/<local part>`, without the detail.
     pub fn maildir_of(&self, mailbox: &Mailbox) -> PathBuf {
         let local = match mailbox.domain().map(|domain| self.look_up(mailbox.local(), domain, false)) {
             Some(Match::Mailbox { local, .. }) => local,
@@ -368,13 +368,13 @@ impl RecipientRules {
         self.root.join(directory_name(&mailbox.host().to_string())).join(directory_name(&local))
     }
 
-    /// Where mail for a [`Delivery::mailbox`] goes, without aliases: its message was accepted before, and waits in the
-    /// queue. `None`: the configuration has changed, and it is not a mailbox any more.
+    /// The destination of mail for a [`Delivery::mailbox`] whose message was accepted earlier and waits in the queue. Aliases are
+    /// not applied again. `None`: the configuration has changed, and it is not a mailbox any more.
     pub fn destination_of(&self, mailbox: &Mailbox, mailbox_exists: MailboxExists<'_>) -> Option<Destination> {
         let domain = mailbox.domain().filter(|domain| self.serves(domain))?;
         let found = self.look_up(mailbox.local(), domain, false);
         if let Some((target, rule)) = self.catch_all_target(&found, mailbox_exists) {
-            // A recipient has one status, so of several mailboxes only the first gets the message.
+            // A queued recipient has one status, so of several mailboxes only the first gets the message.
             let deliveries = self.deliveries_to(&target, vec![rule]).unwrap_or_default();
             let mut destinations = deliveries.into_iter().map(|delivery| delivery.destination);
             if let Some(maildir) = destinations.find(|to| matches!(to, Destination::Maildir { .. })) {
@@ -387,12 +387,12 @@ impl RecipientRules {
         }
     }
 
-    /// Whether some mail goes to next hops.
+    /// Whether any route leads to a next hop.
     pub fn has_next_hops(&self) -> bool {
         self.next_hops().next().is_some()
     }
 
-    /// The next hops of all routes; one may come several times.
+    /// The next hops of all routes, possibly with duplicates.
     pub fn next_hops(&self) -> impl Iterator<Item = &NextHop> {
         [&self.route].into_iter().chain(self.routes.values()).filter_map(|route| match route {
             Route::NextHop(hop) => Some(hop),
@@ -400,7 +400,7 @@ impl RecipientRules {
         })
     }
 
-    /// The roots of the Maildirs of all routes, the first one included; one may come several times.
+    /// The root, and the Maildirs or their roots of all routes, possibly with duplicates.
     pub fn maildir_roots(&self) -> impl Iterator<Item = &PathBuf> {
         let routes = [&self.route].into_iter().chain(self.routes.values());
         let named = routes.filter_map(|route| match route {
@@ -419,7 +419,7 @@ impl RecipientRules {
         matches!(found, Some(Match::Mailbox { rule: MatchedRule::PostmasterByDefault { .. }, .. }))
     }
 
-    /// What the last of these rules, an alias, leads to and is not served.
+    /// The target that is not served, of the alias that is the last of these rules.
     fn unserved_target(&self, via: &[MatchedRule]) -> Option<&str> {
         let Some(MatchedRule::Alias { name, .. }) = via.last() else { return None };
         self.aliases.get(name)?.targets.iter().find_map(|target| match &target.kind {
@@ -428,7 +428,7 @@ impl RecipientRules {
         })
     }
 
-    /// The rules 0 and 1 that were applied, and the result of all rules.
+    /// Applies all rules. Returns which of rules 0 and 1 were applied, and the result.
     fn trace(&self, path: &ForwardPath, mailbox_exists: MailboxExists<'_>) -> (Vec<MatchedRule>, TraceResult) {
         let mut via = Vec::new();
         let mut mailbox = match path {
@@ -452,7 +452,7 @@ impl RecipientRules {
         (begin, self.deliveries_to(&mailbox, via))
     }
 
-    /// Where mail for an address goes, by rules 2 to 10. `via`: the rules that have led to it.
+    /// The deliveries of an address by rules 2 to 10. `via`: the rules that led to the address.
     fn deliveries_to(&self, mailbox: &Mailbox, via: Vec<MatchedRule>) -> TraceResult {
         let mut expansion = Expansion::new(self, via);
         match expansion.expand(mailbox, self.find(mailbox, true)) {
@@ -518,8 +518,8 @@ impl RecipientRules {
         Match::NoMailbox(NoMailbox::NoRule)
     }
 
-    /// A local part and its detail, which may be empty. A separator in front of the local part does not count: RFC 5233
-    /// leaves the syntax to the site, and the name would be empty.
+    /// Splits a local part from its detail, which may be empty. A separator in front of the local part does not count, because
+    /// the name would be empty (RFC 5233 leaves the syntax to the site).
     fn split<'a>(&self, local: &'a str) -> (&'a str, Option<&'a str>) {
         let at = local.char_indices().skip(1).find(|(_, character)| self.separators.contains(*character));
         match at {
@@ -528,7 +528,7 @@ impl RecipientRules {
         }
     }
 
-    /// Where a target of an alias leads; if that is the alias itself: to the mailbox of that name.
+    /// Where a target of an alias leads. A target that is the alias itself leads to the mailbox of that name.
     fn follow(&self, alias: &Alias, target: &AliasTarget) -> Match<'_> {
         let (mailbox, direct) = match &target.kind {
             TargetKind::Mailbox { mailbox, direct } => (mailbox, *direct),
@@ -559,7 +559,7 @@ impl RecipientRules {
     }
 }
 
-/// A mailbox, unless no directory could have its name.
+/// The match of a mailbox, unless no directory can have its name.
 fn found<'a>(local: &str, detail: Option<String>, rule: MatchedRule) -> Match<'a> {
     if !has_directory_name(local) {
         return Match::NoMailbox(NoMailbox::Nameless);
@@ -571,7 +571,7 @@ fn found<'a>(local: &str, detail: Option<String>, rule: MatchedRule) -> Match<'a
 struct Expansion<'a> {
     rules: &'a RecipientRules,
     via: Vec<MatchedRule>,
-    /// Aliases that are expanded already: each destination is found once.
+    /// Aliases that are already expanded.
     seen: HashSet<AddressPattern>,
     deliveries: Vec<Delivery>,
 }
@@ -618,16 +618,16 @@ impl<'a> Expansion<'a> {
 
     /// Adds a delivery, unless the mailbox gets the message already.
     fn add(&mut self, mailbox: &Mailbox, destination: Destination, rule: MatchedRule) {
-        let same_place = |other: &Delivery| match destination {
+        let same_recipient = |other: &Delivery| match destination {
             Destination::Maildir { .. } | Destination::Discard => true,
             Destination::NextHop(_) => same_mailbox(&other.mailbox, mailbox),
-            // Only its own host knows whether case counts.
+            // Only the recipient's host knows whether case counts.
             Destination::Elsewhere => other.mailbox == *mailbox,
         };
-        let same = |other: &Delivery| other.destination == destination && same_place(other);
-        // The check of the limit needs to see one delivery beyond it, and no more.
+        let same = |other: &Delivery| other.destination == destination && same_recipient(other);
+        // One delivery more than the limit is enough for the check of the limit.
         if self.deliveries.len() <= DESTINATION_LIMIT && !self.deliveries.iter().any(same) {
-            // A name without a mailbox is accepted as postmaster is.
+            // Mail that postmaster gets as the catch-all must be accepted like postmaster's own.
             let caught = |rule: &MatchedRule| matches!(rule, MatchedRule::CatchAllAddress { to_postmaster: true, .. });
             let fallback = matches!(rule, MatchedRule::PostmasterByDefault { .. }) || self.via.iter().any(caught);
             let via = self.via.clone();

@@ -1,17 +1,17 @@
-//! Names of directories that are safe for any local part and any detail.
+//! Safe names of directories for any local part and any detail.
 //!
-//! A local part may contain `../x`, slashes and spaces. The name of its directory is an encoding of it, which cannot lead
-//! out of the domain's directory: letters in lower case, digits and `._+=-` stay as they are; each octet of
-//! every other character, and of a dot in front, is `%HH`. The Maildir++ folder of a detail is named in the same way,
-//! but without any dot, since dots separate levels of folders.
+//! A local part may contain `../x`, slashes and spaces. The name of its directory is encoded, so that it cannot lead out of
+//! the domain's directory: lower-case letters, digits and `._+=-` stay as they are; each octet of any other character, and
+//! of a dot in front, becomes `%HH`. The Maildir++ folder of a detail is encoded in the same way, but without any dot,
+//! because dots separate the levels of folders.
 
 use std::fmt::Write;
 
-/// The most octets in the name of a directory: mail readers append to it, and file systems allow 255.
+/// The maximum length of a directory's name in octets: mail readers append to it, and file systems permit 255.
 pub(super) const DIRECTORY_NAME_LIMIT: usize = 200;
 
-/// The name of a mailbox's directory: one component of a path, never hidden. It is empty for an empty local part, and
-/// may be too long for a file system.
+/// The name of a mailbox's directory: one component of a path that does not begin with a dot. It is empty for an empty local
+/// part, and may be too long for a file system.
 pub fn directory_name(local: &str) -> String {
     encoded(&local.to_lowercase(), true)
 }
@@ -25,7 +25,7 @@ pub(super) fn has_directory_name(local: &str) -> bool {
 pub(super) fn folder_names(detail: &str) -> Vec<String> {
     let mut names = vec![encoded(detail, false), encoded(&detail.to_lowercase(), false)];
     names.dedup();
-    // Mail readers empty Trash, and no quota counts it: a sender must not be able to choose it.
+    // A sender must not be able to choose Trash: mail readers empty it, and quotas do not count it.
     let trash = |name: &String| name.eq_ignore_ascii_case("Trash");
     names.retain(|name| (1..=DIRECTORY_NAME_LIMIT).contains(&name.len()) && !trash(name));
     names

@@ -1,4 +1,4 @@
-//! Names of directories, and addresses that are typed. `testdata/rules` has the rules.
+//! Tests of the names of directories, and of typed addresses. `testdata/rules` has tests of the rules.
 
 use super::names::DIRECTORY_NAME_LIMIT;
 use super::*;
@@ -79,9 +79,9 @@ fn typed_addresses_are_checked() {
     assert!(text.starts_with("\"a\\0b@example.org\" is no address"), "{text}");
 }
 
-/// A message waits in the queue for a name that had a next hop, and has Maildirs now.
+/// A message waits in the queue for a name that had a next hop, and whose domain has Maildirs now.
 #[test]
-fn a_message_that_waits_makes_no_mailbox_of_a_word() {
+fn a_queued_message_makes_no_mailbox_for_a_name_without_one() {
     let source = SourceLine { file: Path::new("odmr.toml").into(), line: Some(1) };
     let rules = |catch_all: CatchAll| {
         let accept = vec![Located { value: AddressPattern::Domain(domain("example.org")), source: source.clone() }];
@@ -116,7 +116,7 @@ fn a_message_that_waits_makes_no_mailbox_of_a_word() {
     check(CatchAll::Create, "word", false, "maildir:/var/mail/example.org/word");
     check(to("caught"), "word+x", false, "maildir:/var/mail/example.org/caught");
     check(to("caught"), "caught", false, "maildir:/var/mail/example.org/caught");
-    // The recipient has one status, so one mailbox gets the message; a next hop would not know the name.
+    // The recipient has one status, so one mailbox gets the message. A next hop would not know the name.
     check(to("team"), "word", false, "maildir:/var/mail/example.org/bob");
     check(to("lmtp"), "word", false, "maildir:/var/mail/example.org/word");
 }

@@ -1,23 +1,24 @@
-//! When the next call to a provider begins: a pure function of the calls so far, of two clocks that the caller reads, and
+//! When the next call to a provider begins: a pure function of the earlier calls, of two clocks that the caller reads, and
 //! of random numbers that the caller draws.
 //!
 //! ```text
-//! CallTimer::new ──▶ time_left(now) ──▶ wait, for a minute at most, and ask again until it is zero ──▶ the call
+//! CallTimer::new ──▶ time_left(now) ──▶ wait for at most a minute, and ask again until it is zero ────▶ the call
 //!                        ▲                                                                               │
 //!                        └───────────── call_ended(begun, ended, outcome, chance) ◀──────────────────────┘
 //! ```
 //!
-//! After a call that failed there is a pause, with any schedule. After a call in which mail was deferred here, for instance
+//! After a failed call there is a pause, whatever the schedule. After a call in which the customer deferred mail, for instance
 //! because a disk is full, the next call is due after such a pause, or by the schedule if that is earlier: one full mailbox
-//! must not delay the mail of the others. The pauses grow, so neither is a storm of calls. Otherwise:
+//! must not delay the mail of the others. The pauses grow, so that the calls do not become a storm. Otherwise:
 //!
-//! - `every`: the first call is due at once, each other one that time after the last one began, or as soon as it ended.
+//! - `every`: the first call is due at once. Each other call is due this time after the last one began, or at once if that
+//!   one took longer.
 //! - `at`: the call is due at the first moment of the timetable after the end of the last call. Moments that passed
 //!   during a call, while the machine slept or when the clock was set forward are skipped.
 //!
-//! On the days when the clock changes, a window (`every` within `at`) is all the moments at which the clock shows the
-//! right time: those in the repeated hour come twice, those in the skipped hour do not come. A single time comes exactly
-//! once on each of its days: the first time in the repeated hour, and at the end of the skipped hour.
+//! On the days when the clock changes, a window (`every` within `at`) has all moments at which the clock shows a time of
+//! the window: those in the repeated hour come twice, those in the skipped hour do not come. A single time comes exactly
+//! once on each of its days: at its first occurrence in the repeated hour, or at the end of the skipped hour.
 
 mod timetable;
 
@@ -33,7 +34,7 @@ pub use self::timetable::{Schedule, Times, Timetable, TimetableEntry, When};
 pub struct Clocks {
     /// The time of day, which may be set back and forth.
     pub date: Timestamp,
-    /// A monotonic clock. If it counts while the machine sleeps, a call that was due meanwhile is made on waking; if it
+    /// A monotonic clock. If it counts while the machine sleeps, a call that was due meanwhile is made when it wakes; if it
     /// stops, that call is skipped.
     pub ticks: Duration,
 }
@@ -43,38 +44,38 @@ pub struct Clocks {
 pub enum CallOutcome {
     /// A call without mail (453, RFC 2645 section 5.2.1) is a success too.
     Success,
-    /// The call was a success, but some mail was deferred here and stays with the provider.
+    /// The call succeeded, but the customer deferred some mail, which the provider still holds.
     Deferred,
     Failure,
 }
 
-/// The calls to one provider: how the last one ended, and when the next one is due.
+/// Computes when the next call to one provider is due, from how the last ones ended.
 pub struct CallTimer {
     schedule: Schedule,
-    /// The end of the pause after a failure, or of no pause before a call at once, in ticks. It precedes the schedule.
+    /// The end of the pause after a failure, in ticks; now, for a call at once. It overrides the schedule.
     until: Option<Duration>,
-    /// The end of the pause after a call in which mail was deferred here, in ticks. It adds a call to the schedule.
+    /// The end of the pause after a call in which mail was deferred, in ticks. It adds a call to the schedule.
     extra: Option<Duration>,
-    /// Where the schedule counts from: with `every` the begin of the last call, with `at` its end.
+    /// The moment from which the schedule counts: with `every` the begin of the last call, with `at` its end.
     since: Clocks,
-    /// The next call is this late.
+    /// How late the next call is.
     jitter: Duration,
-    /// Consecutive calls that were no success.
+    /// The number of consecutive calls that failed or in which mail was deferred.
     failures: u32,
 }
 
-/// A caller that asks at least this often misses no call. Callers ask each minute; the rest is for a busy machine.
+/// A caller that asks at least this often misses no call. Callers ask each minute; on a busy machine they may be late.
 const LATENESS_LIMIT: Duration = Duration::from_secs(120);
 
-/// While the clocks agree to within this many seconds, the time of day has not been set.
+/// While the two clocks agree within this many seconds, the time of day was not set.
 const CLOCK_TOLERANCE: u64 = 60;
 
-/// Days to search for a call: yesterday, whose last hour may repeat, today, and two weeks, as all of a weekly window may
-/// be in a skipped hour.
+/// How many days are searched for a call: yesterday, whose last hour may repeat, today, and two weeks, because a skipped hour
+/// may have all of a weekly window.
 const SEARCH_DAYS: usize = 16;
 
 impl CallTimer {
-    /// Begins before the first call. `chance`: a random number.
+    /// A timer before the first call. `chance`: a random number.
     pub fn new(schedule: &Schedule, now: Clocks, chance: u64) -> CallTimer {
         CallTimer {
             schedule: schedule.clone(),
@@ -86,8 +87,8 @@ impl CallTimer {
         }
     }
 
-    /// The time until the next call; zero: it is due. The caller asks again at least once a minute, as the clock may be
-    /// set.
+    /// The time until the next call; zero: it is due. The caller must ask again at least once a minute, because the clock may
+    /// be set.
     pub fn time_left(&self, now: Clocks) -> Duration {
         if let Some(until) = self.until {
             return until.saturating_sub(now.ticks);
@@ -108,12 +109,12 @@ impl CallTimer {
         }
     }
 
-    /// The time of day of the next call, unless the clock is set; for the log.
+    /// The time of day of the next call, if the clock is not set meanwhile; for the log.
     pub fn next_call(&self, now: Clocks) -> Timestamp {
         later(now.date, self.time_left(now))
     }
 
-    /// Records a call. `chance`: a random number.
+    /// Records the end of a call. `chance`: a random number.
     pub fn call_ended(&mut self, begun: Clocks, ended: Clocks, outcome: CallOutcome, chance: u64) {
         let doubled = self.schedule.retry_first.saturating_mul(2_u32.saturating_pow(self.failures));
         let pause = doubled.min(self.schedule.retry_max);
@@ -127,28 +128,28 @@ impl CallTimer {
         self.jitter = up_to(self.schedule.jitter, chance);
         self.since = match self.schedule.when {
             When::Every(_) => begun,
-            // If the clock was set back a little meanwhile, the moment of this call must not count again.
+            // If the clock was set back a little during the call, the moment of this call must not come a second time.
             When::At(_) => Clocks { date: begun.date.max(ended.date), ..ended },
         };
     }
 
-    /// Ends a pause after failures. If the next call fails too, the next pause is longer all the same: only a success
-    /// resets it.
+    /// Ends a pause after failures, if there is one. If the next call fails too, its pause is longer all the same: only a
+    /// success resets the pauses.
     pub fn network_is_back(&mut self, now: Clocks) {
         if self.until.is_some() {
             self.until = Some(now.ticks);
         }
     }
 
-    /// The timetable continues after this moment.
+    /// The moment after which the next call of the timetable counts.
     fn after(&self, now: Clocks) -> Timestamp {
         let waited = now.ticks.saturating_sub(self.since.ticks);
         if now.date.seconds().abs_diff(later(self.since.date, waited).seconds()) <= CLOCK_TOLERANCE {
-            // The call is due however late the caller asks: it may have been busy.
+            // The call is due even if the caller asks late, because it was busy.
             return self.since.date;
         }
-        // The clock was set, or the ticks stopped while the machine slept. Only a moment just before the time that the
-        // clock shows now is due; earlier ones are skipped.
+        // The clock was set, or the ticks stopped while the machine slept. Only a call just before the current time of day is
+        // due; earlier ones are skipped.
         let back = waited.min(self.jitter + LATENESS_LIMIT);
         Timestamp::from_seconds(now.date.seconds().saturating_sub(seconds(back)))
     }
@@ -165,11 +166,11 @@ pub fn first_after(timetable: &Timetable, after: Timestamp) -> Timestamp {
     let today = timetable.zone.day(after);
     let days = successors(Some(today.previous().unwrap_or(today)), |day| day.next()).take(SEARCH_DAYS);
     let firsts = days.map(|day| calls(timetable, day).into_iter().filter(|call| *call > after).min());
-    // If the clock is put back over midnight, the day after may have the earlier call.
+    // If the clock is set back over midnight, the earlier call may belong to the later day.
     firsts.skip_while(Option::is_none).take(2).flatten().min().unwrap_or(Timestamp::from_seconds(i64::MAX))
 }
 
-/// All calls of a day in the zone, unsorted; one may come twice.
+/// All calls of a day in the zone, unsorted and possibly with duplicates.
 fn calls(timetable: &Timetable, day: Day) -> Vec<Timestamp> {
     let mut calls = Vec::new();
     let showing = |minute: u16| timetable.zone.occurrence(day, minute);
@@ -199,7 +200,7 @@ fn seconds(time: Duration) -> i64 {
     i64::try_from(time.as_millis().div_ceil(1000)).unwrap_or(i64::MAX)
 }
 
-/// The one moment at which a single time of a day counts.
+/// The moment of a call at a single time of a day.
 fn once(showing: Occurrence) -> Timestamp {
     match showing {
         Occurrence::Once(moment) | Occurrence::Twice(moment, _) | Occurrence::Never(moment) => moment,

@@ -1,4 +1,4 @@
-//! Days of a simulated machine, and timetables against a scan of all minutes.
+//! Tests of schedules on a simulated machine, and of timetables against a scan of all minutes.
 
 use super::*;
 use crate::clock::Zone;
@@ -30,7 +30,7 @@ impl Machine {
         self.0
     }
 
-    /// Or sleeps.
+    /// Sets the time of day, or lets the machine sleep while the ticks stop.
     fn set(&mut self, seconds: i64) -> Clocks {
         self.0.date = Timestamp::from_seconds(self.0.date.seconds() + seconds);
         self.0
@@ -61,7 +61,7 @@ fn timer(text: &str, machine: &Machine) -> CallTimer {
     CallTimer::new(&schedule(text), machine.0, 1)
 }
 
-/// Each file of `testdata/schedule` has the keys of `[schedule]`, and every call of one day.
+/// Each file of `testdata/schedule` has the keys of `[schedule]`, and all calls of one day.
 #[test]
 fn the_calls_of_whole_days_are_those_of_the_files() {
     let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("testdata/schedule");
@@ -108,16 +108,16 @@ fn with_every_the_first_call_is_at_once_and_the_next_counts_from_its_start() {
     machine.calls(&mut timer, MINUTE, true);
     assert_eq!(timer.time_left(machine.0), 14 * MINUTE);
     assert_eq!(timer.next_call(machine.0).rfc3339(), "2026-01-02T03:19:05Z");
-    // Setting the time of day changes nothing.
+    // With `every`, the time of day does not count.
     assert_eq!(timer.time_left(machine.set(10_000)), 14 * MINUTE);
     machine.passes(14 * MINUTE);
     machine.calls(&mut timer, HOUR, true);
     assert_eq!(timer.time_left(machine.0), Duration::ZERO, "at once after one that took longer");
 }
 
-/// The schedule goes on, and growing pauses add calls to it: neither a storm, nor a delay for the mail of others.
+/// The schedule goes on, and growing pauses add calls to it: neither a storm of calls, nor a delay for the mail of others.
 #[test]
-fn after_mail_was_deferred_here_the_next_call_is_after_a_pause_or_by_the_schedule() {
+fn after_mail_was_deferred_the_next_call_is_after_a_pause_or_by_the_schedule() {
     let mut machine = Machine::at("2026-01-02T00:00:00Z");
     let mut timer = timer("every = \"15m\"\njitter = \"none\"\nretry-first = \"1m\"\nretry-max = \"1h\"", &machine);
     let mut calls = Vec::new();
@@ -126,7 +126,7 @@ fn after_mail_was_deferred_here_the_next_call_is_after_a_pause_or_by_the_schedul
         machine.ends(&mut timer, SECOND, CallOutcome::Deferred);
     }
     assert_eq!(calls, ["00", "01", "03", "07", "15", "30", "45"]);
-    // A failure now pauses as after so many failures, whatever the schedule says; a success ends all of it.
+    // A failure now has the pause of an eighth failure, whatever the schedule; a success resets the pauses.
     machine.waits(&timer);
     machine.ends(&mut timer, SECOND, CallOutcome::Failure);
     assert!(timer.time_left(machine.0) >= HOUR);
@@ -139,7 +139,7 @@ fn after_mail_was_deferred_here_the_next_call_is_after_a_pause_or_by_the_schedul
 }
 
 #[test]
-fn with_at_mail_that_was_deferred_here_adds_a_call_between_the_windows() {
+fn with_at_deferred_mail_adds_calls_to_the_timetable() {
     let mut machine = Machine::at("2026-01-02T08:00:00Z");
     let mut timer = timer("at = [\"* 09:30\"]\nzone = \"UTC\"\njitter = \"none\"\nretry-first = \"20m\"", &machine);
     machine.waits(&timer);
@@ -154,7 +154,7 @@ fn with_at_mail_that_was_deferred_here_adds_a_call_between_the_windows() {
 }
 
 #[test]
-fn the_jitter_is_chosen_once_a_call_and_stays_within_its_limit() {
+fn the_jitter_is_drawn_once_for_each_call_within_its_limit() {
     let machine = Machine::at("2026-01-02T03:04:05Z");
     // One of three milliseconds, 0 to 2.
     let mut drawn = Vec::new();
@@ -168,7 +168,7 @@ fn the_jitter_is_chosen_once_a_call_and_stays_within_its_limit() {
 }
 
 #[test]
-fn with_at_a_call_is_late_by_its_jitter_alone() {
+fn with_at_a_call_is_late_by_its_jitter() {
     let mut machine = Machine::at("2026-01-02T08:04:58Z");
     let timer = timer("at = [\"* every 5m\"]\nzone = \"UTC\"", &machine);
     let jitter = Duration::from_millis(1);
@@ -194,7 +194,7 @@ fn with_at_missed_calls_are_skipped() {
 }
 
 #[test]
-fn with_at_a_busy_caller_misses_no_call() {
+fn with_at_a_caller_that_asks_late_misses_no_call() {
     let mut machine = Machine::at("2026-01-02T08:01:00Z");
     let timer = timer("at = [\"sun 03:30\"]\nzone = \"UTC\"", &machine);
     assert_eq!(timer.next_call(machine.0).rfc3339(), "2026-01-04T03:30:01Z");
@@ -220,7 +220,7 @@ fn with_at_the_time_of_day_counts_if_the_clock_is_set() {
     check(-2 * 60 * 60, "08:30");
     check(30 * 60, "09:30");
     check(60 * 60, "10:30");
-    // It may have been set a little while the call went on: that is no second call.
+    // The clock is set back a little during the call: its moment does not come a second time.
     let mut machine = Machine::at("2026-01-02T08:30:00Z");
     let mut timer = timer(table, &machine);
     let begun = machine.0;
@@ -230,7 +230,7 @@ fn with_at_the_time_of_day_counts_if_the_clock_is_set() {
 }
 
 #[test]
-fn a_call_just_missed_while_the_machine_woke_is_made() {
+fn a_call_that_was_due_just_before_the_machine_woke_is_made() {
     let mut machine = Machine::at("2026-01-02T08:00:00Z");
     let timer = timer("at = [\"* 09:30\"]\nzone = \"UTC\"\njitter = \"none\"", &machine);
     machine.passes(30 * MINUTE);
@@ -258,7 +258,7 @@ fn failures_make_growing_pauses_with_any_schedule() {
 }
 
 #[test]
-fn when_the_network_is_back_a_pause_is_over() {
+fn when_the_network_is_back_the_pause_ends() {
     let mut machine = Machine::at("2026-01-02T03:04:05Z");
     let mut timer = timer("every = \"15m\"", &machine);
     machine.calls(&mut timer, SECOND, true);
@@ -271,7 +271,7 @@ fn when_the_network_is_back_a_pause_is_over() {
     timer.network_is_back(machine.passes(SECOND));
     assert_eq!(timer.time_left(machine.0), Duration::ZERO);
     machine.calls(&mut timer, SECOND, false);
-    assert!(timer.time_left(machine.0) >= 4 * MINUTE, "routers announce themselves all the time");
+    assert!(timer.time_left(machine.0) >= 4 * MINUTE, "the pauses grow, as the network may come back all the time");
 }
 
 #[test]
@@ -323,7 +323,7 @@ fn the_clock_may_change_over_midnight() {
         "2026-03-29",
         &["2026-03-30T00:45:00+01:00", "2026-03-30T00:50:00+01:00", "2026-04-05T23:50:00+01:00"],
     );
-    // All of a weekly window is left out: the next is a week later.
+    // The skipped hour has all of a weekly window: the next one is a week later.
     check(
         "CET-1CEST,M3.5.0,M10.5.0/3",
         "[\"sun 02:00-03:00 every 50m\"]",
@@ -332,7 +332,7 @@ fn the_clock_may_change_over_midnight() {
     );
 }
 
-/// Changes of the clock by an hour and by half of one, in the night, at midnight and over midnight.
+/// Zones whose clocks change by an hour or by half an hour, in the night, at midnight or over midnight.
 const ZONES: [&str; 5] = [
     "CET-1CEST,M3.5.0,M10.5.0/3",
     "<-03>3<-02>,M10.3.0/0,M2.3.0/0",
@@ -341,19 +341,19 @@ const ZONES: [&str; 5] = [
     "AAA0BBB,M3.5.0/23:45,M10.5.0/0:30",
 ];
 
-/// Two changes of the clock in each of them, in days from 2026-01-01.
+/// Two days on which the clock changes in each of them, counted from 2026-01-01.
 const CHANGES: [[i64; 2]; 5] = [[87, 297], [290, 45], [276, 94], [66, 304], [87, 297]];
 
-/// What the clock shows in one minute.
+/// The time that the clock shows in one minute.
 struct Shown {
     moment: Timestamp,
     text: String,
     weekday: usize,
-    /// No minute before showed the same.
+    /// No earlier minute showed the same time.
     first: bool,
 }
 
-/// Ten days of minutes, from the day before the change on.
+/// All minutes of ten days, from the day before the change on.
 fn minutes_shown(zone: usize, change: usize) -> &'static [Shown] {
     static SHOWN: [[OnceLock<Vec<Shown>>; 2]; 5] = [const { [const { OnceLock::new() }; 2] }; 5];
     SHOWN[zone][change].get_or_init(|| {
@@ -372,7 +372,7 @@ fn minutes_shown(zone: usize, change: usize) -> &'static [Shown] {
     })
 }
 
-/// The opposite approach to that of the module: whether a call is due in this minute.
+/// The opposite of the module's approach: whether a call is due in this minute.
 fn is_call(timetable: &Timetable, shown: &[Shown], at: usize) -> bool {
     let Shown { text, weekday, first, .. } = &shown[at];
     let minute = |text: &str| text[11..13].parse::<u16>().unwrap() * 60 + text[14..16].parse::<u16>().unwrap();
@@ -387,7 +387,7 @@ fn is_call(timetable: &Timetable, shown: &[Shown], at: usize) -> bool {
             else {
                 return shown_now;
             };
-            // The minutes that were left out between the last one and this one.
+            // The times that the clock skipped between the last minute and this one.
             let left_out = |minutes_of_day: &u16| match before[..10].cmp(&text[..10]) {
                 _ if before >= text => false,
                 Ordering::Equal => entry.days[*weekday] && (minute(before) + 1..minute(text)).contains(minutes_of_day),
@@ -403,7 +403,7 @@ fn is_call(timetable: &Timetable, shown: &[Shown], at: usize) -> bool {
 
 fn rule() -> impl Strategy<Value = String> {
     let days = prop_oneof![Just("*"), Just("sun"), Just("sat-mon"), Just("fri,sun"), Just("tue-thu")];
-    // Near the changes.
+    // Most minutes are near the changes of the clock.
     let minute = prop_oneof![0..240_u16, 1380..1440_u16, 0..1440_u16];
     let clock = |minute: u16| format!("{:02}:{:02}", minute / 60, minute % 60);
     let times = prop_oneof![
@@ -429,7 +429,7 @@ proptest! {
         second in 0..2 * 24 * 60 * 60_i64,
     ) {
         let table = format!("at = {rules:?}\nzone = {:?}\njitter = \"none\"", ZONES[zone]);
-        // A window that is not longer than its step is rejected.
+        // The parser rejects a window that is not longer than its step.
         let Ok(schedule) = parse_schedule(&table) else { return Ok(()) };
         let When::At(timetable) = schedule.when else { unreachable!() };
         let shown = minutes_shown(zone, change);

@@ -1,4 +1,4 @@
-//! The settings of a schedule: at which times a customer calls its provider.
+//! The settings of a schedule: when a customer calls its provider.
 
 use std::time::Duration;
 
@@ -9,28 +9,28 @@ use crate::clock::Zone;
 pub struct Schedule {
     /// Default: every 15 min.
     pub when: When,
-    /// Each call is late by a random time up to this. Shorter than `every`, and than each step of `at`. Default 30 s,
-    /// but with `every` a tenth of it where that is less.
+    /// Each call is late by a random time up to this. Shorter than `every`, and than each step of `at`. Default: 30 s,
+    /// or a tenth of `every` if that is less.
     pub jitter: Duration,
-    /// From the end of a call that failed to the next call; doubled with each further failure. Default 1 min, or
-    /// `every` or `retry_max` where that is less.
+    /// The pause from the end of a failed call to the next call. It is doubled after each further failure. Default: 1 min,
+    /// or `every` or `retry_max` if that is less.
     pub retry_first: Duration,
-    /// The pause is doubled up to this. Default 1 h, or `retry_first` where that is more. At least `retry_first`.
+    /// The longest pause; at least `retry_first`. Default: 1 h, or `retry_first` if that is more.
     pub retry_max: Duration,
 }
 
 /// `every` or `at`.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum When {
-    /// From the start of one call to the start of the next.
+    /// The time from the start of one call to the start of the next.
     Every(Duration),
     At(Timetable),
 }
 
-/// `at`, and the time zone of its times.
+/// The value of `at`, and the time zone of its times.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Timetable {
-    /// Never empty. They add up: a minute that two entries name is one call.
+    /// Never empty. If two entries have the same minute, that is one call.
     pub entries: Vec<TimetableEntry>,
     /// Default: that of this machine when the file was read.
     pub zone: Zone,
@@ -39,18 +39,18 @@ pub struct Timetable {
 /// One entry of `at`.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct TimetableEntry {
-    /// Whether it is for this day of the week, from Monday on. At least one day is true.
+    /// For each day of the week from Monday on, whether the entry has calls. At least one is true.
     pub days: [bool; 7],
     pub times: Times,
 }
 
-/// Minutes of a day, counted from midnight by what the clock shows.
+/// Minutes of a day, counted from midnight as the clock shows them.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Times {
-    /// Once a day each. Up to 1439; never empty, none twice.
+    /// Each once a day. 0 to 1439; never empty, no duplicates.
     At(Vec<u16>),
-    /// `from`, `from + step`, … before `to`, whenever the clock shows it. `step` is 1 or more, and less than `to` minus
-    /// `from`; `to` is up to 1440.
+    /// `from`, `from + step`, … before `to`, whenever the clock shows one of them. `step` is at least 1, and less than `to`
+    /// minus `from`; `to` is at most 1440.
     Every { from: u16, to: u16, step: u16 },
 }
 
@@ -64,7 +64,7 @@ impl Default for Schedule {
 }
 
 impl When {
-    /// The shortest time between two calls of one entry; `None`: every entry is a list of times.
+    /// The shortest time between two calls of one entry; `None`: all entries are lists of times.
     pub fn shortest_step(&self) -> Option<Duration> {
         match self {
             When::Every(every) => Some(*every),
@@ -78,7 +78,7 @@ impl When {
         }
     }
 
-    /// The jitter of a schedule that names none.
+    /// The jitter of a schedule without the key `jitter`.
     pub fn default_jitter(&self) -> Duration {
         match self {
             When::Every(every) => JITTER.min(*every / 10),
