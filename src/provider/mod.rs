@@ -264,7 +264,7 @@ impl PreparedProvider {
     /// The system has no threads.
     pub fn serve_one(self, listener: Listener, connection: SupervisedConnection) -> Result<(), StartError> {
         let PreparedProvider { shared, delivery, relay, .. } = self;
-        // Its handles notice that no relay runs here, and wake another process instead.
+        // Its handles then know that no relay runs here, and wake another process.
         drop(relay);
         log_skipped(&shared.config);
         let (cancel, abort) = (shared.lasting.cancel.clone(), shared.lasting.abort.clone());
