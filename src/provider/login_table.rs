@@ -59,7 +59,7 @@ const KNOWN_RENEWED_AFTER: i64 = 24 * 60 * 60;
 const UNKNOWN: &str = "unknown";
 
 /// The network of addresses that count as one client.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct ClientNetwork(Option<IpAddr>);
 
 impl ClientNetwork {
@@ -108,7 +108,7 @@ fn parse_digest(text: &str) -> Option<AccountDigest> {
 }
 
 /// The subject of a count.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum Subject {
     /// The failures of a network.
     Network(ClientNetwork),

@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags};
 
+use super::log_limit::{LoggedWarnings, may_log};
 use super::login_table::{Admission, AttemptEnd, AttemptOrigin, ClientNetwork, LoginTable, Subject};
 use crate::clock::Clock;
 use crate::file_stamp::FileStamp;
@@ -37,9 +38,6 @@ const CHANGES_LIMIT: usize = 256;
 
 /// How long an attempt waits for the open attempts of its network or account.
 const CROWD_WAIT: Duration = Duration::from_secs(5);
-
-/// How long the delays of a subject, and failures of the file, are not logged again.
-const LOG_INTERVAL: Duration = Duration::from_secs(60);
 
 /// The maximum of subjects with a delay in the log within the interval.
 const LOGGED_LIMIT: usize = 1000;
@@ -75,9 +73,8 @@ struct LoginState {
     done: u64,
     /// Since when the thread works on a request; `None`: it does not run.
     running: Option<Instant>,
-    failure_logged: Option<Instant>,
-    /// For each subject, when a delay was logged last, and how many were not logged since.
-    logged: Vec<(Subject, Instant, usize)>,
+    failures_logged: LoggedWarnings<()>,
+    delays_logged: LoggedWarnings<Subject>,
 }
 
 impl LoginState {
@@ -284,8 +281,7 @@ impl Logins {
 }
 
 fn log_failure(state: &mut LoginState, error: &io::Error) {
-    if state.failure_logged.is_none_or(|last| last.elapsed() >= LOG_INTERVAL) {
-        state.failure_logged = Some(Instant::now());
+    if may_log(&mut state.failures_logged, &[()], usize::MAX, Instant::now()).is_some() {
         log::warn!("event=logins-unusable error={}", quoted(error));
     }
 }
@@ -329,7 +325,9 @@ impl LoginAttempt {
             Admission::Delayed(seconds) => Some(seconds),
             Admission::Rejected => None,
         };
-        if let Some(others) = logins.may_log(&attempt.attempt) {
+        let subjects = attempt.attempt.subjects();
+        let others = may_log(&mut logins.lock().delays_logged, &subjects, LOGGED_LIMIT, Instant::now());
+        if let Some(others) = others {
             log(seconds, others);
         }
         let seconds = seconds.ok_or(Undecided::TooMany)?;
@@ -382,29 +380,6 @@ impl Drop for LoginAttempt {
 const CLOSED: PollFlags = PollFlags::RDHUP;
 #[cfg(not(target_os = "linux"))]
 const CLOSED: PollFlags = PollFlags::empty();
-
-impl Logins {
-    /// Whether to log a delay: for its network and its account, one a minute is logged. Returns the number of delays that were not
-    /// logged since the last one.
-    fn may_log(&self, attempt: &AttemptOrigin) -> Option<usize> {
-        let (now, mut state) = (Instant::now(), self.lock());
-        let is_recent = |last: &Instant| now.duration_since(*last) < LOG_INTERVAL;
-        let is_of = |subject: &Subject| attempt.subjects().contains(subject);
-        if state.logged.len() >= LOGGED_LIMIT {
-            state.logged.retain(|(_, last, _)| is_recent(last));
-        }
-        let is_full = state.logged.len() >= LOGGED_LIMIT;
-        let mut own: Vec<_> = state.logged.iter_mut().filter(|(subject, ..)| is_of(subject)).collect();
-        if is_full || own.iter().any(|(_, last, _)| is_recent(last)) {
-            own.iter_mut().for_each(|(.., others)| *others += 1);
-            return None;
-        }
-        let others = own.iter().map(|(.., others)| *others).max().unwrap_or(0);
-        state.logged.retain(|(subject, ..)| !is_of(subject));
-        state.logged.extend(attempt.subjects().map(|subject| (subject, now, 0)));
-        Some(others)
-    }
-}
 
 #[cfg(test)]
 mod tests {

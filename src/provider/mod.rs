@@ -8,6 +8,7 @@
 //! relay: mail from customers to the world
 //! ```
 
+pub mod log_limit;
 pub mod quota;
 pub mod spool;
 pub mod status;

@@ -8,8 +8,9 @@ use std::collections::HashMap;
 use std::io;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
+use super::log_limit::{LoggedWarnings, may_log};
 use crate::config::{Account, Accounts, OverQuota};
 use crate::mail::address::Domain;
 use crate::maildir::{LimitExceeded, Maildir, Usage, UsageLimit};
@@ -18,20 +19,11 @@ use crate::platform::boot_id;
 use crate::session::storage_failure_reply;
 use crate::smtp::reply::Reply;
 
-/// How often the log has an account that is full.
-const LOG_INTERVAL: Duration = Duration::from_secs(60);
-
 /// The quotas of all accounts that have one.
 pub struct Quotas {
     limits: HashMap<String, Arc<UsageLimit>>,
-    /// By account, and which of its numbers.
-    logged: Mutex<HashMap<(String, &'static str), LoggedExcess>>,
-}
-
-/// When an account was in the log, and how many messages or recipients were too much since then.
-struct LoggedExcess {
-    at: Instant,
-    more: u64,
+    /// By account, and which of its limits is exceeded.
+    logged: Mutex<LoggedWarnings<(String, &'static str)>>,
 }
 
 impl Quotas {
@@ -89,17 +81,10 @@ impl Quotas {
     }
 
     fn log(&self, exceeded: &LimitExceeded) {
-        let (mut logged, now) = (self.logged.lock().unwrap_or_else(PoisonError::into_inner), Instant::now());
-        let key = (exceeded.name.clone(), exceeded.unit);
-        let more = match logged.get_mut(&key) {
-            Some(last) if now < last.at + LOG_INTERVAL => {
-                last.more += 1;
-                return;
-            }
-            last => last.map_or(0, |last| last.more),
-        };
-        logged.insert(key, LoggedExcess { at: now, more: 0 });
-        let (account, times) = (&exceeded.name, more + 1);
-        log::warn!("event=over-quota account={account} reason={} times={times}", exceeded.unit);
+        let LimitExceeded { name, unit, .. } = exceeded;
+        let mut logged = self.logged.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(others) = may_log(&mut logged, &[(name.clone(), *unit)], usize::MAX, Instant::now()) {
+            log::warn!("event=over-quota account={name} reason={unit} times={}", others + 1);
+        }
     }
 }

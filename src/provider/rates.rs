@@ -24,6 +24,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use super::log_limit::{LoggedWarnings, may_log};
 use crate::clock::Clock;
 use crate::maildir::{wait_for_state_file, with_path};
 use crate::net::trace::quoted;
@@ -34,9 +35,6 @@ pub const RATE_FILE: &str = "rate-";
 
 /// How long a session waits for the lock. Others have it for a moment only, but a process that was stopped may have it for ever.
 const LOCK_TIMEOUT: Duration = Duration::from_millis(250);
-
-/// How often a failure is logged.
-const FAILURE_LOG_INTERVAL: Duration = Duration::from_secs(60);
 
 /// The maximum size of the file in octets.
 const RECORD_LIMIT: usize = 64;
@@ -49,8 +47,8 @@ pub struct SubmissionRates {
     clock: Clock,
     /// Not locked while a file is used: a disk that hangs must not delay other accounts.
     known: Mutex<HashMap<String, KnownHour>>,
-    /// When a failure was logged last.
-    logged: Mutex<Option<Instant>>,
+    /// Failures of all files.
+    logged: Mutex<LoggedWarnings<()>>,
 }
 
 /// The hour of an account as this process has seen it last.
@@ -181,8 +179,7 @@ impl SubmissionRates {
     /// Logs that the file of an account cannot be used, at most once a minute.
     fn log(&self, account: &str, error: &io::Error) {
         let mut logged = self.logged.lock().unwrap_or_else(PoisonError::into_inner);
-        if logged.is_none_or(|at| at.elapsed() >= FAILURE_LOG_INTERVAL) {
-            *logged = Some(Instant::now());
+        if may_log(&mut logged, &[()], usize::MAX, Instant::now()).is_some() {
             let consequence = "messages of other processes do not count";
             log::error!(
                 "event=rate-not-recorded account={account} error={} consequence={consequence:?}",
