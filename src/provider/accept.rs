@@ -41,10 +41,10 @@ impl HeldQueues {
     /// Adds the queue of one more recipient. Returns the recipient's address as it is stored.
     ///
     /// # Errors
-    /// The reply to RCPT: that of [`Shared::check_learned`] or [`Spool::check_recipient`]; or 452, so that the client sends the
-    /// message to the other recipients in another transaction (RFC 5321 section 4.5.3.1.10). It gets 452 if there are as many queues
-    /// as permitted, because each takes the message's size on the disk; or if the message may exceed the quota of one of several
-    /// accounts.
+    /// The reply to RCPT: that of [`Shared::check_learned`] or [`Spool::check_recipient`]; or 452, so that the client sends
+    /// the message to the other recipients in another transaction (RFC 5321 section 4.5.3.1.10). It gets 452 if there are
+    /// as many queues as permitted, because each takes the message's size on the disk; or if the message may exceed the
+    /// quota of one of several accounts.
     pub fn add(&mut self, shared: &Shared, mailbox: &Mailbox, queue: SpoolQueue) -> Result<Mailbox, Reply> {
         shared.check_learned(mailbox)?;
         shared.spool.check_recipient(mailbox, &self.queues, self.size.unwrap_or(0))?;
@@ -165,8 +165,8 @@ impl MessageSink for QueueWriter {
 /// there are.
 const POSTMASTER_LIMIT: usize = 1000;
 
-/// Stores each DSN of the provider in the queue of its recipient, held or outgoing; if there is none, in that of the provider's
-/// postmaster.
+/// Stores each DSN of the provider in the queue of its recipient, held or outgoing; if there is none, in that of the
+/// provider's postmaster.
 pub struct SpoolDsnSink {
     pub spool: Arc<Spool>,
     pub relay: RelayHandle,

@@ -340,8 +340,8 @@ impl DeliveryThread {
         }
     }
 
-    /// Ends all sessions, and waits for their last jobs. If a disk does not respond, the mail stays as it is: messages that the
-    /// customer has accepted and that are not settled are sent once more.
+    /// Ends all sessions, and waits for their last jobs. If a disk does not respond, the mail stays as it is: messages that
+    /// the customer has accepted and that are not settled are sent once more.
     fn end_all(mut self) {
         for scheduled in self.sessions.values_mut().filter(|scheduled| !scheduled.session.ended) {
             scheduled.session.end("the provider is shutting down");

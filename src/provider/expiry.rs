@@ -1,10 +1,10 @@
 //! Expires held mail, and warns its senders of the delay, without a call of the customer: `serve` makes a pass once a minute,
 //! `odmr expire` makes one.
 //!
-//! The plan has the time at which each domain is due. A pass lists only the domains that are, so that a million messages cost
-//! nothing while they wait; but it lists each domain once an hour, to find files of other agents. It lists without a lock, then
-//! locks the queue, unless a session has it, for a few messages at a time, and releases it to a session that requests it. A
-//! domain whose disk hangs blocks one thread; `serve` starts another for the other domains.
+//! The plan has the time at which each domain is due. A pass lists only the domains that are, so that a million messages
+//! cost nothing while they wait; but it lists each domain once an hour, to find files of other agents. It lists without a
+//! lock, then locks the queue, unless a session has it, for a few messages at a time, and releases it to a session that
+//! requests it. A domain whose disk hangs blocks one thread; `serve` starts another for the other domains.
 
 use std::collections::{HashMap, HashSet};
 use std::io;

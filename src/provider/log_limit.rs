@@ -10,9 +10,9 @@ const LOG_INTERVAL: Duration = Duration::from_secs(60);
 /// For each subject of warnings, when one was logged last, and how many were not logged since.
 pub type LoggedWarnings<K> = HashMap<K, (Instant, usize)>;
 
-/// Whether to log a warning about these subjects: none of them was logged within the last minute. Returns the number of warnings
-/// about them that were not logged since; `None`: do not log this one. `limit`: if more subjects than this were logged within a
-/// minute, no others are.
+/// Whether to log a warning about these subjects, because none of them was logged within the last minute. Returns the
+/// number of warnings about them that were not logged since; `None`: do not log this one. If `limit` subjects were logged
+/// within a minute, no others are.
 pub fn may_log<K: Clone + Eq + Hash>(
     logged: &mut LoggedWarnings<K>, subjects: &[K], limit: usize, now: Instant,
 ) -> Option<usize> {
@@ -43,7 +43,7 @@ mod tests {
         let seconds = [0, 0, 59, 60, 61, 119, 120, 300, 301];
         let admitted = seconds.map(|second| at(second, &['a']));
         assert_eq!(admitted, [Some(0), None, None, Some(2), None, None, Some(2), Some(0), None]);
-        // One subject that was logged is enough; the other one is not counted.
+        // If one of the subjects was logged, the warning is not. The other subject does not count as logged.
         assert_eq!((at(302, &['a', 'b']), at(303, &['b', 'c'])), (None, Some(0)));
         assert_eq!(at(304, &['d']), None, "three subjects were logged within a minute");
         assert_eq!((at(360, &['d']), at(360, &['a'])), (Some(0), None));

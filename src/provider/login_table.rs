@@ -1,16 +1,18 @@
-//! How long an attempt to authenticate waits, so that clients cannot guess secrets: the rules, without a clock and without files.
+//! How long an attempt to authenticate waits, so that clients cannot guess secrets: the rules, without a clock and without
+//! files.
 //!
-//! The table counts the failures of each network (IPv4 /24, IPv6 /64) and of each account. After three, an attempt waits one
-//! second, and twice as long after each further failure, up to 30 seconds. The greater count decides: a client that guesses from
-//! many networks is slowed by the account's count, one that guesses at many accounts by the network's.
+//! The table counts the failures of each network (IPv4 /24, IPv6 /64) and of each account. After three, an attempt waits
+//! one second, and twice as long after each further failure, up to 30 seconds. The greater count decides: a client that
+//! guesses from many networks is slowed by the account's count, one that guesses at many accounts by the network's.
 //!
 //! The delays must not lock customers out:
 //!
-//! - The networks from which an account has authenticated are *known*: there, only the account's failures in that network count.
-//! - Few attempts may wait at once, and a more urgent attempt displaces the least urgent one: those from known networks come
-//!   first, then those from networks with fewer failures, then those from an address (IPv6: a /48) with fewer waiting attempts.
-//!   So a customer is locked out neither by guesses from its own network nor by guesses from many. Only an attacker with
-//!   thousands of networks can lock out a customer, while the attack lasts, in a network that is not known.
+//! - The networks from which an account has authenticated are *known*: there, only the account's failures in that network
+//!   count.
+//! - Few attempts may wait at once, and a more urgent attempt displaces the least urgent one: those from known networks
+//!   come first, then those from networks with fewer failures, then those from an address (IPv6: a /48) with fewer waiting
+//!   attempts. So a customer is locked out neither by guesses from its own network nor by guesses from many. Only an
+//!   attacker with thousands of networks can lock out a customer, while the attack lasts, in a network that is not known.
 //! - Many customers may call at once from one network: eight attempts are decided at a time, the others wait for their ends.
 //!
 //! ```text
@@ -116,7 +118,8 @@ pub enum Subject {
     Account(AccountDigest),
     /// The failures of an account in a known network since its last login there.
     Known(AccountDigest, ClientNetwork),
-    /// The attempts of a network that were rejected or displaced because too many wait. Not in the file, which each would change.
+    /// The attempts of a network that were rejected or displaced because too many wait. Not in the file, which each would
+    /// change.
     Rejected(ClientNetwork),
 }
 
@@ -217,13 +220,14 @@ fn delay(failures: u32) -> u32 {
 pub struct LoginTable {
     counts: Vec<Count>,
     waiting: Vec<WaitingAttempt>,
-    /// Open attempts of this process without a delay, each with the subjects for which its failure would count. They are not in
-    /// the file, so that a login from a known network writes nothing.
+    /// Open attempts of this process without a delay, each with the subjects for which its failure would count. They are
+    /// not in the file, so that a login from a known network writes nothing.
     open: Vec<(String, Vec<Subject>)>,
 }
 
 impl LoginTable {
-    /// Begins an attempt. A delayed one counts as a failure from now on: otherwise many at once would all wait for the same time.
+    /// Begins an attempt. A delayed one counts as a failure from now on: otherwise many at once would all wait for the same
+    /// time.
     pub fn begin(&mut self, attempt: &AttemptOrigin, now: i64) -> Admission {
         if self.open(attempt, now) {
             return Admission::Free;
@@ -288,8 +292,8 @@ impl LoginTable {
             (AttemptEnd::Failed, false) => self.count(attempt, now),
             (AttemptEnd::Withdrawn | AttemptEnd::Succeeded, true) => self.uncount(attempt, now),
         }
-        // A login does not clear the counts of the network and the account: otherwise a guesser with an account could clear its
-        // network.
+        // A login does not clear the counts of the network and the account: otherwise a guesser with an account could clear
+        // its network.
         if end == AttemptEnd::Succeeded {
             self.learn(attempt.account, attempt.network(), now);
         }
@@ -334,8 +338,8 @@ impl LoginTable {
         found.map_or(0, |at| self.counts[at].left(now))
     }
 
-    /// Counts one more, up to `limit`. If there is no room, the subject replaces the lowest, and continues its count. So a client
-    /// with many invented names can neither clear a high count nor prevent that others are counted.
+    /// Counts one more, up to `limit`. If there is no room, the subject replaces the lowest, and continues its count. So a
+    /// client with many invented names can neither clear a high count nor prevent that others are counted.
     fn add(&mut self, subject: Subject, limit: u32, now: i64) {
         let count = Count { subject, count: self.most(&subject, now).saturating_add(1).min(limit), at: now };
         match self.find(&subject).or_else(|| self.least(&subject, now)) {
@@ -430,8 +434,8 @@ impl LoginTable {
         oldest.map(|(_, at)| self.counts.remove(at)).is_some()
     }
 
-    /// Removes counts that are 0 and waits that are over. If the clock was set back, times in the future become `now`, so that no
-    /// delay gets longer.
+    /// Removes counts that are 0 and waits that are over. If the clock was set back, times in the future become `now`, so
+    /// that no delay gets longer.
     fn settle(&mut self, now: i64) {
         for count in &mut self.counts {
             count.at = count.at.min(now);

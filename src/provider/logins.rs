@@ -2,8 +2,8 @@
 //!
 //! Each AUTH that tries a secret is an attempt under the rules of [`LoginTable`]. The table is in memory and in the file
 //! `SPOOL/.odmr/logins`, which `serve` and each process of `serve --inetd` read and replace while they lock `logins.lock`.
-//! Only a separate thread uses the disk, and ends when it has nothing to do: if the disk hangs, attempts go on with the table in
-//! memory. The file is not fsynced: if a power cut loses it, the counts begin anew.
+//! Only a separate thread uses the disk, and ends when it has nothing to do: if the disk hangs, attempts go on with the
+//! table in memory. The file is not fsynced: if a power cut loses it, the counts begin anew.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -306,8 +306,9 @@ pub struct LoginAttempt {
 }
 
 impl LoginAttempt {
-    /// Begins an attempt, and waits until the server may decide it. `input`: the connection, which is not read. `log` logs a delay:
-    /// its seconds, or `None` if too many attempts wait; and the number of delays that were not logged since the last line.
+    /// Begins an attempt, and waits until the server may decide it. `input`: the connection, which is not read. `log` logs
+    /// a delay: its seconds, or `None` if too many attempts wait; and the number of delays that were not logged since the
+    /// last line.
     ///
     /// # Errors
     /// The reason why the server must not decide the attempt.

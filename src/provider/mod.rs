@@ -134,7 +134,8 @@ impl From<io::Error> for StartError {
 pub struct Provider;
 
 impl Provider {
-    /// Starts a provider: checks the files and addresses of the configuration, binds all listeners, and only then begins to work.
+    /// Starts a provider: checks the files and addresses of the configuration, binds all listeners, and only then begins to
+    /// work.
     ///
     /// # Errors
     /// A certificate, an address or a resource of the system cannot be used.

@@ -33,7 +33,8 @@ use crate::smtp::reply::Reply;
 /// The prefix of the files in `SPOOL/.odmr`.
 pub const RATE_FILE: &str = "rate-";
 
-/// How long a session waits for the lock. Others have it for a moment only, but a process that was stopped may have it for ever.
+/// How long a session waits for the lock. Others have it for a moment only, but a process that was stopped may have it for
+/// ever.
 const LOCK_TIMEOUT: Duration = Duration::from_millis(250);
 
 /// The maximum size of the file in octets.
@@ -88,8 +89,8 @@ impl Hour {
         file.write_all_at(format!("{} {} .\n", self.begun, self.messages).as_bytes(), 0)
     }
 
-    /// The hour at this time. If the clock was set back a little, for instance by NTP, the hour goes on. An hour that begins more
-    /// than an hour in the future is over: the clock was wrong then, or is now.
+    /// The hour at this time. If the clock was set back a little, for instance by NTP, the hour goes on. An hour that
+    /// begins more than an hour in the future is over: the clock was wrong then, or is now.
     fn at(self, now: i64) -> Hour {
         let age = now.saturating_sub(self.begun);
         let is_over = !(-HOUR_SECONDS..HOUR_SECONDS).contains(&age);
@@ -138,7 +139,7 @@ impl SubmissionRates {
     fn change(&self, account: &str, change: &mut dyn FnMut(&mut Hour)) -> Hour {
         let name = format!("{RATE_FILE}{account}");
         let path = self.root.join(".odmr").join(&name);
-        // If the last call waited in vain, do not wait again.
+        // If the last call did not get the lock, do not wait again.
         let patience =
             if self.known_hour(account, &mut |known| known.is_alone) { Duration::ZERO } else { LOCK_TIMEOUT };
         let file = wait_for_state_file(&self.root, &name, Instant::now() + patience);
@@ -193,8 +194,8 @@ fn rejection(limit: usize) -> Reply {
     Reply::new(452, "4.3.2", format!("No more than {limit} messages an hour"))
 }
 
-/// A message that is being received, and counts. If the permit is dropped without [`SubmissionPermit::keep`], the message counts
-/// no longer.
+/// A message that is being received, and counts. If the permit is dropped without [`SubmissionPermit::keep`], the message
+/// counts no longer.
 pub struct SubmissionPermit {
     rates: Arc<SubmissionRates>,
     account: String,

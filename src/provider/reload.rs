@@ -79,9 +79,9 @@ impl Reloader {
         *self.0.current.write().unwrap_or_else(PoisonError::into_inner) = shared.clone();
     }
 
-    /// Reads the configuration anew. Listeners and sessions stay, but turned sessions of a removed account end after the message
-    /// under way. If a customer's file has a mistake, its account stays as it was; if any other file has one, everything stays as
-    /// it was. The result is logged.
+    /// Reads the configuration anew. Listeners and sessions stay, but turned sessions of a removed account end after the
+    /// message under way. If a customer's file has a mistake, its account stays as it was; if any other file has one,
+    /// everything stays as it was. The result is logged.
     pub fn reload(&self, file: &Path) {
         let _one = self.0.one_at_a_time.lock().unwrap_or_else(PoisonError::into_inner);
         let old = self.current();
@@ -123,8 +123,8 @@ impl Reloader {
         }
     }
 
-    /// Until it is cancelled, checks once a minute whether the files of the certificate have changed, and begins a pass of expiry
-    /// over held mail. Once a day it logs the certificate's end, if that is near, and tidies the spool.
+    /// Until it is cancelled, checks once a minute whether the files of the certificate have changed, and begins a pass of
+    /// expiry over held mail. Once a day it logs the certificate's end, if that is near, and tidies the spool.
     pub fn keep_up(&self, cancel: &CancelToken) {
         let stamp = || {
             let shared = self.current();

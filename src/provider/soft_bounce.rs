@@ -88,8 +88,8 @@ impl SoftBounces {
         !self.is_over(message) && !self.is_accepting(message.domain) && result.recipients.iter().any(about_mailbox)
     }
 
-    /// Turns the rejections that look like a mistake on the customer's side into deferrals with the same replies, until the time
-    /// is over. Returns [`RejectedMessage::first`] if there is such a rejection.
+    /// Turns the rejections that look like a mistake on the customer's side into deferrals with the same replies, until the
+    /// time is over. Returns [`RejectedMessage::first`] if there is such a rejection.
     pub fn defer(&mut self, message: RejectedMessage<'_>, result: &mut DeliveryResult) -> Option<Timestamp> {
         if self.time.is_zero() {
             return None;

@@ -125,8 +125,8 @@ impl Spool {
         &self.queue
     }
 
-    /// The secret key of salts and of digests of names, the same in each process. If it cannot be stored, which is logged, this
-    /// process has a key of its own.
+    /// The secret key of salts and of digests of names, the same in each process. If it cannot be stored, which is logged,
+    /// this process has a key of its own.
     pub fn login_key(&self, ids: &Ids) -> [u8; 32] {
         let new = ids.key();
         maildir::state_key(&self.root, "scram-key", new).unwrap_or_else(|error| {
@@ -156,7 +156,8 @@ impl Spool {
         maildir::locked_state_file(&self.root, LOCK_FILE).map(|file| file.is_some())
     }
 
-    /// The name of a queue: its directory, its locks and limits, and whether each message has its own time of the next attempt.
+    /// The name of a queue: its directory, its locks and limits, and whether each message has its own time of the next
+    /// attempt.
     pub fn name(&self, queue: &SpoolQueue) -> QueueName {
         let (path, domain) = match queue {
             SpoolQueue::Held(domain) => (held_path(&self.root, domain), Some(domain)),
@@ -278,9 +279,9 @@ impl Spool {
         self.root.join(".odmr/reload")
     }
 
-    /// Removes what is left over, once a day in whichever process comes first: files of writers that died; queues without mail
-    /// whose domain has no customer; the state files of removed accounts, and rates of accounts without one. Each must be unused for
-    /// 36 hours. A failure is logged.
+    /// Removes what is left over, once a day in whichever process comes first: files of writers that died; queues without
+    /// mail whose domain has no customer; the state files of removed accounts, and rates of accounts without one. Each must
+    /// be unused for 36 hours. A failure is logged.
     pub fn tidy(&self) {
         maildir::tidy_daily(&self.root, || {
             for (_, queue) in self.all_queues()? {
@@ -371,8 +372,8 @@ impl Spool {
         self.quotas.reply(error, accounts.first().copied().flatten().filter(|_| is_one(&accounts)))
     }
 
-    /// Whether a message for several accounts fits into the quota of each, however large its content is. The content has one reply
-    /// for all recipients: an account without room would defer the message for the others too, at each attempt.
+    /// Whether a message for several accounts fits into the quota of each, however large its content is. The content has
+    /// one reply for all recipients: an account without room would defer the message for the others too, at each attempt.
     pub fn may_go_together(&self, queues: &[SpoolQueue], size: Option<u64>) -> bool {
         let accounts: Vec<_> = queues.iter().map(|queue| self.holder(queue)).collect();
         let has_room = |account: &&Account| {
@@ -394,7 +395,8 @@ impl Spool {
     /// `octets`: the expected size of the content.
     ///
     /// # Errors
-    /// `StorageFull`, and those of [`Spool::begin_message`]. [`Spool::failure_reply`] makes replies of these and of the writer's.
+    /// `StorageFull`, and those of [`Spool::begin_message`]. [`Spool::failure_reply`] makes replies of these and of the
+    /// writer's.
     pub fn begin_incoming(
         &self, copies: &[(SpoolQueue, QueuedEnvelope)], head: &str, octets: u64,
     ) -> io::Result<MessageWriter> {
@@ -404,8 +406,8 @@ impl Spool {
         Ok(writer)
     }
 
-    /// Begins a message with a copy in each of these queues, whatever the quotas and `min-free`: if a DSN could not be stored, the
-    /// message that it is about would stay for ever. `head`: the first lines of the content, or empty.
+    /// Begins a message with a copy in each of these queues, whatever the quotas and `min-free`: if a DSN could not be
+    /// stored, the message that it is about would stay for ever. `head`: the first lines of the content, or empty.
     ///
     /// # Errors
     /// A file cannot be made; `InvalidInput` if an envelope is too long.

@@ -74,8 +74,8 @@ pub struct DomainStatus {
 }
 
 impl ProviderStatus {
-    /// Reads the status of the accounts and domains for which `wanted` is true. `wanted` gets the account's name, if there is an
-    /// account, and the domain.
+    /// Reads the status of the accounts and domains for which `wanted` is true. `wanted` gets the account's name, if there
+    /// is an account, and the domain.
     ///
     /// # Errors
     /// A directory cannot be read.

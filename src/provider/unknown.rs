@@ -2,9 +2,9 @@
 //!
 //! A recipient that was rejected with 5.1.1 in two calls, at least an hour apart, is *learned*: RCPT gets 550 5.1.1. So the
 //! sender's own server reports the rejection, and no DSN goes to a forged sender. The provider forgets a recipient when the
-//! customer accepts it, with any spelling of its local part, and a day after its last rejection, so that a new mailbox gets its
-//! mail soon. Only the rejected spelling is learned: RFC 5321 section 2.4 permits `BOB` and `bob` to be two mailboxes, and a
-//! stranger who writes to one that does not exist must not get the other rejected. The postmaster is never learned.
+//! customer accepts it, with any spelling of its local part, and a day after its last rejection, so that a new mailbox gets
+//! its mail soon. Only the rejected spelling is learned: RFC 5321 section 2.4 permits `BOB` and `bob` to be two mailboxes,
+//! and a stranger who writes to one that does not exist must not get the other rejected. The postmaster is never learned.
 //!
 //! Each account has one file, `SPOOL/.odmr/unknown-ACCOUNT`. A turned session replaces it at its end, while it has the lock of
 //! the account:
@@ -13,8 +13,8 @@
 //! 1795689600 1795693200 bob@example.org     first and last rejection, in seconds since 1970
 //! ```
 //!
-//! If the file is lost or damaged, the recipients are learned anew. A time in the future, or before this program existed, comes
-//! from a wrong clock: that recipient is forgotten.
+//! If the file is lost or damaged, the recipients are learned anew. A time in the future, or before this program existed,
+//! comes from a wrong clock: that recipient is forgotten.
 
 use std::cmp::Reverse;
 use std::collections::{HashMap, HashSet};
@@ -167,8 +167,8 @@ impl Learning {
         }
     }
 
-    /// Records that the customer's server has rejected a recipient with 5.1.1. Returns whether the recipient is learned now, and
-    /// was not before.
+    /// Records that the customer's server has rejected a recipient with 5.1.1. Returns whether the recipient is learned
+    /// now, and was not before.
     pub fn rejected(&mut self, mailbox: &Mailbox) -> bool {
         // RFC 5321 section 4.5.1: every server must accept mail for the postmaster.
         if mailbox.local().eq_ignore_ascii_case("postmaster") || !self.begun.is_possible(self.begun) {

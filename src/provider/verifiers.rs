@@ -1,9 +1,9 @@
-//! The SCRAM verifiers that logins are checked against: those in the customers' files, those that are made of secrets in clear,
-//! and fakes for names without an account.
+//! The SCRAM verifiers that logins are checked against: those in the customers' files, those that are made of secrets in
+//! clear, and fakes for names without an account.
 //!
 //! A client must not find out which names have an account. So, if any account has a secret in clear, the provider makes a
-//! verifier for each name and each attempt: if it stored them, a quick reply would show that the customer has logged in before.
-//! A fake has the same number of iterations and length of salt as the verifier of some account.
+//! verifier for each name and each attempt: if it stored them, a quick reply would show that the customer has logged in
+//! before. A fake has the same number of iterations and length of salt as the verifier of some account.
 
 use std::collections::BTreeSet;
 use std::sync::{Condvar, Mutex, OnceLock, PoisonError};

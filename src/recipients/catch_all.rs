@@ -1,8 +1,8 @@
 //! Where mail for names without a mailbox goes, in the domains that are in `accept` as a whole (rule 9).
 //!
 //! A name has a mailbox if its Maildir exists, or if the configuration mentions it: as the target of an alias, as
-//! `postmaster`, in `catch-all` or in `deliver`. Without this rule, a sender could make a Maildir of each word of a dictionary.
-//! Mail with a next hop always goes there: the next hop knows its own names.
+//! `postmaster`, in `catch-all` or in `deliver`. Without this rule, a sender could make a Maildir of each word of a
+//! dictionary. Mail with a next hop always goes there: the next hop knows its own names.
 
 use super::input::{
     AddressPattern, CatchAll, CatchAllRule, ConfigError, Located, Route, SourceLine, TargetKind, address,

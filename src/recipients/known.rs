@@ -83,8 +83,8 @@ impl RecipientList {
         self.named.contains(domain)
     }
 
-    /// Whether a mailbox in a domain of the customer is a recipient. The most specific entry decides: that of the address, of the
-    /// address without its detail, or of the domain.
+    /// Whether a mailbox in a domain of the customer is a recipient. The most specific entry decides: that of the address,
+    /// of the address without its detail, or of the domain.
     pub fn knows(&self, mailbox: &Mailbox) -> bool {
         let Some(domain) = mailbox.domain() else { return false };
         let local = mailbox.local();

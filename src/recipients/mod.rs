@@ -72,7 +72,8 @@ pub struct Delivery {
 pub enum Destination {
     Maildir {
         path: PathBuf,
-        /// Maildir++ folders for the detail, without their dot. The first that exists gets the message; if none does, the inbox.
+        /// Maildir++ folders for the detail, without their dot. The first that exists gets the message; if none does, the
+        /// inbox.
         folders: Vec<String>,
     },
     NextHop(NextHop),
@@ -285,8 +286,9 @@ impl RecipientRules {
     ///
     /// # Errors
     ///
-    /// Those of [`RecipientRules::resolve`], and `451` with 4.3.5 if an alias leads elsewhere. Then no target gets the message:
-    /// the provider has one status for the recipient, and would send the message again to the targets that have it.
+    /// Those of [`RecipientRules::resolve`], and `451` with 4.3.5 if an alias leads elsewhere. Then no target gets the
+    /// message: the provider has one status for the recipient, and would send the message again to the targets that have
+    /// it.
     pub fn resolve_from_provider(
         &self, path: &ForwardPath, mailbox_exists: MailboxExists<'_>,
     ) -> Result<Vec<Delivery>, Reply> {
@@ -301,8 +303,8 @@ impl RecipientRules {
     ///
     /// # Errors
     ///
-    /// The reply to RCPT: `550` with 5.1.1, or with 5.7.1 for a foreign domain; or `451` with 4.3.5 if an alias has a target that
-    /// is not served.
+    /// The reply to RCPT: `550` with 5.1.1, or with 5.7.1 for a foreign domain; or `451` with 4.3.5 if an alias has a
+    /// target that is not served.
     pub fn resolve(&self, path: &ForwardPath, mailbox_exists: MailboxExists<'_>) -> Result<Vec<Delivery>, Reply> {
         self.trace(path, mailbox_exists).1.map_err(|(reason, _)| reason.reply())
     }
@@ -368,8 +370,8 @@ impl RecipientRules {
         self.root.join(directory_name(&mailbox.host().to_string())).join(directory_name(&local))
     }
 
-    /// The destination of mail for a [`Delivery::mailbox`] whose message was accepted earlier and waits in the queue. Aliases are
-    /// not applied again. `None`: the configuration has changed, and it is not a mailbox any more.
+    /// The destination of mail for a [`Delivery::mailbox`] whose message was accepted earlier and waits in the queue.
+    /// Aliases are not applied again. `None`: the configuration has changed, and it is not a mailbox any more.
     pub fn destination_of(&self, mailbox: &Mailbox, mailbox_exists: MailboxExists<'_>) -> Option<Destination> {
         let domain = mailbox.domain().filter(|domain| self.serves(domain))?;
         let found = self.look_up(mailbox.local(), domain, false);

@@ -1,5 +1,5 @@
-//! The attempts under way, and the rules that prevent strangers from using up all connections. A stranger who forges the senders
-//! of rejected mail chooses the hosts that the DSNs go to.
+//! The attempts under way, and the rules that prevent strangers from using up all connections. A stranger who forges the
+//! senders of rejected mail chooses the hosts that the DSNs go to.
 //!
 //! - In a queue, DSNs come after mail with a sender, and wait for another attempt if such mail arrives meanwhile.
 //! - Attempts with DSNs alone come last, and have at most a quarter of all connections. An eighth is reserved for them.
@@ -7,8 +7,8 @@
 //!   Attempts at slow destinations come after other mail, and have at most a quarter of all connections.
 //! - If mail is due and all connections are in use, attempts end that have had no session for at least 3 s, the longest
 //!   first: their mail is deferred, and their destinations are slow. Attempts within a reserved quarter do not end so.
-//! - Sessions do not end so: the message under way would be sent twice. Instead, if mail is due, sessions that have not finished
-//!   a message for 3 s do not count for the limit; at most `connections` of them.
+//! - Sessions do not end so: the message under way would be sent twice. Instead, if mail is due, sessions that have not
+//!   finished a message for 3 s do not count for the limit; at most `connections` of them.
 //! - An attempt without a session ends after 10 min, and all its lookups end after 1 min.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -74,7 +74,8 @@ impl HostTable {
         Ok(AttemptPermit { hosts: self.clone(), number, kind, deadline: now + ATTEMPT_DEADLINE, cancel, lookups })
     }
 
-    /// Ends up to `needed` attempts that have had no session for a while, for mail that is due while all connections are in use.
+    /// Ends up to `needed` attempts that have had no session for a while, for mail that is due while all connections are in
+    /// use.
     pub(super) fn give_way(&self, needed: usize) {
         let mut state = self.lock();
         let has_share = state.limit / 4 > 0;

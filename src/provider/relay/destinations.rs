@@ -50,8 +50,8 @@ fn due_before(list: &ByTime, now: SystemTime) -> impl Iterator<Item = &Domain> {
 pub(super) type IsSlow<'a> = dyn Fn(&Domain) -> bool + 'a;
 
 impl DestinationTable {
-    /// Reads the spool for the due times of new destinations, and of those for which another process has stored mail. `again`: of
-    /// all destinations, because an administrator may have changed them.
+    /// Reads the spool for the due times of new destinations, and of those for which another process has stored mail.
+    /// `again`: of all destinations, because an administrator may have changed them.
     pub(super) fn read(&mut self, spool: &Spool, index: &SharedIndex, again: bool) {
         index.read(&spool.name(&SpoolQueue::AllOutgoing)).unwrap_or_else(|error| log_failed("-", &error));
         let old = spool.old_destinations().unwrap_or_else(|error| {
@@ -79,7 +79,8 @@ impl DestinationTable {
         self.add(domain, if dsn { QueueDue { mail: None, dsn: due } } else { QueueDue { mail: due, dsn: None } });
     }
 
-    /// Records that a worker has finished its attempt at a destination. The attempt may have missed mail that was found meanwhile.
+    /// Records that a worker has finished its attempt at a destination. The attempt may have missed mail that was found
+    /// meanwhile.
     pub(super) fn done(&mut self, next: NextDue, spool: &Spool, index: &SharedIndex) {
         self.busy.remove(&next.destination);
         if self.news.remove(&next.destination) {

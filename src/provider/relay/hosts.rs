@@ -139,8 +139,8 @@ impl HostTable {
         (state.limit, state.limit_each, state.by_mx) = (limit, limit_each, by_mx);
     }
 
-    /// Sets whether an attempt waits for a connection. `for_mail`: it has mail with a sender. Returns whether a connection will be
-    /// free soon, because a session beside another one ends for it.
+    /// Sets whether an attempt waits for a connection. `for_mail`: it has mail with a sender. Returns whether a connection
+    /// will be free soon, because a session beside another one ends for it.
     pub(super) fn set_attempt_waits(&self, waits: bool, for_mail: bool) -> bool {
         let mut state = self.lock();
         (state.attempt_waits, state.smarthost_waits) = (waits, for_mail && !state.by_mx);
@@ -156,8 +156,8 @@ impl HostTable {
         }
     }
 
-    /// Whether the DSNs of an attempt at these destinations must wait for the next attempt: mail for one of them has arrived, or
-    /// mail for another destination needs a connection to this host.
+    /// Whether the DSNs of an attempt at these destinations must wait for the next attempt: mail for one of them has
+    /// arrived, or mail for another destination needs a connection to this host.
     pub(super) fn mail_waits(&self, destinations: &[Domain], host: &str) -> bool {
         let state = self.lock();
         state.smarthost_waits

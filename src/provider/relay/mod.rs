@@ -6,9 +6,9 @@
 //!                └──────────── done, due again at … ◀──────────────┘
 //! ```
 //!
-//! A destination is a domain. Its mail is in `SPOOL/outgoing/@all/`, indexed by [`SharedIndex`]; mail of earlier versions is in
-//! `SPOOL/outgoing/<domain>/`. A smarthost gets the mail of all destinations that are due in one attempt. The keys below are
-//! those of `[relay]`.
+//! A destination is a domain. Its mail is in `SPOOL/outgoing/@all/`, indexed by [`SharedIndex`]; mail of earlier versions
+//! is in `SPOOL/outgoing/<domain>/`. A smarthost gets the mail of all destinations that are due in one attempt. The keys
+//! below are those of `[relay]`.
 //!
 //! An attempt has one session, and more with the same host if more than 20 messages wait for each of them. There are at
 //! most `connections-per-host` connections to one address (or to a smarthost) and `connections` in all. An attempt that waits
@@ -26,8 +26,8 @@
 //!   after those that were tried. If there is no session with any host, all these messages are deferred. If a result could
 //!   not be recorded on disk, the destination waits for `retry-first`. If its queue is locked, or all permitted connections
 //!   to its hosts are in use, the next attempt is after 2 s, and the messages not tried yet are not deferred.
-//! - If an address of an MX host is not on the public Internet (loopback, private, ...) or is our own, the attempt skips it, unless
-//!   `allow-private` is set. If a destination has no other address, its mail is deferred.
+//! - If an address of an MX host is not on the public Internet (loopback, private, ...) or is our own, the attempt skips
+//!   it, unless `allow-private` is set. If a destination has no other address, its mail is deferred.
 //! - If an address cannot be connected to, or three sessions with it are lost before a decision on any message, it is down:
 //!   no attempt connects to it for 0.8 `retry-first`; or, if that is more, for four times as long as the failure took, at
 //!   most `retry-max`. A smarthost is also down after any other failure before MAIL. Meanwhile attempts skip the address, or
@@ -104,8 +104,8 @@ pub struct RelayHandle {
 }
 
 impl RelayHandle {
-    /// Reports that mail was stored in this queue. `is_dsn`: it has the null sender. `not_before`: it is not due before. If no relay
-    /// runs in this process (inetd mode, commands), that of a running `odmr serve` is woken.
+    /// Reports that mail was stored in this queue. `is_dsn`: it has the null sender. `not_before`: it is not due before. If
+    /// no relay runs in this process (inetd mode, commands), that of a running `odmr serve` is woken.
     pub fn arrived(&self, queue: &SpoolQueue, entry: Entry, is_dsn: bool, not_before: Option<SystemTime>) {
         match queue {
             SpoolQueue::Outgoing(destination) if self.relay.strong_count() > 0 => {

@@ -193,8 +193,8 @@ impl WorkerContext {
         shared.sessions.fetch_sub(1, Ordering::Relaxed);
     }
 
-    /// Marks a host as down for 0.8 of the first pause of a message, so that it is up at the message's next attempt; or longer,
-    /// if the failure took long.
+    /// Marks a host as down for 0.8 of the first pause of a message, so that it is up at the message's next attempt; or
+    /// longer, if the failure took long.
     fn mark_down(&self, to: &HostAddress, took: Duration) {
         let retry = &self.config.retry;
         let pause = retry.first.mul_f32(0.8).max((took * DOWN_FACTOR).min(retry.max));

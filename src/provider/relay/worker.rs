@@ -101,9 +101,9 @@ impl HostFailure {
         log::info!("event=host-failed host={} address={} error={}", self.host, self.address, quoted(error));
     }
 
-    /// Returns the failure of two that decides on the mail, and logs the other. A busy host decides first, as it will accept the
-    /// mail soon. A deferral decides before a rejection: if one host is down and another one is the provider itself, the mail
-    /// must wait for the first.
+    /// Returns the failure of two that decides on the mail, and logs the other. A busy host decides first, as it will
+    /// accept the mail soon. A deferral decides before a rejection: if one host is down and another one is the provider
+    /// itself, the mail must wait for the first.
     fn or(self, earlier: Option<HostFailure>) -> HostFailure {
         let rank = |failure: &HostFailure| match failure.error {
             RouteError::Rejected(_) => 0,
@@ -134,8 +134,8 @@ impl Progress {
         self.failure = Some(HostFailure { host: host.to_owned(), address, error }.or(self.failure.take()));
     }
 
-    /// Records that the attempt skips a host or an address. The failure of another host decides instead, unless it is a rejection:
-    /// then the mail waits for the skipped one.
+    /// Records that the attempt skips a host or an address. The failure of another host decides instead, unless it is a
+    /// rejection: then the mail waits for the skipped one.
     fn left_out(&mut self, host: &str, address: &str) {
         if self.failure.as_ref().is_none_or(|failure| matches!(failure.error, RouteError::Rejected(_))) {
             let reply = Reply::new(451, "4.4.1", format!("{host} ({address}) was not reachable lately"));
@@ -225,7 +225,8 @@ impl WorkerContext {
         next.or_else(|| (!all_held).then(|| self.first_retry()))
     }
 
-    /// Moves the mail for a domain that a customer has meanwhile into the held queue of that domain: its mail host is this one.
+    /// Moves the mail for a domain that a customer has meanwhile into the held queue of that domain: its mail host is this
+    /// one.
     fn hold(&self, domain: &Domain) -> AllSettled {
         let names = self.spool.outgoing_names(domain);
         let Ok(mut lock) = self.spool.queue().lock_indexed(&names, &self.index) else { return false };
@@ -453,8 +454,8 @@ impl WorkerContext {
         }
     }
 
-    /// Why the relay does not connect to this address of an MX host; `None`: it does. A stranger who chooses the addresses of a
-    /// domain must not reach hosts in the networks of this machine.
+    /// Why the relay does not connect to this address of an MX host; `None`: it does. A stranger who chooses the addresses
+    /// of a domain must not reach hosts in the networks of this machine.
     fn unusable(&self, address: IpAddr) -> Option<&'static str> {
         if self.config.allow_private {
             return reserved::no_host(address);
@@ -462,8 +463,8 @@ impl WorkerContext {
         reserved::not_public(address).or_else(|| reserved::is_own(address).then_some("an address of this machine"))
     }
 
-    /// Sends all messages that the lock offers to the first address that accepts a session. If a limit cut off the last attempts,
-    /// it skips the addresses that they have tried, so that the end of a long list is reached.
+    /// Sends all messages that the lock offers to the first address that accepts a session. If a limit cut off the last
+    /// attempts, it skips the addresses that they have tried, so that the end of a long list is reached.
     fn by_route(
         &self, route: &AttemptRoute<'_>, order: &AddressOrder, lock: &mut QueueLock,
     ) -> Result<AllSettled, RouteError> {
@@ -550,7 +551,8 @@ impl WorkerContext {
         None
     }
 
-    /// Opens a session with one address of a mail host. If TLS is optional and fails, the relay connects a second time without TLS.
+    /// Opens a session with one address of a mail host. If TLS is optional and fails, the relay connects a second time
+    /// without TLS.
     fn session_with(
         &self, to: &HostAddress, policy: TlsPolicy, permit: &AttemptPermit,
     ) -> Result<ClientSession, ConnectFailure> {
