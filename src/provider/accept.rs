@@ -181,7 +181,7 @@ impl DsnSink for SpoolDsnSink {
             // The relay does not send to address literals.
             let waiting = self.spool.queue().count(&self.spool.name(&SpoolQueue::Postmaster), POSTMASTER_LIMIT)?;
             let is_full = waiting >= POSTMASTER_LIMIT;
-            let consequence = if is_full { "dropped: postmaster has enough" } else { "postmaster gets it" };
+            let consequence = if is_full { "dropped: postmaster has too many" } else { "postmaster gets it" };
             log::warn!("event=dsn-undeliverable to=<{}> consequence={consequence:?}", dsn.to);
             if is_full {
                 return Ok(());

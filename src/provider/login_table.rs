@@ -191,7 +191,7 @@ impl AttemptOrigin {
 pub enum Admission {
     /// Yes, now.
     Free,
-    /// After this many seconds. Until then the attempt counts as a failure.
+    /// After this many seconds. The attempt counts as a failure until it succeeds or is withdrawn.
     Delayed(u32),
     /// No: too many attempts wait.
     Rejected,

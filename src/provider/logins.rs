@@ -63,7 +63,7 @@ struct LoginState {
     table: LoginTable,
     /// The changes that are not in the file yet, each with its time.
     changes: Vec<(i64, Change)>,
-    /// The admission of each attempt that has begun and was not asked for, by its id.
+    /// The admissions of attempts that have begun and not read theirs yet, by id.
     admissions: Vec<(String, Admission)>,
     /// The file as it was read or written last.
     stamp: Option<FileStamp>,

@@ -580,7 +580,7 @@ impl TurnedSession {
         let reason = if now >= self.deadline && !self.waits_for_storage() {
             "the customer does not reply"
         } else if now >= self.turn_deadline {
-            "the session has taken too long"
+            "the session has lasted too long"
         } else if stalled && self.storage.taken_over {
             "taken over by another session of the customer"
         } else {

@@ -6,7 +6,7 @@
 //! - A destination is slow if an attempt had no session for 10 s, or if a host took as long for a message that is not large.
 //!   Attempts at slow destinations come after other mail, and have at most a quarter of all connections.
 //! - If mail is due and all connections are in use, attempts end that have had no session for at least 3 s, the longest
-//!   first: their mail is deferred, and their destinations are slow. Attempts within a reserved quarter do not end so.
+//!   first: their mail is deferred, and their destinations are slow. Attempts that are limited to a quarter do not end so.
 //! - Sessions do not end so: the message under way would be sent twice. Instead, if mail is due, sessions that have not
 //!   finished a message for 3 s do not count for the limit; at most `connections` of them.
 //! - An attempt without a session ends after 10 min, and all its lookups end after 1 min.
