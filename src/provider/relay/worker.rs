@@ -78,7 +78,7 @@ pub(super) struct AttemptRoute<'a> {
 /// Why there is no session with an address.
 pub(super) struct ConnectFailure {
     pub(super) error: RouteError,
-    /// The host counts as down.
+    /// The host is down.
     pub(super) down: bool,
 }
 
@@ -614,7 +614,7 @@ impl WorkerContext {
 fn hosts(route: MxRoute, domain: &Domain, hostname: &str) -> Result<Vec<MxHost>, Reply> {
     let hosts = match route {
         // RFC 7505 section 3.
-        MxRoute::Null => return Err(Reply::new(556, "5.1.10", format!("{domain} takes no mail (null MX)"))),
+        MxRoute::Null => return Err(Reply::new(556, "5.1.10", format!("{domain} accepts no mail (null MX)"))),
         MxRoute::NoDomain => return Err(Reply::new(550, "5.1.2", format!("There is no domain {domain}"))),
         MxRoute::NoHost => {
             return Err(Reply::new(550, "5.1.2", format!("{domain} has neither a mail host nor a usable address")));
