@@ -280,8 +280,8 @@ impl Spool {
     }
 
     /// Removes what is left over, once a day in whichever process comes first: files of writers that died; queues without
-    /// mail whose domain has no customer; the state files of removed accounts, and rates of accounts without one. Each must
-    /// be unused for 36 hours. A failure is logged.
+    /// mail whose domain has no customer; state files of removed accounts, and `rate-ACCOUNT` of accounts without a rate.
+    /// Each must be unused for 36 hours. A failure is logged.
     pub fn tidy(&self) {
         maildir::tidy_daily(&self.root, || {
             for (_, queue) in self.all_queues()? {
