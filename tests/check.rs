@@ -43,7 +43,7 @@ fn each_address_goes_where_the_rules_say() {
         assert_eq!(output.lines().collect::<Vec<_>>(), expected_lines, "{}: {error}", path.display());
         let rejected = expected_lines
             .iter()
-            .any(|line| ["rejected: ", "deferred: 4", "is no address"].iter().any(|word| line.contains(word)));
+            .any(|line| ["rejected: ", "deferred: 4", "is not an address"].iter().any(|word| line.contains(word)));
         assert_eq!(result.status.code(), Some(i32::from(rejected)), "{}: {error}", path.display());
         addresses += expected.lines().filter(|line| line.starts_with("> ")).count();
     }

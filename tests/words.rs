@@ -55,7 +55,6 @@ const ALLOWED: &[(&str, &str, &str)] = &[
     ("", "delay notice", "the former name of a key of the configuration"),
     ("src/maildir/", "folder", "of Maildir++"),
     ("src/maildir/", "folders", "of Maildir++"),
-    ("", "is no address :", "a text of `check --address`, which testdata/rules holds"),
     ("src/recipients/", "folder", "of Maildir++"),
     ("src/recipients/", "folders", "of Maildir++"),
     ("src/customer/", "folder", "of Maildir++"),

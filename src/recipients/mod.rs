@@ -357,7 +357,7 @@ impl RecipientRules {
                 self.explain(&ForwardPath::Mailbox(mailbox.canonical()), mailbox_exists)
             }
             Ok((path, used)) if used == bracketed.len() => self.explain(&path, mailbox_exists),
-            _ => Err(format!("{typed:?} is no address: write one such as alice@example.org, or postmaster")),
+            _ => Err(format!("{typed:?} is not an address: write one such as alice@example.org, or postmaster")),
         }
     }
 

@@ -76,7 +76,7 @@ fn typed_addresses_are_checked() {
         check(wrong, None);
     }
     let text = open().explain_typed("a\0b@example.org", &|_| true).unwrap_err();
-    assert!(text.starts_with("\"a\\0b@example.org\" is no address: write one"), "{text}");
+    assert!(text.starts_with("\"a\\0b@example.org\" is not an address: write one"), "{text}");
 }
 
 /// A message waits in the queue for a name that had a next hop, and whose domain has Maildirs now.
