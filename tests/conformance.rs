@@ -19,6 +19,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::path::{Path, PathBuf};
 
+use crate::transcripts::format::expand::expand;
+
 /// Entries of `testdata/conformance-untested.txt`. Lower it when a rule gets its test; never raise it.
 const UNTESTED_AT_MOST: usize = 15;
 
@@ -283,8 +285,10 @@ fn tests() -> Vec<Test> {
 fn transcript(name: String, text: &str) -> Test {
     let head: Vec<&str> = text.lines().take_while(|line| line.starts_with('#')).collect();
     let side = if name.starts_with("customer/") { Side::Customer } else { Side::Provider };
+    let directory = name.split('/').next().unwrap_or_default();
+    let lines = expand(directory, text).unwrap_or_else(|(line, what)| panic!("testdata/{name}:{line}: {what}"));
+    let body: Vec<&str> = lines.iter().skip(head.len()).map(|(_, line)| line.as_str()).collect();
     // `{...}` matches any text, so it is not evidence.
-    let body: Vec<&str> = text.lines().skip(head.len()).collect();
     let text = body.join("\n").replace("{...}", "").to_lowercase();
     Test { name, sides: vec![side], cites: ids(&head.join("\n")), text, transcript: true }
 }

@@ -60,6 +60,7 @@ mod coverage;
 pub mod format;
 mod play;
 mod scram;
+mod unchanged;
 
 use format::Transcript;
 use play::Mode;
@@ -113,6 +114,38 @@ fn transcripts_cover_every_code_and_every_verb_in_every_state() {
 fn transcripts_demand_enhanced_codes() {
     let wrong = coverage::without_enhanced_code(&all());
     assert!(wrong.is_empty(), "no enhanced code of the reply's class:\n  {}", wrong.join("\n  "));
+}
+
+/// `tests/dialogues REVISION` runs it. `DIALOGUES` is a directory: `testdata` of the revision, and `moved`, the old path and
+/// today's of each transcript.
+#[test]
+#[ignore = "tests/dialogues has the transcripts of a revision"]
+fn transcripts_are_those_of_a_revision() {
+    let before = PathBuf::from(std::env::var_os("DIALOGUES").expect("DIALOGUES=DIRECTORY"));
+    let moved = std::fs::read_to_string(before.join("moved")).expect("the list of paths");
+    let read = |root: &Path, name: &str| {
+        let text = std::fs::read_to_string(root.join("testdata").join(format!("{name}.smtp"))).ok()?;
+        Some(format::parse(name, &text).unwrap_or_else(|error| panic!("{error}")))
+    };
+    let (mut same, mut wrong) = (0, Vec::new());
+    for line in moved.lines() {
+        let (old, new) = line.split_once('\t').expect("two paths");
+        let old_transcript = read(&before, old).expect("a transcript of the revision");
+        let difference = match read(Path::new(env!("CARGO_MANIFEST_DIR")), new) {
+            Some(new_transcript) => unchanged::difference(&old_transcript, &new_transcript),
+            None => Some("is gone".into()),
+        };
+        match difference {
+            Some(difference) => wrong.push(format!("{old} -> {new}: {difference}")),
+            None => same += 1,
+        }
+    }
+    println!(
+        "{same} transcripts are those of the revision, octet for octet, {} are not; {} are here now",
+        wrong.len(),
+        all().len()
+    );
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
 fn in_parallel(plays: &[(&Transcript, Mode)]) -> Vec<Option<String>> {

@@ -1,10 +1,23 @@
-//! The format of a transcript: text into steps. The rules stand in the parent module.
+//! The format of a transcript: text into steps. The parent module describes it.
+
+#[path = "expand.rs"]
+pub mod expand;
+#[path = "overlay.rs"]
+mod overlay;
 
 use std::collections::HashMap;
 use std::time::Duration;
 
+/// The files that are there if a transcript has no others: the path and the text.
+pub const DEFAULTS: [(&str, &str); 4] = [
+    ("customer.toml", include_str!("../../testdata/default/customer.toml")),
+    ("provider.toml", include_str!("../../testdata/default/provider.toml")),
+    ("customers.d/acme.toml", include_str!("../../testdata/default/customers.d/acme.toml")),
+    ("customers.d/beta.toml", include_str!("../../testdata/default/customers.d/beta.toml")),
+];
+
 pub struct Transcript {
-    /// `provider/bare ATRN`: folder and file name without its ending.
+    /// `provider/turn/bare-atrn`: the path without `.smtp`.
     pub name: String,
     pub settings: Settings,
     pub before: Vec<File>,
@@ -12,7 +25,7 @@ pub struct Transcript {
     pub after: Vec<File>,
 }
 
-#[derive(Default)]
+#[derive(Debug, Default, PartialEq)]
 pub struct Settings {
     pub clear_only: bool,
     pub tls_only: bool,
@@ -30,13 +43,14 @@ pub struct Settings {
 pub struct File {
     pub line: usize,
     pub path: String,
-    /// As written: lines, or octets in escapes.
+    /// As written: lines, or octets in escapes. Of an overlay, the default file with the lines laid over it.
     pub text: String,
     pub octets: bool,
+    pub overlay: bool,
 }
 
 impl File {
-    /// What stands in the file: each line with its LF, or the octets written.
+    /// The octets of the file: each line with its LF, or the octets written.
     pub fn content(&self) -> Vec<u8> {
         if self.octets {
             octets(&self.text.replace('\n', "")).expect("checked by the parser")
@@ -51,6 +65,7 @@ pub struct Step {
     pub action: Action,
 }
 
+#[derive(Debug, PartialEq)]
 pub enum Action {
     Connect {
         listener: String,
@@ -63,7 +78,7 @@ pub enum Action {
         /// A certificate is asked for, and the client shows that of this name, or `none`. `None`: it is not asked for.
         shown: Option<String>,
     },
-    /// What the runner says from now on goes out beside TLS.
+    /// What the runner sends from now on is not within TLS.
     InClear,
     Turn,
     Silence(Duration),
@@ -77,36 +92,42 @@ pub enum Action {
     Stop,
     /// The runner's part.
     Say {
-        letter: char,
+        party: char,
         octets: Vec<u8>,
         line: bool,
     },
     Close,
     /// The program's part. The text is a pattern.
     Hear {
-        letter: char,
+        party: char,
         text: String,
     },
     HearOctets {
-        letter: char,
+        party: char,
         octets: Vec<u8>,
     },
     HearClose {
-        letter: char,
+        party: char,
     },
 }
 
+#[derive(Debug, PartialEq)]
 pub enum Becomes {
     File,
-    Folder,
+    Directory,
     Gone,
 }
 
 /// Reads a transcript; the error is `file:line: what is wrong`.
 pub fn parse(name: &str, text: &str) -> Result<Transcript, String> {
-    let folder = name.split('/').next().unwrap_or_default();
+    let directory = name.split('/').next().unwrap_or_default();
+    let wrong = |line: usize, what: &str| format!("testdata/{name}.smtp:{line}: {what}");
     let mut parser = Parser {
-        runners: if folder == "customer" { "PS" } else { "C" },
+        runners: match directory {
+            "customer" => "PS",
+            "relay" => "S",
+            _ => "C",
+        },
         name,
         place: Place::Head,
         names: Vec::new(),
@@ -118,12 +139,12 @@ pub fn parse(name: &str, text: &str) -> Result<Transcript, String> {
             after: Vec::new(),
         },
     };
-    for (index, line) in text.lines().enumerate() {
-        parser.line(index + 1, line).map_err(|what| format!("testdata/{name}.smtp:{}: {what}", index + 1))?;
+    for (number, line) in expand::expand(directory, text).map_err(|(number, what)| wrong(number, &what))? {
+        parser.line(number, &line).map_err(|what| wrong(number, &what))?;
     }
     let mut transcript = parser.transcript;
     if !text.starts_with("# ") {
-        return Err(format!("testdata/{name}.smtp:1: begin with a comment: what does it prove?"));
+        return Err(wrong(1, "begin with a comment: what does it prove?"));
     }
     for file in transcript.before.iter_mut().chain(&mut transcript.after) {
         // The empty line before the next section is not the file's.
@@ -131,7 +152,12 @@ pub fn parse(name: &str, text: &str) -> Result<Transcript, String> {
             file.text.pop();
         }
         if file.octets && octets(&file.text.replace('\n', "")).is_none() {
-            return Err(format!("testdata/{name}.smtp:{}: a wrong escape", file.line));
+            return Err(wrong(file.line, "a wrong escape"));
+        }
+        if file.overlay {
+            let default = DEFAULTS.iter().find(|(path, _)| *path == file.path);
+            let (_, default) = default.ok_or_else(|| wrong(file.line, "there is no default file of this name"))?;
+            file.text = overlay::laid_over(default, &file.text).map_err(|what| wrong(file.line, &what))?;
         }
     }
     check_roles(&transcript)?;
@@ -210,7 +236,7 @@ enum Place {
 
 struct Parser<'a> {
     name: &'a str,
-    /// The letters whose lines the runner says.
+    /// The parties whose lines the runner sends.
     runners: &'static str,
     place: Place,
     /// The connections that there are.
@@ -241,11 +267,12 @@ impl Parser<'_> {
     }
 
     fn file(&mut self, line: usize, path: &str) -> Result<(), String> {
-        let (path, octets) = match path.strip_suffix(" |") {
-            Some(path) => (path, true),
-            None => (path, false),
-        };
-        let file = File { line, path: path.to_owned(), text: String::new(), octets };
+        let (path, kind) = path.split_once(' ').unwrap_or((path, ""));
+        if !matches!(kind, "" | "|" | "+") {
+            return Err(format!("what is {kind:?} after the path?"));
+        }
+        let (octets, overlay) = (kind == "|", kind == "+");
+        let file = File { line, path: path.to_owned(), text: String::new(), octets, overlay };
         match self.place {
             Place::Head | Place::Before => {
                 self.place = Place::Before;
@@ -270,7 +297,7 @@ impl Parser<'_> {
             "after" => self.place = Place::After,
             _ => {
                 if matches!(self.place, Place::After) {
-                    return Err("an event behind == after ==".into());
+                    return Err("an event after == after ==".into());
                 }
                 self.place = Place::Dialogue;
                 let action = self.action(event)?;
@@ -284,7 +311,7 @@ impl Parser<'_> {
         let words: Vec<&str> = event.split(' ').collect();
         let settings = &mut self.transcript.settings;
         Ok(match words[..] {
-            ["connect", listener @ ("inbound" | "odmr" | "odmr-tls" | "hop"), ref rest @ ..] => {
+            ["connect", listener @ ("inbound" | "odmr" | "odmr-tls" | "hop" | "host"), ref rest @ ..] => {
                 let (name, shown) = match rest {
                     [] => (listener, None),
                     ["as", name] => (*name, None),
@@ -317,7 +344,9 @@ impl Parser<'_> {
                 Action::Silence(Duration::from_millis(time))
             }
             ["fault", path, "is", "a", "file"] => Action::Fault { path: path.to_owned(), becomes: Becomes::File },
-            ["fault", path, "is", "a", "folder"] => Action::Fault { path: path.to_owned(), becomes: Becomes::Folder },
+            ["fault", path, "is", "a", "directory"] => {
+                Action::Fault { path: path.to_owned(), becomes: Becomes::Directory }
+            }
             ["fault", path, "is", "gone"] => Action::Fault { path: path.to_owned(), becomes: Becomes::Gone },
             ["stop"] => Action::Stop,
             ["pull", "ok"] => Action::Pull { succeeds: true },
@@ -329,23 +358,23 @@ impl Parser<'_> {
 
     fn dialogue(&mut self, line: usize, text: &str) -> Result<(), String> {
         let mut characters = text.chars();
-        let letter = characters.next().filter(|letter| "CPS".contains(*letter)).ok_or("which party?")?;
+        let party = characters.next().filter(|party| "CPS".contains(*party)).ok_or("which party?")?;
         let kind = characters.next().ok_or("which party?")?;
         let rest = characters.as_str();
         let words = rest.strip_prefix(' ').unwrap_or(rest);
-        let action = match (kind, self.runners.contains(letter)) {
-            (':', true) => Action::Say { letter, octets: format!("{words}\r\n").into_bytes(), line: true },
-            (':', false) => Action::Hear { letter, text: words.to_owned() },
-            ('|', true) => Action::Say { letter, octets: octets(words).ok_or("a wrong escape")?, line: false },
-            ('|', false) => Action::HearOctets { letter, octets: octets(words).ok_or("a wrong escape")? },
+        let action = match (kind, self.runners.contains(party)) {
+            (':', true) => Action::Say { party, octets: format!("{words}\r\n").into_bytes(), line: true },
+            (':', false) => Action::Hear { party, text: words.to_owned() },
+            ('|', true) => Action::Say { party, octets: octets(words).ok_or("a wrong escape")?, line: false },
+            ('|', false) => Action::HearOctets { party, octets: octets(words).ok_or("a wrong escape")? },
             ('*', true) => {
                 let (times, words) = words.split_once(' ').ok_or("how many times, and what?")?;
                 let times = times.parse().map_err(|_| "how many times?")?;
                 let octets = octets(words).ok_or("a wrong escape")?.repeat(times);
-                Action::Say { letter, octets, line: false }
+                Action::Say { party, octets, line: false }
             }
             ('!', true) if rest.is_empty() => Action::Close,
-            ('!', false) if rest.is_empty() => Action::HearClose { letter },
+            ('!', false) if rest.is_empty() => Action::HearClose { party },
             _ => return Err(format!("not a line of dialogue in {}: {text}", self.name)),
         };
         self.transcript.steps.push(Step { line, action });
@@ -353,17 +382,17 @@ impl Parser<'_> {
     }
 }
 
-/// Before the turn P speaks replies; after it C speaks replies and P commands (or content).
+/// Before the turn P sends replies. After it C sends replies, and P commands or content. A host of the world sends replies.
 fn check_roles(transcript: &Transcript) -> Result<(), String> {
-    // By connection: whether it has turned, and whether P sends content.
-    let mut states: HashMap<&str, (bool, bool)> = HashMap::new();
+    // By connection: the server, and whether P sends content.
+    let mut states: HashMap<&str, (char, bool)> = HashMap::new();
     let mut current = "";
     for step in &transcript.steps {
-        let (turned, content) = states.entry(current).or_default();
-        let (letter, text) = match &step.action {
-            Action::Connect { name, .. } => {
+        let (server, content) = states.entry(current).or_insert(('P', false));
+        let (party, text) = match &step.action {
+            Action::Connect { name, listener, .. } => {
                 current = name;
-                states.insert(name, (false, false));
+                states.insert(name, (if listener == "host" { 'S' } else { 'P' }, false));
                 continue;
             }
             Action::Use(name) => {
@@ -371,25 +400,24 @@ fn check_roles(transcript: &Transcript) -> Result<(), String> {
                 continue;
             }
             Action::Turn => {
-                *turned = true;
+                *server = 'C';
                 continue;
             }
-            Action::Say { letter, octets, line: true } => {
-                (*letter, shown(octets.strip_suffix(b"\r\n").unwrap_or(octets)))
+            Action::Say { party, octets, line: true } => {
+                (*party, shown(octets.strip_suffix(b"\r\n").unwrap_or(octets)))
             }
-            Action::Hear { letter, text } => (*letter, text.clone()),
+            Action::Hear { party, text } => (*party, text.clone()),
             _ => continue,
         };
-        let server = if *turned { 'C' } else { 'P' };
         let wrong = |what: &str| Err(format!("testdata/{}.smtp:{}: {what}: {text}", transcript.name, step.line));
-        if letter == server && letter != 'S' {
+        if party == *server {
             if !is_reply(&text) {
                 return wrong("not a reply, but this party is the server here");
             }
             *content = *content || text.starts_with("354");
-        } else if *turned && *content {
+        } else if *server != 'P' && *content {
             *content = text != ".";
-        } else if *turned && is_reply(&text) {
+        } else if *server != 'P' && party == 'P' && is_reply(&text) {
             return wrong("a reply, but this party is the client here");
         }
     }

@@ -1,7 +1,7 @@
 //! The runner: one transcript, one way of cutting it, against the real program in a folder of its own.
 
 use super::certificates::{Shows, identity};
-use super::format::{Action, Becomes, File, Settings, Step, Transcript, matches, shown};
+use super::format::{Action, Becomes, DEFAULTS, File, Settings, Step, Transcript, matches, shown};
 use super::scram::Messages;
 use odmr::ids::Ids;
 use odmr::net::cancel::CancelToken;
@@ -25,50 +25,6 @@ const BYTEWISE: usize = 4096;
 
 /// The runner's threads are called so; a panic in a thread of another name is the program's.
 pub const PLAYER: &str = "player";
-
-const PROVIDER: &str = r#"hostname = "relay.example.net"
-spool = "{dir}/spool"
-customers = "customers.d"
-{tls}
-[inbound]
-listen = ["127.0.0.1:0"]
-max-size = "1MiB"
-
-[odmr]
-listen = ["127.0.0.1:0"]
-listen-tls = {listen-tls}
-require-tls = {require-tls}
-
-[relay]
-resolver = "127.0.0.1:1"
-"#;
-
-/// Held mail does not expire in the background, unless a transcript has a file that says so.
-const ACME: &str = r#"domains = ["example.org", "example.com"]
-secret = "tanstaaftanstaaf"
-expire-after = "never"
-"#;
-
-const BETA: &str = r#"domains = ["example.edu"]
-secret = "another secret"
-expire-after = "never"
-"#;
-
-const CUSTOMER: &str = r#"hostname = "mail.example.org"
-
-[provider]
-address = "{address}"
-tls = "{tls-mode}"
-{ca}
-name = "acme"
-secret = "tanstaaftanstaaf"
-domains = []
-
-[mailboxes]
-root = "{dir}/mailboxes"
-accept = ["alice@example.org", "bob@example.org", "@example.com"]
-catch-all = "create"
-"#;
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct Mode {
@@ -138,18 +94,22 @@ impl Failure {
     }
 }
 
-/// Where the provider listens.
-struct Doors {
+fn listener_error(error: io::Error) -> Failure {
+    Failure::new(1, "a listener", error.to_string())
+}
+
+/// The addresses of the provider's listeners.
+struct Addresses {
     inbound: Option<SocketAddr>,
     odmr: Option<SocketAddr>,
     odmr_tls: Option<SocketAddr>,
 }
 
-impl Doors {
-    fn of(running: &odmr::provider::RunningProvider) -> Doors {
+impl Addresses {
+    fn of(running: &odmr::provider::RunningProvider) -> Addresses {
         use odmr::provider::Listener::{Inbound, Odmr, OdmrTls};
         let [inbound, odmr, odmr_tls] = [Inbound, Odmr, OdmrTls].map(|listener| running.address(listener));
-        Doors { inbound, odmr, odmr_tls }
+        Addresses { inbound, odmr, odmr_tls }
     }
 }
 
@@ -168,16 +128,14 @@ impl<'a> Play<'a> {
     }
 
     fn provider(mut self) -> Result<(), Failure> {
-        self.write_files(
-            &[("provider.toml", PROVIDER), ("customers.d/acme.toml", ACME), ("customers.d/beta.toml", BETA)],
-            None,
-        )?;
+        let host = TcpListener::bind("127.0.0.1:0").map_err(listener_error)?;
+        self.write_files(&DEFAULTS[1..], &[("{host}", host.local_addr().map_err(listener_error)?)])?;
         let config = odmr::config::ProviderConfig::load(&self.folder.path().join("provider.toml"))
             .map_err(|error| Failure::new(1, "a good configuration", error.to_string()))?;
         let running = odmr::provider::Provider::start(config, Ids::fixed())
             .map_err(|error| Failure::new(1, "a provider", error.to_string()))?;
         let transcript = self.transcript;
-        let doors = Doors::of(&running);
+        let addresses = Addresses::of(&running);
         let (mut running, (ended, stopped)) = (Some(running), channel());
         let mut stop = || {
             if let Some(running) = running.take() {
@@ -189,7 +147,12 @@ impl<'a> Play<'a> {
             }
         };
         let played = transcript.steps.iter().try_for_each(|step| match &step.action {
-            Action::Connect { listener, name, shown } => self.call(step.line, &doors, listener, name, shown.as_deref()),
+            Action::Connect { listener, name, .. } if listener == "host" => {
+                self.called(step.line, &host, self.mode.tls, name)
+            }
+            Action::Connect { listener, name, shown } => {
+                self.call(step.line, &addresses, listener, name, shown.as_deref())
+            }
             Action::Stop => self.flush(step.line).map(|()| stop()),
             _ => self.step(step),
         });
@@ -204,12 +167,11 @@ impl<'a> Play<'a> {
     }
 
     fn customer(mut self) -> Result<(), Failure> {
-        let system = |error: io::Error| Failure::new(1, "a listener", error.to_string());
-        let listener = TcpListener::bind("127.0.0.1:0").map_err(system)?;
-        let hop = TcpListener::bind("127.0.0.1:0").map_err(system)?;
-        let address = listener.local_addr().map_err(system)?;
-        let addresses = Some((address, hop.local_addr().map_err(system)?));
-        self.write_files(&[("customer.toml", CUSTOMER)], addresses)?;
+        let listener = TcpListener::bind("127.0.0.1:0").map_err(listener_error)?;
+        let hop = TcpListener::bind("127.0.0.1:0").map_err(listener_error)?;
+        let address = listener.local_addr().map_err(listener_error)?;
+        let addresses = [("{address}", address), ("{hop}", hop.local_addr().map_err(listener_error)?)];
+        self.write_files(&DEFAULTS[..1], &addresses)?;
         let config = odmr::config::CustomerConfig::load(&self.folder.path().join("customer.toml"))
             .map_err(|error| Failure::new(1, "a good configuration", error.to_string()))?;
         let stop = CancelToken::new().map_err(|error| Failure::new(1, "a stop token", error.to_string()))?;
@@ -255,9 +217,7 @@ impl<'a> Play<'a> {
     // The files.
 
     /// Writes the configuration and the transcript's own files.
-    fn write_files(
-        &self, defaults: &[(&str, &str)], addresses: Option<(SocketAddr, SocketAddr)>,
-    ) -> Result<(), Failure> {
+    fn write_files(&self, defaults: &[(&str, &str)], addresses: &[(&str, SocketAddr)]) -> Result<(), Failure> {
         let settings = &self.transcript.settings;
         let certificate = self.mode.tls || settings.certificate;
         if certificate {
@@ -282,7 +242,8 @@ impl<'a> Play<'a> {
                 text.replace(&format!("{{sha256:{name}}}"), &certificate)
                     .replace(&format!("{{spki-sha256:{name}}}"), &key)
             });
-            with_pins
+            let filled = addresses.iter().fold(with_pins, |text, (name, at)| text.replace(name, &at.to_string()));
+            filled
                 .replace("{dir}", &self.folder.path().display().to_string())
                 .replace(
                     "{tls}",
@@ -290,15 +251,14 @@ impl<'a> Play<'a> {
                 )
                 .replace("{listen-tls}", if certificate { r#"["127.0.0.1:0"]"# } else { "[]" })
                 .replace("{require-tls}", if settings.require_tls { "true" } else { "false" })
-                .replace("{address}", &addresses.map(|(address, _)| address.to_string()).unwrap_or_default())
-                .replace("{hop}", &addresses.map(|(_, hop)| hop.to_string()).unwrap_or_default())
                 .replace("{tls-mode}", tls_mode)
                 .replace("{ca}", if certificate { "ca = \"relay.pem\"" } else { "" })
         };
-        let own = |path: &str| self.transcript.before.iter().any(|file| file.path.starts_with(path));
+        let is_own = |file: &File| file.path.starts_with("customers.d/") && !file.overlay;
+        let own_customers = self.transcript.before.iter().any(is_own);
         for (path, text) in defaults {
-            // Customers of its own stand in the place of ours.
-            if path.starts_with("customers.d/") && own("customers.d/") {
+            // Whole files of customers replace all of the default.
+            if path.starts_with("customers.d/") && own_customers {
                 continue;
             }
             self.write(0, path, fill(text).as_bytes())?;
@@ -426,14 +386,14 @@ impl<'a> Play<'a> {
 
     /// Opens a connection to the provider. In a TLS play it is under TLS before the first line is read.
     fn call(
-        &mut self, line: usize, doors: &Doors, listener: &str, name: &str, shown: Option<&str>,
+        &mut self, line: usize, addresses: &Addresses, listener: &str, name: &str, shown: Option<&str>,
     ) -> Result<(), Failure> {
         self.flush(line)?;
         let tls = self.mode.tls || listener == "odmr-tls";
         let address = match listener {
-            "inbound" => doors.inbound,
-            "odmr" if !tls => doors.odmr,
-            _ => doors.odmr_tls,
+            "inbound" => addresses.inbound,
+            "odmr" if !tls => addresses.odmr,
+            _ => addresses.odmr_tls,
         };
         let refused = |error: String| Failure::new(line, format!("a connection to {listener}"), error);
         let address = address.ok_or_else(|| refused("no such listener".into()))?;
@@ -464,6 +424,7 @@ impl<'a> Play<'a> {
             }
         };
         let opened = socket.set_nonblocking(false).and_then(|()| Connection::new(socket)).and_then(|mut connection| {
+            connection.accepted = true;
             if tls {
                 connection.tls_server(None)?;
             }
@@ -525,13 +486,13 @@ impl<'a> Play<'a> {
             return Ok(());
         }
         self.flush(line)?;
-        let customer = self.transcript.name.starts_with("customer/");
         match &step.action {
             Action::Use(name) => self.current = name.clone(),
             Action::Tls { shown } => {
                 let connection = self.connection(line)?;
                 let shown = shown.as_deref();
-                let shaken = if customer { connection.tls_server(shown) } else { connection.tls_client(shown) };
+                let shaken =
+                    if connection.accepted { connection.tls_server(shown) } else { connection.tls_client(shown) };
                 shaken.map_err(|error| Failure::new(line, "a TLS handshake", error.to_string()))?;
             }
             Action::InClear => self.connection(line)?.in_clear = true,
@@ -546,29 +507,29 @@ impl<'a> Play<'a> {
                 let closed = self.connections.remove(&self.current).map_or(Ok(()), Connection::close);
                 closed.map_err(|got| Failure::new(line, "the peer closes too", got))?;
             }
-            Action::Hear { letter, text } => {
+            Action::Hear { party, text } => {
                 let connection = self.connection(line)?;
                 let got = connection.line();
                 let text = &connection.expand(text);
                 if !got.as_ref().is_ok_and(|got| matches(text, got)) {
                     let rest = connection.rest();
-                    let got = got.map_or_else(|error| error, |got| format!("{letter}: {got}\n{rest}"));
-                    return Err(Failure::new(line, format!("{letter}: {text}"), got));
+                    let got = got.map_or_else(|error| error, |got| format!("{party}: {got}\n{rest}"));
+                    return Err(Failure::new(line, format!("{party}: {text}"), got));
                 }
             }
-            Action::HearOctets { letter, octets } => {
+            Action::HearOctets { party, octets } => {
                 let got = self.connection(line)?.octets(octets.len());
                 if got != *octets {
                     return Err(Failure::new(
                         line,
-                        format!("{letter}| {}", shown(octets)),
-                        format!("{letter}| {}", shown(&got)),
+                        format!("{party}| {}", shown(octets)),
+                        format!("{party}| {}", shown(&got)),
                     ));
                 }
             }
-            Action::HearClose { letter } => {
+            Action::HearClose { party } => {
                 if let Err(got) = self.connection(line)?.end() {
-                    return Err(Failure::new(line, format!("{letter}!"), got));
+                    return Err(Failure::new(line, format!("{party}!"), got));
                 }
             }
             Action::Turn | Action::Say { .. } | Action::Connect { .. } | Action::Pull { .. } | Action::Stop => {}
@@ -586,7 +547,7 @@ impl<'a> Play<'a> {
                 .parent()
                 .map_or(Ok(()), std::fs::create_dir_all)
                 .and_then(|()| std::fs::write(&path, "in the way\n")),
-            Becomes::Folder => std::fs::create_dir_all(&path),
+            Becomes::Directory => std::fs::create_dir_all(&path),
             Becomes::Gone => Ok(()),
         };
         made.map_err(|error| Failure::new(line, "the fault", error.to_string()))
@@ -620,6 +581,8 @@ struct Connection {
     received: Vec<u8>,
     unsaid: Vec<u8>,
     in_clear: bool,
+    /// The program connected: the runner is the server of TLS.
+    accepted: bool,
     scram: Messages,
 }
 
@@ -635,7 +598,7 @@ impl Connection {
         socket.set_nodelay(true)?;
         socket.set_write_timeout(Some(PATIENCE))?;
         let (received, unsaid, scram) = (Vec::new(), Vec::new(), Messages::default());
-        Ok(Connection { socket, tls: None, received, unsaid, in_clear: false, scram })
+        Ok(Connection { socket, tls: None, received, unsaid, in_clear: false, accepted: false, scram })
     }
 
     /// A line with its messages of SCRAM.
