@@ -181,7 +181,7 @@ fn untested() -> BTreeMap<(String, Side), String> {
 
 /// A transcript or a Rust test that cites rules.
 struct Test {
-    /// `provider/bare-atrn.smtp`, `src/queue/tests.rs: no_recipient_is_lost_or_doubled`
+    /// `provider/turn/bare-atrn.smtp`, `src/queue/tests.rs: no_recipient_is_lost_or_doubled`
     name: String,
     sides: Vec<Side>,
     cites: Vec<String>,

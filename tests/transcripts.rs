@@ -53,7 +53,7 @@
 //! dialogue `-- path/ --` lists a folder exactly (none: empty), `-- folder/2 --` is the second file in name order, and
 //! there may be no more files in that folder than were named. Control characters are shown as escapes.
 //!
-//! `TRANSCRIPT=provider/atrn cargo test transcripts -- --nocapture` plays those whose name contains the word.
+//! `TRANSCRIPT=provider/turn/ cargo test transcripts -- --nocapture` plays those whose name contains the word.
 
 mod certificates;
 mod coverage;
