@@ -115,13 +115,14 @@ fn passage(directory: &str, event: &str) -> Result<Option<Vec<String>>, String> 
     Ok(Some(lines))
 }
 
-/// The passage of a name: its header, and its lines with their holes filled. A header without a hole is the better match.
+/// The passage of a name: its header, and its lines with their holes filled. The longest header fits best,
+/// and one without a hole before others.
 fn find(directory: &str, name: &str) -> Option<(&'static str, Vec<String>)> {
     let side = if directory == "customer" { "customer: " } else { "provider: " };
     let headers = || PASSAGES.lines().enumerate().filter_map(|(at, line)| Some((at, line.strip_prefix(side)?)));
     let exact = headers().find(|(_, header)| *header == name).map(|(at, header)| (at, header, None));
-    let (at, header, hole) = exact
-        .or_else(|| headers().find_map(|(at, header)| filled(header, name).map(|filled| (at, header, Some(filled)))))?;
+    let fitting = headers().filter_map(|(at, header)| Some((at, header, Some(filled(header, name)?))));
+    let (at, header, hole) = exact.or_else(|| fitting.max_by_key(|(_, header, _)| header.len()))?;
     let body = PASSAGES.lines().skip(at + 1).take_while(|line| line.is_empty() || line.starts_with("    "));
     let mut lines: Vec<String> = body
         .map(|line| line.strip_prefix("    ").unwrap_or(line))

@@ -1,6 +1,6 @@
 //! Whether transcripts are what they were at another revision, when all their shorthands are expanded.
 
-use super::format::{DEFAULTS, File, Transcript};
+use super::format::{DEFAULTS, File, Transcript, shown};
 use std::collections::BTreeSet;
 
 /// What differs between a transcript and the one that it was, in words; nothing if it is unchanged. Steps, settings and files
@@ -36,9 +36,9 @@ pub fn difference(before: &Transcript, now: &Transcript) -> Option<String> {
 }
 
 /// The files but for the configuration.
-fn files(files: &[File]) -> Vec<(&str, Vec<u8>)> {
+fn files(files: &[File]) -> Vec<(&str, String)> {
     let files = files.iter().filter(|file| !is_configuration(&file.path));
-    files.map(|file| (file.path.as_str(), file.content())).collect()
+    files.map(|file| (file.path.as_str(), shown(&file.content()))).collect()
 }
 
 fn is_configuration(path: &str) -> bool {
