@@ -1,59 +1,87 @@
-//! Transcripts: `testdata/<under test>/<what it proves>.smtp`, played against the real program on loopback.
-//!
-//! A transcript is written in order of time: files before, dialogue, files after.
+//! Transcripts: `testdata/<under test>/<topic>/<what it proves>.smtp`, played against the real program on loopback.
 //!
 //! ```text
 //! # What it proves, RFC section.
 //! # Rules: ODMR-22, ODMR-26.              those of `testdata/conformance.md` that it proves
-//! == clear only ==                     settings, if any
+//! == clear only ==                        settings, if any
+//! -- provider.toml + --                   files before
+//! limits.messages-per-turn = 1
+//!
 //! -- spool/domains/example.com/new/1 --
 //! Return-Path: <lester@dot.example>
 //! …
-//! == connect odmr ==
-//! P: 220 relay.example.net on-demand mail relay server ready
-//! C: EHLO mail.example.org
+//! == turned, 1 message ==                 the dialogue, here a passage of it
+//! P: MAIL FROM:<lester@dot.example>
+//! C: 250 2.1.0 OK
 //! …
-//! == after ==
+//! == after ==                             files after
 //! -- spool/domains/example.com/new/ --
 //! ```
 //!
-//! The folder says who is under test; the runner is the other party. `C:` opened the connection, `P:` is the provider,
-//! `S:` the provider's plain inbound listener, or the customer's next hop; the letters stay at the turn. In a line of dialogue
+//! The first directory says which program is under test: `customer`, or the provider, whose relay sends to a host of the
+//! world in `relay`. The runner is the other party. `C:` connected to the provider, `P:` is the provider, `S:` is its inbound
+//! listener, the customer's next hop, or the host of the relay; parties keep their initial at the turn.
 //!
-//! - `X: text` is one line and its CRLF; `{...}` in what is expected is any text within the line;
-//! - `X| text` is octets with `\r \n \t \0 \xHH \\`, no CRLF added; `X* 1000 text` the same, so many times;
-//! - `X!`: the runner goes away without a word, and the program closes too; or the program must be seen to close, under
-//!   TLS with close_notify;
+//! # A line of dialogue
+//!
+//! - `X: text` is one line and its CRLF; in what is expected `{...}` is any text within the line.
+//! - `X| text` is octets with `\r \n \t \0 \xHH \\`, without a CRLF of its own; `X* 1000 text` the same, a thousand times.
+//! - `X: {1..100} text` is a line for each number, which is `{n}` in the text, and `{n+1}` the next one.
+//! - `X!`: the runner closes without QUIT, and the program must close too; or the program must close, under TLS with
+//!   close_notify.
 //! - `{scram: TEXT}` is a message of SCRAM in base64 (see [`scram`]).
+//! - `X. NAME, NAME` are messages, or parts of one, and the final dot; `X: {NAME}` the same without the dot.
 //!
-//! All that the runner says between two lines it expects goes out in one write (so it may be a pipelined group), or,
-//! in the other two plays, octet by octet. Every transcript is played four times: {whole, bytewise} × {clear, TLS}. Under
-//! TLS `connect odmr` takes the implicit port and `connect inbound` is led through STARTTLS before the first line.
-//! Settings restrict that or change the default configuration (see [`play`]):
+//! # Passages
 //!
-//! - `== clear only ==`, `== tls only ==`, `== whole only ==`; `== tls ==` in the dialogue implies `clear only`;
-//! - `== certificate ==`: the provider has a certificate in clear plays too (`== tls ==` and `odmr-tls` imply it);
-//! - `== require tls ==`: `require-tls = true`;
-//! - `== soft bounce ==`: the customer calls as `odmr pull --soft-bounce` does;
-//! - `== only these calls ==`: a customer that calls again, after the dialogue, has failed. Otherwise it hears 453 then.
+//! `testdata/passages.txt` has the passages that many transcripts share: the dialogue up to the turn, QUIT and its reply,
+//! messages. A transcript names one in a line, `== turned, 1 message ==`, `{hello}`; [`format::expand`] says how. These
+//! transcripts have every line: `customer/turn/{one-call,no-mail,rfc-2645-section-6}`, `customer/outgoing/and-turn`,
+//! `customer/next-hop/lmtp-accepts-all`, `customer/exim/one-message-a-call`, `provider/turn/{bare-atrn,no-mail,
+//! rfc-2645-section-6}`, `provider/delivery/{several-messages-in-one-stream,one-sent-one-rejected-one-deferred}`,
+//! `provider/submission/of-two-messages`, `inbound/content/one-message`, `inbound/commands/pipelined-group` and
+//! `hostile/closed-at-every-turn`. So have all parts of a dialogue that differ from a passage.
+//!
+//! # Events
+//!
+//! - `== connect inbound|odmr|odmr-tls [as NAME] ==` connects to the provider; in `customer/` the runner awaits the customer
+//!   there. `== connect hop ==` awaits the customer at its next hop, and `== connect host ==` the relay. `== NAME ==` goes on
+//!   with an earlier connection.
+//! - `== turn ==` marks the turn. The parser checks that each party sends what its role demands.
+//! - `== tls ==` shakes hands now. `== in clear ==`: what the runner sends from now on is not within TLS.
+//! - `== wait 300ms ==`: the program sends nothing for that time.
+//! - `== fault PATH is a file|is a directory|is gone ==`, while the program runs.
+//! - `== stop ==` tells the program to stop. `== pull ok|failed ==`: how the customer's call ended; `ok` at the end of the
+//!   dialogue if the transcript does not say.
+//!
+//! # Plays and settings
+//!
+//! All that the runner sends between two lines that it expects goes out in one write, so it may be a pipelined group, or octet
+//! by octet. Every transcript is played four times: {whole, bytewise} × {clear, TLS}. Under TLS `connect odmr` takes the
+//! implicit port, `connect host` begins with the handshake, and `connect inbound` does STARTTLS before the first line.
+//!
+//! - `== clear only ==`, `== tls only ==`, `== whole only ==`; `== tls ==` in the dialogue implies `clear only`.
+//! - `== certificate ==`: the provider has a certificate in clear plays too; `== tls ==` and `odmr-tls` imply it.
+//! - `== require tls ==`: `require-tls = true`. `== soft bounce ==`: the customer calls as `odmr pull --soft-bounce` does.
+//! - `== only these calls ==`: the play fails if the customer calls again after the dialogue. Otherwise it gets 453 then.
 //!
 //! `== tls with NAME ==` and `== connect odmr-tls with NAME [as NAME] ==`: the TLS server must ask for a certificate, and the
 //! client shows that of this name: `me`, `renewed` and `expired` have one key, `other` and `stranger` each another; `none`: it
-//! shows none. `NAME.pem` and `NAME.key` are there if a file names the first, and in `.toml` files `{sha256:NAME}` and `{spki-sha256:NAME}` are the
-//! pins. Without `with`, the provider may not ask.
+//! shows none. Without `with` the program may not ask. `NAME.pem` and `NAME.key` exist if a file names the first.
 //!
-//! Events: `== connect inbound|odmr|odmr-tls [as NAME] ==` opens a connection (for `customer/`: awaits the customer's
-//! call), `== connect hop [as NAME] ==` awaits the customer at its next hop, in clear, `== NAME ==` goes on with an earlier one; `== tls ==` shakes hands now; `== in clear ==`: the runner goes on outside TLS; `== turn ==` marks the turn, and the
-//! parser checks that each party speaks as its role demands; `== wait 300ms ==`: for so long nothing may be heard;
-//! `== fault PATH is a file|is a folder|is gone ==`; `== stop ==` tells the program to end; `== pull ok|failed ==`: how the
-//! customer's call ended.
+//! # Files
 //!
-//! Files: `-- path --` and lines; `-- path | --` and octets as after `X|`. `provider.toml`, `customers.d/*.toml` and
-//! `customer.toml` replace the defaults (`{dir}`, `{tls}`, `{listen-tls}`, `{address}`, `{hop}`, `{tls-mode}`, `{ca}` are filled in). After the
-//! dialogue `-- path/ --` lists a folder exactly (none: empty), `-- folder/2 --` is the second file in name order, and
-//! there may be no more files in that folder than were named. Control characters are shown as escapes.
+//! - `-- path --` and lines; `-- path | --` and octets as after `X|`.
+//! - `-- customer.toml + --` and lines `table.key = value` over the file in `testdata/default`; `- table.key` and `- [table]`
+//!   remove what that has. So for `provider.toml` and `customers.d/*.toml`. A whole file replaces the default, and a whole
+//!   file of a customer all default customers.
+//! - In `.toml` files the runner fills in `{dir}`, `{tls}`, `{listen-tls}`, `{require-tls}`, `{address}`, `{hop}`, `{host}`,
+//!   `{tls-mode}` and `{ca}`; `{sha256:NAME}` and `{spki-sha256:NAME}` are the pins of a certificate.
+//! - After the dialogue `-- path/ --` lists a directory exactly, without lines an empty one. `-- directory/2 --` is the second
+//!   file in name order, and no file may come after the last one named so. Control characters are shown as escapes.
 //!
-//! `TRANSCRIPT=provider/turn/ cargo test transcripts -- --nocapture` plays those whose name contains the word.
+//! `TRANSCRIPT=provider/turn/ cargo test transcripts -- --nocapture` plays those whose name contains the word. A dialogue that
+//! the program logs (`-v`) can be pasted. `tests/dialogues REVISION` shows that no dialogue differs from a revision's.
 
 mod certificates;
 mod coverage;
@@ -88,6 +116,9 @@ fn every_transcript_reads_as_written() {
     let results = in_parallel(&plays);
     for transcript in &transcripts {
         let of_this = || plays.iter().zip(&results).filter(|((played, _), _)| std::ptr::eq(*played, transcript));
+        if of_this().next().is_none() {
+            continue;
+        }
         let good = of_this().filter(|(_, result)| result.is_none()).count();
         let word = if good == of_this().count() { "ok    " } else { "FAILED" };
         println!("{word} {} ({good} of {} plays)", transcript.name, of_this().count());
@@ -185,9 +216,9 @@ fn all() -> Vec<Transcript> {
     good.into_iter().flatten().collect()
 }
 
-fn find(folder: &Path, files: &mut Vec<PathBuf>) {
-    for entry in std::fs::read_dir(folder).unwrap_or_else(|error| panic!("{}: {error}", folder.display())) {
-        let path = entry.expect("a folder's entry").path();
+fn find(directory: &Path, files: &mut Vec<PathBuf>) {
+    for entry in std::fs::read_dir(directory).unwrap_or_else(|error| panic!("{}: {error}", directory.display())) {
+        let path = entry.expect("an entry").path();
         if path.is_dir() {
             find(&path, files);
         } else if path.extension().is_some_and(|extension| extension == "smtp") {
