@@ -1,4 +1,4 @@
-//! What the transcripts demand between them: each code of RFC 2645, each verb in each state of each listener.
+//! What the transcripts must contain between them: each code of RFC 2645, each verb in each state of each listener.
 //!
 //! The walk pairs replies with commands in order, as RFC 2920 section 3.1 demands of a client, so that a transcript of
 //! pipelined groups counts as well.
@@ -11,7 +11,7 @@ const VERBS: &[&str] = &[
     "ATRN", "ETRN", "TURN", UNKNOWN,
 ];
 
-/// Stands for any word that is no verb.
+/// Any word that is not a verb.
 const UNKNOWN: &str = "an unknown word";
 
 /// The servers of the program and the states that change what a verb means there.
@@ -21,10 +21,10 @@ const STATES: &[(&str, &[&str])] = &[
     ("customer", &["before EHLO", "after EHLO", "in a transaction"]),
 ];
 
-/// RFC 2645 sections 5.2.1 and 7, and what a provider says to a wrong ATRN.
+/// RFC 2645 sections 5.2.1 and 7, and a provider's reply to a wrong ATRN.
 const CODES: &[&str] = &["250", "450", "451", "453", "501", "502", "503", "530"];
 
-/// What no transcript has, in words.
+/// The codes and verbs that no transcript has.
 pub fn missing(transcripts: &[Transcript]) -> Vec<String> {
     let exchanges: Vec<Exchange> = transcripts.iter().flat_map(walk).collect();
     let of_atrn = |code: &&&str| {
@@ -34,7 +34,7 @@ pub fn missing(transcripts: &[Transcript]) -> Vec<String> {
     };
     // 502 is the code of the verbs that the listener does not have (RFC 2645 section 5.4).
     let codes = CODES.iter().filter(|code| **code != "502").filter(of_atrn).map(|code| format!("{code} to ATRN"));
-    let refused = exchanges.iter().any(|exchange| exchange.server == "odmr" && exchange.reply.starts_with("502"));
+    let has_502 = exchanges.iter().any(|exchange| exchange.server == "odmr" && exchange.reply.starts_with("502"));
     let seen: BTreeSet<(&str, &str, &str)> =
         exchanges.iter().map(|exchange| (exchange.server, exchange.state, exchange.verb.as_str())).collect();
     let verbs = STATES.iter().flat_map(|(server, states)| {
@@ -46,10 +46,10 @@ pub fn missing(transcripts: &[Transcript]) -> Vec<String> {
                 .map(move |verb| format!("{server}, {state}: {verb}"))
         })
     });
-    codes.chain((!refused).then(|| "502 on the odmr listener".to_owned())).chain(verbs).collect()
+    codes.chain((!has_502).then(|| "502 on the odmr listener".to_owned())).chain(verbs).collect()
 }
 
-/// Replies of the program that carry no enhanced code of their class.
+/// Replies of the program that have no enhanced code of their class.
 pub fn without_enhanced_code(transcripts: &[Transcript]) -> Vec<String> {
     let wrong = |exchange: &Exchange| {
         let class = exchange.reply.as_bytes().first().copied().unwrap_or_default();
@@ -82,7 +82,7 @@ struct Exchange<'a> {
     reply: String,
 }
 
-/// The walk along one connection.
+/// The state of one connection as the steps go by.
 struct Walk<'a> {
     file: &'a str,
     server: Option<&'static str>,
@@ -114,16 +114,17 @@ fn walk(transcript: &Transcript) -> Vec<Exchange<'_>> {
             Action::Connect { listener, .. } => walk.begin(match listener.as_str() {
                 _ if customer => None,
                 "inbound" => Some("inbound"),
+                "host" => None,
                 _ => Some("odmr"),
             }),
-            // A second conversation at the same time is not followed.
+            // A second connection at the same time is not followed.
             Action::Use(_) => walk.begin(None),
             Action::Turn => walk.begin(customer.then_some("customer")),
             Action::Tls { .. } => walk.state = 0,
-            Action::Say { octets, line: true, .. } => {
+            Action::Send { octets, line: true, .. } => {
                 walk.command(&shown(octets.strip_suffix(b"\r\n").unwrap_or(octets)))
             }
-            Action::Hear { text, .. } => walk.reply(step.line, text),
+            Action::Expect { text, .. } => walk.reply(step.line, text),
             _ => {}
         }
     }

@@ -8,7 +8,7 @@ mod overlay;
 use std::collections::HashMap;
 use std::time::Duration;
 
-/// The files that are there if a transcript has no others: the path and the text.
+/// The files of a play if its transcript has no others: the path and the text.
 pub const DEFAULTS: [(&str, &str); 4] = [
     ("customer.toml", include_str!("../../testdata/default/customer.toml")),
     ("provider.toml", include_str!("../../testdata/default/provider.toml")),
@@ -32,9 +32,9 @@ pub struct Settings {
     pub whole_only: bool,
     pub certificate: bool,
     pub require_tls: bool,
-    /// For `customer/`: a call that the dialogue does not have is a failure. Otherwise it gets 453.
+    /// For `customer/`: a call beyond those of the dialogue fails the play. Otherwise it gets 453.
     pub only_these_calls: bool,
-    /// For `customer/`: the call is one of `odmr pull --soft-bounce`.
+    /// For `customer/`: the call is that of `odmr pull --soft-bounce`.
     pub soft_bounce: bool,
     /// The dialogue itself begins TLS.
     pub starttls: bool,
@@ -70,12 +70,12 @@ pub enum Action {
     Connect {
         listener: String,
         name: String,
-        /// As with `Tls`, on `odmr-tls`.
+        /// As of `Tls`, for `odmr-tls`.
         shown: Option<String>,
     },
     Use(String),
     Tls {
-        /// A certificate is asked for, and the client shows that of this name, or `none`. `None`: it is not asked for.
+        /// The server requests a certificate, and the client shows that of this name, or `none`. `None`: it requests none.
         shown: Option<String>,
     },
     /// What the runner sends from now on is not within TLS.
@@ -90,23 +90,23 @@ pub enum Action {
         succeeds: bool,
     },
     Stop,
-    /// The runner's part.
-    Say {
+    /// A line or octets that the runner sends.
+    Send {
         party: char,
         octets: Vec<u8>,
         line: bool,
     },
     Close,
-    /// The program's part. The text is a pattern.
-    Hear {
+    /// A line that the program must send. The text is a pattern.
+    Expect {
         party: char,
         text: String,
     },
-    HearOctets {
+    ExpectOctets {
         party: char,
         octets: Vec<u8>,
     },
-    HearClose {
+    ExpectClose {
         party: char,
     },
 }
@@ -118,7 +118,11 @@ pub enum Becomes {
     Gone,
 }
 
-/// Reads a transcript; the error is `file:line: what is wrong`.
+/// Reads a transcript. `name` is its path below `testdata`, without `.smtp`.
+///
+/// # Errors
+///
+/// `file:line: what is wrong`.
 pub fn parse(name: &str, text: &str) -> Result<Transcript, String> {
     let directory = name.split('/').next().unwrap_or_default();
     let wrong = |line: usize, what: &str| format!("testdata/{name}.smtp:{line}: {what}");
@@ -147,7 +151,7 @@ pub fn parse(name: &str, text: &str) -> Result<Transcript, String> {
         return Err(wrong(1, "begin with a comment: what does it prove?"));
     }
     for file in transcript.before.iter_mut().chain(&mut transcript.after) {
-        // The empty line before the next section is not the file's.
+        // The empty line before the next section does not belong to the file.
         if file.text.ends_with("\n\n") || file.text == "\n" {
             file.text.pop();
         }
@@ -170,7 +174,7 @@ fn logged(line: &str) -> &str {
     after.filter(|rest| ["C: ", "P: ", "S: ", "== "].iter().any(|begin| rest.starts_with(begin))).unwrap_or(line)
 }
 
-/// The octets that `\r \n \t \0 \xHH \\` stand for; the rest as it is.
+/// The octets that `\r \n \t \0 \xHH \\` mean; the rest as it is.
 pub fn octets(text: &str) -> Option<Vec<u8>> {
     let mut octets = Vec::new();
     let mut rest = text.chars();
@@ -239,7 +243,7 @@ struct Parser<'a> {
     /// The parties whose lines the runner sends.
     runners: &'static str,
     place: Place,
-    /// The connections that there are.
+    /// The names of the connections so far.
     names: Vec<String>,
     transcript: Transcript,
 }
@@ -363,18 +367,18 @@ impl Parser<'_> {
         let rest = characters.as_str();
         let words = rest.strip_prefix(' ').unwrap_or(rest);
         let action = match (kind, self.runners.contains(party)) {
-            (':', true) => Action::Say { party, octets: format!("{words}\r\n").into_bytes(), line: true },
-            (':', false) => Action::Hear { party, text: words.to_owned() },
-            ('|', true) => Action::Say { party, octets: octets(words).ok_or("a wrong escape")?, line: false },
-            ('|', false) => Action::HearOctets { party, octets: octets(words).ok_or("a wrong escape")? },
+            (':', true) => Action::Send { party, octets: format!("{words}\r\n").into_bytes(), line: true },
+            (':', false) => Action::Expect { party, text: words.to_owned() },
+            ('|', true) => Action::Send { party, octets: octets(words).ok_or("a wrong escape")?, line: false },
+            ('|', false) => Action::ExpectOctets { party, octets: octets(words).ok_or("a wrong escape")? },
             ('*', true) => {
                 let (times, words) = words.split_once(' ').ok_or("how many times, and what?")?;
                 let times = times.parse().map_err(|_| "how many times?")?;
                 let octets = octets(words).ok_or("a wrong escape")?.repeat(times);
-                Action::Say { party, octets, line: false }
+                Action::Send { party, octets, line: false }
             }
             ('!', true) if rest.is_empty() => Action::Close,
-            ('!', false) if rest.is_empty() => Action::HearClose { party },
+            ('!', false) if rest.is_empty() => Action::ExpectClose { party },
             _ => return Err(format!("not a line of dialogue in {}: {text}", self.name)),
         };
         self.transcript.steps.push(Step { line, action });
@@ -403,10 +407,10 @@ fn check_roles(transcript: &Transcript) -> Result<(), String> {
                 *server = 'C';
                 continue;
             }
-            Action::Say { party, octets, line: true } => {
+            Action::Send { party, octets, line: true } => {
                 (*party, shown(octets.strip_suffix(b"\r\n").unwrap_or(octets)))
             }
-            Action::Hear { party, text } => (*party, text.clone()),
+            Action::Expect { party, text } => (*party, text.clone()),
             _ => continue,
         };
         let wrong = |what: &str| Err(format!("testdata/{}.smtp:{}: {what}: {text}", transcript.name, step.line));

@@ -1,4 +1,4 @@
-//! The runner: one transcript, one way of cutting it, against the real program in a folder of its own.
+//! The runner: plays one transcript, in one mode, against the real program in a temporary directory.
 
 use super::certificates::{Shows, identity};
 use super::format::{Action, Becomes, DEFAULTS, File, Settings, Step, Transcript, matches, shown};
@@ -17,13 +17,13 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
-/// The longest wait for anything the program has to do.
-const PATIENCE: Duration = Duration::from_secs(5);
+/// The longest wait for anything that the program must do.
+const STEP_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// What goes out octet by octet in a bytewise play; the rest goes in pieces of an odd size.
+/// Octets that a bytewise play sends one by one; the rest of a write goes in pieces of an odd size.
 const BYTEWISE: usize = 4096;
 
-/// The runner's threads are called so; a panic in a thread of another name is the program's.
+/// The name of the runner's threads: a panic in a thread of another name is the program's.
 pub const PLAYER: &str = "player";
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -41,7 +41,11 @@ pub fn modes(transcript: &Transcript) -> impl Iterator<Item = Mode> {
         .filter(move |mode| !(mode.bytewise && whole_only || mode.tls && clear_only || !mode.tls && tls_only))
 }
 
-/// Plays it; the error is ready to be read by a person.
+/// Plays it.
+///
+/// # Errors
+///
+/// The step that failed: its file and line, what was expected, and what came.
 pub fn play(transcript: &Transcript, mode: Mode) -> Result<(), String> {
     let played = std::panic::catch_unwind(|| {
         let play = Play::new(transcript, mode)?;
@@ -116,21 +120,22 @@ impl Addresses {
 struct Play<'a> {
     transcript: &'a Transcript,
     mode: Mode,
-    folder: tempfile::TempDir,
+    directory: tempfile::TempDir,
     connections: HashMap<String, Connection>,
     current: String,
 }
 
 impl<'a> Play<'a> {
     fn new(transcript: &'a Transcript, mode: Mode) -> Result<Play<'a>, Failure> {
-        let folder = tempfile::tempdir().map_err(|error| Failure::new(1, "a temporary folder", error.to_string()))?;
-        Ok(Play { transcript, mode, folder, connections: HashMap::new(), current: String::new() })
+        let directory =
+            tempfile::tempdir().map_err(|error| Failure::new(1, "a temporary directory", error.to_string()))?;
+        Ok(Play { transcript, mode, directory, connections: HashMap::new(), current: String::new() })
     }
 
     fn provider(mut self) -> Result<(), Failure> {
         let host = TcpListener::bind("127.0.0.1:0").map_err(listener_error)?;
         self.write_files(&DEFAULTS[1..], &[("{host}", host.local_addr().map_err(listener_error)?)])?;
-        let config = odmr::config::ProviderConfig::load(&self.folder.path().join("provider.toml"))
+        let config = odmr::config::ProviderConfig::load(&self.directory.path().join("provider.toml"))
             .map_err(|error| Failure::new(1, "a good configuration", error.to_string()))?;
         let running = odmr::provider::Provider::start(config, Ids::fixed())
             .map_err(|error| Failure::new(1, "a provider", error.to_string()))?;
@@ -160,9 +165,9 @@ impl<'a> Play<'a> {
         let played = played.and_then(|()| self.flush(last));
         self.connections.clear();
         stop();
-        let stopped = stopped.recv_timeout(PATIENCE);
+        let stopped = stopped.recv_timeout(STEP_TIMEOUT);
         played?;
-        stopped.map_err(|_| Failure::new(last, "the provider stops", format!("not within {PATIENCE:?}")))?;
+        stopped.map_err(|_| Failure::new(last, "the provider stops", format!("not within {STEP_TIMEOUT:?}")))?;
         self.check_files()
     }
 
@@ -172,7 +177,7 @@ impl<'a> Play<'a> {
         let address = listener.local_addr().map_err(listener_error)?;
         let addresses = [("{address}", address), ("{hop}", hop.local_addr().map_err(listener_error)?)];
         self.write_files(&DEFAULTS[..1], &addresses)?;
-        let config = odmr::config::CustomerConfig::load(&self.folder.path().join("customer.toml"))
+        let config = odmr::config::CustomerConfig::load(&self.directory.path().join("customer.toml"))
             .map_err(|error| Failure::new(1, "a good configuration", error.to_string()))?;
         let stop = CancelToken::new().map_err(|error| Failure::new(1, "a stop token", error.to_string()))?;
         let token = stop.clone();
@@ -198,18 +203,18 @@ impl<'a> Play<'a> {
         let last = transcript.steps.last().map_or(1, |step| step.line);
         let mut played = played.and_then(|()| self.flush(last));
         self.connections.clear();
-        // A customer that still waits is told to stop; one that does not obey is left behind, its play has failed.
+        // A customer that still runs is told to stop. If it does not, its play fails.
         let begun = Instant::now();
-        while !customer.is_finished() && begun.elapsed() < PATIENCE {
+        while !customer.is_finished() && begun.elapsed() < STEP_TIMEOUT {
             played = played.and_then(|()| self.answer_other_call(last, &listener));
-            if begun.elapsed() > PATIENCE / 5 {
+            if begun.elapsed() > STEP_TIMEOUT / 5 {
                 stop.cancel();
             }
             std::thread::sleep(Duration::from_millis(1));
         }
         played?;
         if !customer.is_finished() {
-            return Err(Failure::new(last, "the customer's call ends", format!("not within {PATIENCE:?}")));
+            return Err(Failure::new(last, "the customer's call ends", format!("not within {STEP_TIMEOUT:?}")));
         }
         self.check_files()
     }
@@ -244,7 +249,7 @@ impl<'a> Play<'a> {
             });
             let filled = addresses.iter().fold(with_pins, |text, (name, at)| text.replace(name, &at.to_string()));
             filled
-                .replace("{dir}", &self.folder.path().display().to_string())
+                .replace("{dir}", &self.directory.path().display().to_string())
                 .replace(
                     "{tls}",
                     if certificate { "[tls]\ncertificate = \"relay.pem\"\nkey = \"relay.key\"\n" } else { "" },
@@ -271,7 +276,7 @@ impl<'a> Play<'a> {
     }
 
     fn write(&self, line: usize, path: &str, content: &[u8]) -> Result<(), Failure> {
-        let path = self.folder.path().join(path);
+        let path = self.directory.path().join(path);
         let parent = path.parent().unwrap_or(&path);
         let maildir = if matches!(parent.file_name().and_then(|name| name.to_str()), Some("new" | "cur")) {
             ["tmp", "new", "cur"].map(|name| parent.with_file_name(name)).to_vec()
@@ -279,41 +284,41 @@ impl<'a> Play<'a> {
             vec![parent.to_owned()]
         };
         let made = maildir.iter().try_for_each(std::fs::create_dir_all);
-        // The program wants its secrets to be readable by nobody else.
+        // The program rejects secrets that other users can read.
         let created =
             made.and_then(|()| OpenOptions::new().create(true).truncate(true).write(true).mode(0o600).open(&path));
         let written = created.and_then(|mut file| file.write_all(content));
         written.map_err(|error| Failure::new(line, format!("the file {}", path.display()), error.to_string()))
     }
 
-    /// Compares what stands under `== after ==`.
+    /// Compares the files under `== after ==`.
     fn check_files(&self) -> Result<(), Failure> {
         let after = &self.transcript.after;
         for file in after {
             match file.path.strip_suffix('/') {
-                Some(folder) => self.check_folder(file, folder)?,
+                Some(directory) => self.check_directory(file, directory)?,
                 None => self.check_file(file)?,
             }
         }
-        // A folder whose files were named by position holds no others.
+        // A directory whose files were named by position has no others.
         let numbered = |file: &File| {
-            file.path.rsplit_once('/').and_then(|(folder, name)| Some((folder.to_owned(), name.parse().ok()?)))
+            file.path.rsplit_once('/').and_then(|(directory, name)| Some((directory.to_owned(), name.parse().ok()?)))
         };
-        for (file, (folder, _)) in after.iter().filter_map(|file| Some((file, numbered(file)?))) {
+        for (file, (directory, _)) in after.iter().filter_map(|file| Some((file, numbered(file)?))) {
             let named: Option<usize> =
-                after.iter().filter_map(numbered).filter(|(other, _)| *other == folder).map(|(_, name)| name).max();
-            let there = self.list(&folder);
+                after.iter().filter_map(numbered).filter(|(other, _)| *other == directory).map(|(_, name)| name).max();
+            let there = self.list(&directory);
             if named.is_some_and(|named| named < there.len())
-                && !after.iter().any(|other| other.path == format!("{folder}/"))
+                && !after.iter().any(|other| other.path == format!("{directory}/"))
             {
-                return Err(Failure::new(file.line, format!("no other files in {folder}"), there.join("\n")));
+                return Err(Failure::new(file.line, format!("no other files in {directory}"), there.join("\n")));
             }
         }
         Ok(())
     }
 
-    fn check_folder(&self, file: &File, folder: &str) -> Result<(), Failure> {
-        let there = self.list(folder);
+    fn check_directory(&self, file: &File, directory: &str) -> Result<(), Failure> {
+        let there = self.list(directory);
         let wanted: Vec<&str> = file.text.lines().collect();
         let same =
             |(pattern, name): (&&str, &String)| matches(pattern, name) || matches(pattern, &without_attempts(name));
@@ -324,20 +329,20 @@ impl<'a> Play<'a> {
         let wanted: Vec<String> = wanted.into_iter().map(str::to_owned).collect();
         Err(Failure::new(
             file.line,
-            format!("{folder}/\n{}", listed(&wanted)),
-            format!("{folder}/\n{}", listed(&there)),
+            format!("{directory}/\n{}", listed(&wanted)),
+            format!("{directory}/\n{}", listed(&there)),
         ))
     }
 
     fn check_file(&self, file: &File) -> Result<(), Failure> {
-        let mut path = self.folder.path().join(&file.path);
+        let mut path = self.directory.path().join(&file.path);
         if !path.exists()
-            && let Some((folder, wanted)) = file.path.rsplit_once('/')
+            && let Some((directory, wanted)) = file.path.rsplit_once('/')
         {
-            let there = self.list(folder);
+            let there = self.list(directory);
             let position = || there.get(wanted.parse::<usize>().ok()?.checked_sub(1)?);
             if let Some(name) = there.iter().find(|name| without_attempts(name) == wanted).or_else(position) {
-                path = self.folder.path().join(folder).join(name);
+                path = self.directory.path().join(directory).join(name);
             }
         }
         let content = match std::fs::read(&path) {
@@ -362,20 +367,20 @@ impl<'a> Play<'a> {
         ))
     }
 
-    /// The names in a folder in order; none if there is no such folder.
-    fn list(&self, folder: &str) -> Vec<String> {
-        let Ok(entries) = std::fs::read_dir(self.folder.path().join(folder)) else { return Vec::new() };
+    /// The names in a directory in order; none if it does not exist.
+    fn list(&self, directory: &str) -> Vec<String> {
+        let Ok(entries) = std::fs::read_dir(self.directory.path().join(directory)) else { return Vec::new() };
         let mut names: Vec<String> = entries.flatten().map(|entry| entry.file_name().display().to_string()).collect();
         names.sort();
         names
     }
 
-    /// All files that there are, for a failure's text.
+    /// The paths of all files, for a failure's text.
     fn everything(&self) -> String {
-        let (mut folders, mut files) = (vec![self.folder.path().to_owned()], Vec::new());
-        while let Some(folder) = folders.pop() {
-            for path in std::fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path()) {
-                if path.is_dir() { folders.push(path) } else { files.push(path.display().to_string()) }
+        let (mut directories, mut files) = (vec![self.directory.path().to_owned()], Vec::new());
+        while let Some(directory) = directories.pop() {
+            for path in std::fs::read_dir(directory).into_iter().flatten().flatten().map(|entry| entry.path()) {
+                if path.is_dir() { directories.push(path) } else { files.push(path.display().to_string()) }
             }
         }
         files.sort();
@@ -395,25 +400,25 @@ impl<'a> Play<'a> {
             "odmr" if !tls => addresses.odmr,
             _ => addresses.odmr_tls,
         };
-        let refused = |error: String| Failure::new(line, format!("a connection to {listener}"), error);
-        let address = address.ok_or_else(|| refused("no such listener".into()))?;
-        let socket = TcpStream::connect_timeout(&address, PATIENCE).map_err(|error| refused(error.to_string()))?;
-        let mut connection = Connection::new(socket).map_err(|error| refused(error.to_string()))?;
+        let failed = |error: String| Failure::new(line, format!("a connection to {listener}"), error);
+        let address = address.ok_or_else(|| failed("no such listener".into()))?;
+        let socket = TcpStream::connect_timeout(&address, STEP_TIMEOUT).map_err(|error| failed(error.to_string()))?;
+        let mut connection = Connection::new(socket).map_err(|error| failed(error.to_string()))?;
         if tls && listener == "inbound" {
-            connection.lead_through_starttls().map_err(|error| refused(error.to_string()))?;
+            connection.lead_through_starttls().map_err(|error| failed(error.to_string()))?;
         } else if tls {
-            connection.tls_client(shown).map_err(|error| refused(error.to_string()))?;
+            connection.tls_client(shown).map_err(|error| failed(error.to_string()))?;
         }
         self.take_up(name, connection);
         Ok(())
     }
 
-    /// Takes the customer's call.
+    /// Accepts the program's connection.
     fn called(&mut self, line: usize, listener: &TcpListener, tls: bool, name: &str) -> Result<(), Failure> {
         self.flush(line)?;
         let none = |error: String| Failure::new(line, "a call", error);
         listener.set_nonblocking(true).map_err(|error| none(error.to_string()))?;
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + STEP_TIMEOUT;
         let socket = loop {
             match listener.accept() {
                 Ok((socket, _)) => break socket,
@@ -444,20 +449,26 @@ impl<'a> Play<'a> {
     ) -> Result<(), Failure> {
         self.flush(line)?;
         let wanted = if succeeds { "the call ends well" } else { "the call fails" };
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + STEP_TIMEOUT;
         let got = loop {
             match pull.recv_timeout(Duration::from_millis(1)) {
                 Ok(result) if result.is_ok() == succeeds => return Ok(()),
                 Ok(Ok(())) => break "it ended well".to_owned(),
                 Ok(Err(error)) => break error,
                 Err(_) if Instant::now() < deadline => self.answer_other_call(line, listener)?,
-                Err(_) => break format!("no end within {PATIENCE:?}; heard\n{}", self.heard()),
+                Err(_) => {
+                    break format!(
+                        "no end within {STEP_TIMEOUT:?}; there was
+{}",
+                        self.arrived()
+                    );
+                }
             }
         };
         Err(Failure::new(line, wanted, got))
     }
 
-    /// A customer that has got mail calls again, to hear that there is no more.
+    /// A customer that got mail calls again, and gets 453.
     fn answer_other_call(&self, line: usize, listener: &TcpListener) -> Result<(), Failure> {
         let failed = |error: io::Error| Failure::new(line, "453 for a call after the dialogue", error.to_string());
         listener.set_nonblocking(true).map_err(failed)?;
@@ -465,24 +476,24 @@ impl<'a> Play<'a> {
         if self.transcript.settings.only_these_calls {
             return Err(Failure::new(line, "no other call", "one more"));
         }
-        // A customer that was told to stop hangs up.
+        // A customer that was told to stop closes.
         let _ = socket.set_nonblocking(false).and_then(|()| Connection::new(socket)?.no_mail(self.mode.tls));
         Ok(())
     }
 
-    fn heard(&mut self) -> String {
+    fn arrived(&mut self) -> String {
         self.connections.get_mut(&self.current).map(|connection| connection.rest()).unwrap_or_default()
     }
 
     fn step(&mut self, step: &Step) -> Result<(), Failure> {
         let line = step.line;
-        if let Action::Say { octets, .. } = &step.action {
+        if let Action::Send { octets, .. } = &step.action {
             let connection = self.connection(line)?;
             let octets = match std::str::from_utf8(octets) {
                 Ok(text) => connection.expand(text).into_bytes(),
                 Err(_) => octets.clone(),
             };
-            connection.unsaid.extend_from_slice(&octets);
+            connection.unsent.extend_from_slice(&octets);
             return Ok(());
         }
         self.flush(line)?;
@@ -507,7 +518,7 @@ impl<'a> Play<'a> {
                 let closed = self.connections.remove(&self.current).map_or(Ok(()), Connection::close);
                 closed.map_err(|got| Failure::new(line, "the peer closes too", got))?;
             }
-            Action::Hear { party, text } => {
+            Action::Expect { party, text } => {
                 let connection = self.connection(line)?;
                 let got = connection.line();
                 let text = &connection.expand(text);
@@ -517,7 +528,7 @@ impl<'a> Play<'a> {
                     return Err(Failure::new(line, format!("{party}: {text}"), got));
                 }
             }
-            Action::HearOctets { party, octets } => {
+            Action::ExpectOctets { party, octets } => {
                 let got = self.connection(line)?.octets(octets.len());
                 if got != *octets {
                     return Err(Failure::new(
@@ -527,20 +538,20 @@ impl<'a> Play<'a> {
                     ));
                 }
             }
-            Action::HearClose { party } => {
+            Action::ExpectClose { party } => {
                 if let Err(got) = self.connection(line)?.end() {
                     return Err(Failure::new(line, format!("{party}!"), got));
                 }
             }
-            Action::Turn | Action::Say { .. } | Action::Connect { .. } | Action::Pull { .. } | Action::Stop => {}
+            Action::Turn | Action::Send { .. } | Action::Connect { .. } | Action::Pull { .. } | Action::Stop => {}
         }
         Ok(())
     }
 
     fn fault(&self, line: usize, path: &str, becomes: &Becomes) -> Result<(), Failure> {
-        let path: PathBuf = self.folder.path().join(path);
+        let path: PathBuf = self.directory.path().join(path);
         let gone = if path.is_dir() { std::fs::remove_dir_all(&path) } else { std::fs::remove_file(&path) };
-        // That there was nothing is as good; all else shows in the next step.
+        // The path need not have existed; another error shows in the next step.
         drop(gone);
         let made = match becomes {
             Becomes::File => path
@@ -553,18 +564,18 @@ impl<'a> Play<'a> {
         made.map_err(|error| Failure::new(line, "the fault", error.to_string()))
     }
 
-    /// Sends what the runner has to say: in one write, or octet by octet.
+    /// Sends what the runner has collected, in one write or octet by octet.
     fn flush(&mut self, line: usize) -> Result<(), Failure> {
         let bytewise = self.mode.bytewise;
         let Some(connection) = self.connections.get_mut(&self.current) else { return Ok(()) };
-        let said = std::mem::take(&mut connection.unsaid);
-        let (single, rest) = said.split_at(if bytewise { said.len().min(BYTEWISE) } else { 0 });
+        let octets = std::mem::take(&mut connection.unsent);
+        let (single, rest) = octets.split_at(if bytewise { octets.len().min(BYTEWISE) } else { 0 });
         let mut pieces = single.chunks(1).chain(rest.chunks(if bytewise { 997 } else { usize::MAX }));
         match pieces.try_for_each(|piece| connection.send(piece)) {
             Err(error) if error.kind() == ErrorKind::WouldBlock => {
                 Err(Failure::new(line, "the peer reads on", error.to_string()))
             }
-            // A peer that has closed is seen by what is expected next.
+            // The next expected line shows that the peer has closed.
             _ => Ok(()),
         }
     }
@@ -579,14 +590,14 @@ struct Connection {
     socket: TcpStream,
     tls: Option<rustls::Connection>,
     received: Vec<u8>,
-    unsaid: Vec<u8>,
+    unsent: Vec<u8>,
     in_clear: bool,
     /// The program connected: the runner is the server of TLS.
     accepted: bool,
     scram: Messages,
 }
 
-enum Heard {
+enum Arrived {
     Octets,
     End,
     Late,
@@ -596,9 +607,9 @@ enum Heard {
 impl Connection {
     fn new(socket: TcpStream) -> io::Result<Connection> {
         socket.set_nodelay(true)?;
-        socket.set_write_timeout(Some(PATIENCE))?;
-        let (received, unsaid, scram) = (Vec::new(), Vec::new(), Messages::default());
-        Ok(Connection { socket, tls: None, received, unsaid, in_clear: false, accepted: false, scram })
+        socket.set_write_timeout(Some(STEP_TIMEOUT))?;
+        let (received, unsent, scram) = (Vec::new(), Vec::new(), Messages::default());
+        Ok(Connection { socket, tls: None, received, unsent, in_clear: false, accepted: false, scram })
     }
 
     /// A line with its messages of SCRAM.
@@ -610,7 +621,7 @@ impl Connection {
         self.scram.expand(line, &exporter)
     }
 
-    /// Plays a provider without mail.
+    /// Acts as a provider without mail.
     fn no_mail(mut self, tls: bool) -> io::Result<()> {
         if tls {
             self.tls_server(None)?;
@@ -634,7 +645,7 @@ impl Connection {
         }
     }
 
-    /// `shown`: the program must ask for a certificate, and gets that of this name, or none. `None`: it may not ask.
+    /// `shown`: the program must request a certificate, and gets that of this name, or none. `None`: it may not request one.
     fn tls_client(&mut self, shown: Option<&str>) -> io::Result<()> {
         let name = ServerName::try_from("localhost").map_err(io::Error::other)?;
         let shows = shown.map(Shows::new);
@@ -647,8 +658,8 @@ impl Connection {
         }
     }
 
-    /// `shown`: the runner asks for a certificate, and the program must show that of this name, or none. `None`: the runner
-    /// does not ask.
+    /// `shown`: the runner requests a certificate, and the program must show that of this name, or none. `None`: the runner
+    /// requests none.
     fn tls_server(&mut self, shown: Option<&str>) -> io::Result<()> {
         let Some(name) = shown else {
             let connection = rustls::ServerConnection::new(identity().server.clone()).map_err(io::Error::other)?;
@@ -671,7 +682,7 @@ impl Connection {
         if !self.received.is_empty() {
             return Err(io::Error::other(format!("before the handshake came {}", shown(&self.received))));
         }
-        self.socket.set_read_timeout(Some(PATIENCE))?;
+        self.socket.set_read_timeout(Some(STEP_TIMEOUT))?;
         while connection.is_handshaking() {
             connection.complete_io(&mut self.socket)?;
         }
@@ -679,7 +690,7 @@ impl Connection {
         while connection.wants_write() {
             connection.write_tls(&mut self.socket)?;
         }
-        // What came with the last flight would wait for a next read that nothing wakes.
+        // Octets that came with the last flight must be read now: no later read would be woken for them.
         match connection.reader().read_to_end(&mut self.received) {
             Err(error) if error.kind() != ErrorKind::WouldBlock => return Err(error),
             _ => {}
@@ -688,7 +699,7 @@ impl Connection {
         Ok(())
     }
 
-    /// STARTTLS on behalf of a transcript that knows nothing of it; the greeting is kept for it to read.
+    /// Does STARTTLS before the first line of a transcript, which reads the greeting after it.
     fn lead_through_starttls(&mut self) -> io::Result<()> {
         let greeting = self.line().map_err(io::Error::other)?;
         self.send(b"EHLO localhost\r\n")?;
@@ -716,10 +727,10 @@ impl Connection {
     }
 
     /// Reads once.
-    fn read(&mut self, deadline: Instant) -> Heard {
+    fn read(&mut self, deadline: Instant) -> Arrived {
         let left = deadline.saturating_duration_since(Instant::now());
         if left.is_zero() {
-            return Heard::Late;
+            return Arrived::Late;
         }
         let _ = self.socket.set_read_timeout(Some(left));
         let before = self.received.len();
@@ -740,71 +751,71 @@ impl Connection {
             }),
         };
         match read {
-            _ if self.received.len() > before => Heard::Octets,
-            Ok(0) => Heard::End,
-            Ok(_) => Heard::Octets,
+            _ if self.received.len() > before => Arrived::Octets,
+            Ok(0) => Arrived::End,
+            Ok(_) => Arrived::Octets,
             Err(error)
                 if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut | ErrorKind::Interrupted) =>
             {
-                Heard::Octets
+                Arrived::Octets
             }
-            Err(error) => Heard::Broken(error),
+            Err(error) => Arrived::Broken(error),
         }
     }
 
     /// The next line without its CRLF; what ends in a bare LF keeps it, shown.
     fn line(&mut self) -> Result<String, String> {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + STEP_TIMEOUT;
         loop {
             if let Some(end) = self.received.iter().position(|octet| *octet == b'\n') {
                 let line: Vec<u8> = self.received.drain(..=end).collect();
                 return Ok(shown(line.strip_suffix(b"\r\n").unwrap_or(&line)));
             }
             let why = match self.read(deadline) {
-                Heard::Octets => continue,
-                Heard::End => "(closed)".to_owned(),
-                Heard::Late => format!("(nothing within {PATIENCE:?})"),
-                Heard::Broken(error) => format!("({error})"),
+                Arrived::Octets => continue,
+                Arrived::End => "(closed)".to_owned(),
+                Arrived::Late => format!("(nothing within {STEP_TIMEOUT:?})"),
+                Arrived::Broken(error) => format!("({error})"),
             };
             return Err(format!("{}{why}", shown(&self.received)));
         }
     }
 
-    /// So many octets, or as many as came.
+    /// `count` octets, or as many as came in time.
     fn octets(&mut self, count: usize) -> Vec<u8> {
-        let deadline = Instant::now() + PATIENCE;
-        while self.received.len() < count && matches!(self.read(deadline), Heard::Octets) {}
+        let deadline = Instant::now() + STEP_TIMEOUT;
+        while self.received.len() < count && matches!(self.read(deadline), Arrived::Octets) {}
         self.received.drain(..count.min(self.received.len())).collect()
     }
 
-    /// The peer's close, with nothing said before it.
+    /// The peer's close, without an octet before it.
     fn end(&mut self) -> Result<(), String> {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + STEP_TIMEOUT;
         loop {
             if !self.received.is_empty() {
                 return Err(self.rest());
             }
             match self.read(deadline) {
-                Heard::Octets => {}
-                Heard::End => return Ok(()),
-                Heard::Late => return Err(format!("(still open after {PATIENCE:?})")),
-                // What was sent too late to be read makes a reset of the close.
-                Heard::Broken(error) if error.kind() == ErrorKind::ConnectionReset => return Ok(()),
+                Arrived::Octets => {}
+                Arrived::End => return Ok(()),
+                Arrived::Late => return Err(format!("(still open after {STEP_TIMEOUT:?})")),
+                // If the peer closes before it has read all, its close is a reset.
+                Arrived::Broken(error) if error.kind() == ErrorKind::ConnectionReset => return Ok(()),
                 // RFC 8314 section 3.4: close_notify before the close.
-                Heard::Broken(error) => return Err(error.to_string()),
+                Arrived::Broken(error) => return Err(error.to_string()),
             }
         }
     }
 
-    /// Goes away without a word, close_notify neither, and sees the peer close too: then it has noticed.
+    /// Closes without QUIT and close_notify, and waits until the peer closes too.
     fn close(self) -> Result<(), String> {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + STEP_TIMEOUT;
         let _ = self.socket.shutdown(Shutdown::Write);
         let mut buffer = vec![0; 64 * 1024];
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                return Err(format!("(still open after {PATIENCE:?})"));
+                return Err(format!("(still open after {STEP_TIMEOUT:?})"));
             }
             let _ = self.socket.set_read_timeout(Some(left));
             match (&self.socket).read(&mut buffer) {
@@ -818,21 +829,21 @@ impl Connection {
         }
     }
 
-    /// What comes within that time, shown.
+    /// What arrives within that time, shown.
     fn listen(&mut self, time: Duration) -> String {
         let deadline = Instant::now() + time;
         while self.received.is_empty() {
             match self.read(deadline) {
-                Heard::Octets => {}
-                Heard::Late => return String::new(),
-                Heard::End => return "(closed)".into(),
-                Heard::Broken(error) => return error.to_string(),
+                Arrived::Octets => {}
+                Arrived::Late => return String::new(),
+                Arrived::End => return "(closed)".into(),
+                Arrived::Broken(error) => return error.to_string(),
             }
         }
         shown(&self.received)
     }
 
-    /// What has come and was not read, a few lines of it.
+    /// The first lines of what has arrived and was not read.
     fn rest(&mut self) -> String {
         let _ = self.read(Instant::now() + Duration::from_millis(50));
         let text = String::from_utf8_lossy(&self.received).into_owned();
@@ -840,8 +851,8 @@ impl Connection {
     }
 }
 
-/// The name of a file without what it records about attempts: the time of the first one, how many, when the first rejection
-/// was deferred, the sessions that they have ended, the last reply.
+/// The name of a file without its record of attempts: the time of the first one, their number, the time of the first deferred
+/// rejection, the sessions that they have ended, the last reply.
 fn without_attempts(name: &str) -> String {
     let (base, info) = name.split_at(name.find(':').unwrap_or(name.len()));
     let is_record = |field: &&str| ["O=", "A=", "R=", "P=", "L="].iter().any(|key| field.starts_with(key));

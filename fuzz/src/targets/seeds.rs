@@ -66,14 +66,14 @@ fn sent(transcript: Transcript) -> Sent {
         match &step.action {
             Action::Connect { .. } => connections += 1,
             Action::Turn => (turned, received) = (true, true),
-            Action::Say { octets, .. } if connections == 1 => {
+            Action::Send { octets, .. } if connections == 1 => {
                 match parts.last_mut() {
                     Some(last) if !received => last.extend_from_slice(octets),
                     _ => parts.push(octets.clone()),
                 }
                 received = false;
             }
-            Action::Hear { .. } | Action::HearOctets { .. } => received = true,
+            Action::Expect { .. } | Action::ExpectOctets { .. } => received = true,
             _ => {}
         }
     }
