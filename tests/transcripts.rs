@@ -18,9 +18,10 @@
 //! -- spool/domains/example.com/new/ --
 //! ```
 //!
-//! The first directory says which program is under test: `customer`, or the provider, whose relay sends to a host of the
-//! world in `relay`. The runner is the other party. `C:` connected to the provider, `P:` is the provider, `S:` is its inbound
-//! listener, the customer's next hop, or the host of the relay; parties keep their initial at the turn.
+//! The first directory names the program under test: `customer`, or the provider, whose relay sends to a host of the world in
+//! `relay`. The runner is the other party. `C:` is the client of the first connection, the customer or another host, and `P:`
+//! the provider; they keep their initials at the turn. `S:` is the server elsewhere: the provider's inbound listener, the
+//! customer's next hop, or the host to which the relay, `C:` there, sends.
 //!
 //! # A line of dialogue
 //!

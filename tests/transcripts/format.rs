@@ -386,7 +386,8 @@ impl Parser<'_> {
     }
 }
 
-/// Before the turn P sends replies. After it C sends replies, and P commands or content. A host of the world sends replies.
+/// Before the turn P sends replies. After it C sends replies, and P commands or content. At a host of the world S sends
+/// replies.
 fn check_roles(transcript: &Transcript) -> Result<(), String> {
     // By connection: the server, and whether P sends content.
     let mut states: HashMap<&str, (char, bool)> = HashMap::new();
@@ -421,7 +422,7 @@ fn check_roles(transcript: &Transcript) -> Result<(), String> {
             *content = *content || text.starts_with("354");
         } else if *server != 'P' && *content {
             *content = text != ".";
-        } else if *server != 'P' && party == 'P' && is_reply(&text) {
+        } else if matches!((*server, party), ('C', 'P') | ('S', 'C')) && is_reply(&text) {
             return wrong("a reply, but this party is the client here");
         }
     }
