@@ -163,6 +163,9 @@ impl<'a> Play<'a> {
         });
         let last = transcript.steps.last().map_or(1, |step| step.line);
         let played = played.and_then(|()| self.flush(last));
+        if played.is_ok() && transcript.name.starts_with("relay/") {
+            self.wait_for_files();
+        }
         self.connections.clear();
         stop();
         let stopped = stopped.recv_timeout(STEP_TIMEOUT);
@@ -289,6 +292,15 @@ impl<'a> Play<'a> {
             made.and_then(|()| OpenOptions::new().create(true).truncate(true).write(true).mode(0o600).open(&path));
         let written = created.and_then(|mut file| file.write_all(content));
         written.map_err(|error| Failure::new(line, format!("the file {}", path.display()), error.to_string()))
+    }
+
+    /// Waits until the files are those under `== after ==`: the relay records the result of an attempt after its last reply,
+    /// and a provider that stops drops an attempt.
+    fn wait_for_files(&self) {
+        let deadline = Instant::now() + STEP_TIMEOUT;
+        while self.check_files().is_err() && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 
     /// Compares the files under `== after ==`.
