@@ -14,6 +14,7 @@ mod log;
 mod logging;
 mod operator;
 mod owner;
+mod readme;
 mod recipes;
 mod relaying;
 mod reload;
