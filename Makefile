@@ -16,7 +16,7 @@ BUILT    = $(CARGO_TARGET_DIR)/release/odmr
 PROGRAM  = $${ODMR:-$(BUILT)}
 INSTALLING = PROGRAM="$(PROGRAM)" DESTDIR="$(DESTDIR)" PREFIX="$(PREFIX)" UNITDIR="$(UNITDIR)" LINKS="$(LINKS)"
 
-.PHONY: help build test rules check house demo interop size soak fuzz install uninstall deb static program certs
+.PHONY: help build test rules check house demo interop size speed soak fuzz install uninstall deb static program certs
 
 help: ## what you are reading
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-9s  %s\n", $$1, $$2}' Makefile
@@ -45,6 +45,9 @@ interop: build ## odmr with fetchmail, Postfix, Exim, Dovecot, mutt, cron … (a
 
 size: build ## octets of the program, milliseconds to its start, memory of an idle provider and customer (doc/size.md)
 	tests/interop/run size
+
+speed: build ## messages a second beside a Postfix (as root); figures only
+	tests/interop/run speed
 
 soak: program ## all at once for SECONDS (3600): customers, hostile peers, kills, full disks; a JSON line a minute, a verdict (as root)
 	@seconds="$(SECONDS)"; tests/soak/run "$${seconds:-3600}"
