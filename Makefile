@@ -8,7 +8,7 @@ TARGET  ?=
 LINKS   ?= sbin/sendmail bin/mailq bin/newaliases
 # systemd's directory for units; empty: none are installed.
 UNITDIR ?= $(PREFIX)/lib/systemd/system
-# Another program in place of the one that is built here.
+# The program to install or pack, in place of the one that is built here.
 ODMR    ?=
 
 CARGO_TARGET_DIR ?= target
@@ -18,7 +18,7 @@ INSTALLING = PROGRAM="$(PROGRAM)" DESTDIR="$(DESTDIR)" PREFIX="$(PREFIX)" UNITDI
 
 .PHONY: help build test rules check house demo interop size speed soak fuzz install uninstall deb static program certs
 
-help: ## what you are reading
+help: ## prints this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-9s  %s\n", $$1, $$2}' Makefile
 
 build: ## the program, target/release/odmr
@@ -34,7 +34,7 @@ check: ## formatting and lints, as the automatic checks demand them
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --all-targets -- -D warnings
 
-house: ## the rooms of src/ in order, their sizes, the longest functions; and what tests/house.rs checks
+house: ## prints the modules of src/ in order, their sizes, the longest functions; and checks them (tests/house.rs)
 	@RUST_BACKTRACE=0 $(CARGO) test --quiet --test all house -- --nocapture --test-threads 1
 
 demo: ## one call: a message goes up, the line turns, a message comes down, with the dialogue
@@ -49,7 +49,7 @@ size: build ## octets of the program, milliseconds to its start, memory of an id
 speed: build ## messages a second beside a Postfix (as root); figures only
 	tests/interop/run speed
 
-soak: program ## all at once for SECONDS (3600): customers, hostile peers, kills, full disks; a JSON line a minute, a verdict (as root)
+soak: program ## customers, hostile peers, kills and full disks at the same time for SECONDS (3600); a JSON line a minute, a verdict (as root)
 	@seconds="$(SECONDS)"; tests/soak/run "$${seconds:-3600}"
 
 fuzz: ## each target of fuzz/ for SECONDS (60) with libFuzzer, and a table; TARGET=NAME for one; needs cargo-fuzz and a nightly Rust
@@ -58,7 +58,7 @@ fuzz: ## each target of fuzz/ for SECONDS (60) with libFuzzer, and a table; TARG
 install: program ## the program, its manual page, doc/, dist/ into DESTDIR and PREFIX (/usr/local), and LINKS to it (sbin/sendmail bin/mailq bin/newaliases)
 	@$(INSTALLING) packaging/install install
 
-uninstall: ## removes these again; configuration and mail stay
+uninstall: ## removes what install has copied; configuration and mail stay
 	@$(INSTALLING) packaging/install uninstall
 
 deb: program ## the Debian package of this machine's architecture, in target/
@@ -67,7 +67,7 @@ deb: program ## the Debian package of this machine's architecture, in target/
 static: ## the program without any shared library, for Linux; needs the musl target of Rust (it says how to get it)
 	@CARGO="$(CARGO)" packaging/static
 
-# `make && sudo make install`: root, if the sources belong to somebody else, builds nothing and needs no cargo.
+# If the sources belong to another user, root builds nothing and needs no cargo: `make build && sudo make install`.
 program:
 	@if test -n "$(ODMR)"; then :; \
 	elif test -O Cargo.toml && command -v $(CARGO) >/dev/null; then $(CARGO) build --release; \
