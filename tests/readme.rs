@@ -41,7 +41,7 @@ fn prose(text: &str) -> impl Iterator<Item = &str> {
     })
 }
 
-/// The anchors of the headings, as GitHub makes them: small letters, hyphens for spaces, no punctuation.
+/// The anchors of the headings, as GitHub makes them: lower case, hyphens for spaces, no punctuation.
 fn anchors(text: &str) -> BTreeSet<String> {
     let mut anchors = BTreeSet::new();
     for heading in prose(text).filter(|line| line.starts_with('#')) {
