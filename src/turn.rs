@@ -66,7 +66,8 @@ impl Turn {
             Ok(count) if count < COUNT_LIMIT => format!(", {count} messages"),
             _ => String::new(),
         };
-        // One line: fetchmail reads no more.
+        // One line: fetchmail reads no more. Our customer reads the number before a word that begins with "message"
+        // (`smtp::client`), and so knows whether to call again.
         let reply = Reply::new(250, "2.0.0", format!("OK now reversing the connection{waiting}"));
         Ok(Box::new(Turn { session, lock, reply }))
     }

@@ -282,7 +282,11 @@ fn the_document_has_each_key_in_its_table_and_no_other() {
             accepted.extend(keys.into_iter().map(|inner| (file, key.clone(), inner)));
         }
     }
-    assert_eq!(documented, accepted);
+    let differ: Vec<_> = documented.symmetric_difference(&accepted).collect();
+    assert!(
+        differ.is_empty(),
+        "in doc/configuration.md, but not accepted, or accepted, but without a row there (file, table, key): {differ:?}"
+    );
     // The only table in another one.
     assert!(schedules.len() == 2 && schedules[0] == schedules[1], "{schedules:?}");
 }
@@ -467,8 +471,26 @@ fn the_commented_examples_have_each_key_in_its_table() {
             continue;
         }
         let words = section.split(|character: char| !character.is_ascii_alphanumeric() && character != '-');
-        assert!(words.into_iter().any(|word| word == row.key), "{}", row.place());
+        assert!(words.into_iter().any(|word| word == row.key), "dist/examples does not have {}", row.place());
     }
+}
+
+/// Each rule has one name and one number, in the program and in the document.
+#[test]
+fn the_rules_of_mailboxes_are_numbered_as_in_the_program() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let program = fs::read_to_string(root.join("src/recipients/mod.rs")).unwrap();
+    let in_program = program.lines().filter_map(|line| line.strip_prefix("//! ")?.split_once(". *"));
+    let in_program: Vec<_> = in_program.map(|(number, rest)| (number, rest.split('*').next().unwrap())).collect();
+    let document = fs::read_to_string(root.join("doc/configuration.md")).unwrap();
+    let (_, section) = document.split_once("\n## Rules of mailboxes\n").unwrap();
+    let rows = section.lines().skip_while(|line| !line.starts_with("|---")).skip(1);
+    let rows = rows.take_while(|line| line.starts_with('|')).map(|line| line.split(" | ").collect::<Vec<_>>());
+    let in_document: Vec<_> =
+        rows.map(|cells| (cells[0].trim_start_matches("| ").to_owned(), cells[1].to_owned())).collect();
+    let in_program: Vec<_> =
+        in_program.iter().map(|(number, name)| ((*number).to_owned(), (*name).to_owned())).collect();
+    assert_eq!(in_document, in_program, "doc/configuration.md (left) and the head of src/recipients/mod.rs (right)");
 }
 
 #[test]

@@ -246,7 +246,8 @@ fn the_program_stays_small() {
     let lines: usize = house().sources.iter().map(Source::product_lines).sum();
     assert!(
         lines <= MOST_PRODUCT_LINES,
-        "src/ has {lines} lines of product code, {} more than {MOST_PRODUCT_LINES}: remove some",
+        "src/ has {lines} lines of product code, {} more than {MOST_PRODUCT_LINES}: remove some, or \
+         raise the number in tests/house.rs and write in the commit what they are worth",
         lines - MOST_PRODUCT_LINES
     );
 }

@@ -75,7 +75,7 @@ pub fn run(input: &[u8]) {
         return WAITING.iter().for_each(|waiting| check_not_lost(&spool, waiting, &received, rest));
     }
     // After the turn the provider sends commands, which are not replies.
-    const TURN: &[u8] = b"250 2.0.0 OK now reversing the connection";
+    const TURN: &[u8] = b"250 2.0.0 OK now reversing";
     let turn = received.windows(TURN.len()).position(|part| part == TURN);
     let replies = check::replies(&received[..turn.unwrap_or(received.len())]);
     let accepted = replies.iter().filter(|reply| reply.starts_with(b"250 2.6.0 OK, id=")).count();
