@@ -10,15 +10,15 @@
 //! 3. [`smtp::server`]: the role of the SMTP server, without I/O, with its table of commands: lines in, replies out.
 //! 4. [`smtp::client`]: the role of the SMTP client, without I/O, with its table of states: replies in, commands out.
 //! 5. [`provider::odmr`]: the provider's listener: AUTH, mail of the customer, `ATRN`, the locked queues.
-//! 6. [`provider::delivery`]: the one thread that delivers in all turned sessions (each is a `provider/turned_session`). Work
-//!    that waits for the disk is done by other threads (`provider/storage`, `provider/turned_queue`).
+//! 6. [`provider::delivery`]: the one thread of all turned sessions (`provider/turned_session`). Other threads wait for
+//!    the disk (`provider/storage`, `provider/turned_queue`).
 //! 7. [`queue`]: mail at rest: when a message is committed, what settles it (`queue/message`), when it is removed.
 //! 8. [`mod@customer::pull`]: the customer's call, from the connection to the summary.
 //! 9. [`customer::receiver`]: what the customer does with each recipient: RCPT, DATA, commit.
 //!
-//! The other files support these. A module uses only modules before it in the order below, and so inside each directory;
-//! `tests/house.rs` checks it, and that `sasl`, `mail`, `smtp`, `schedule`, `recipients` and some files of `report` are
-//! pure: they use no socket, file, clock, random source or thread.
+//! The other files support these. A module uses only modules that come before it below; the same holds inside each
+//! directory. `tests/house.rs` checks this, and that `sasl`, `mail`, `smtp`, `schedule`, `recipients` and some files of
+//! `report` are pure: they use no socket, file, clock, random source or thread.
 #![forbid(unsafe_code)]
 
 // The system, time, randomness, the user, the files of an administrator.

@@ -42,19 +42,19 @@ pub struct Turn {
     session: Box<ServerSession>,
     /// `Drop` releases the lock, however the turn ends.
     lock: QueueLock,
-    /// The 250 to ATRN, which was not sent yet.
+    /// The 250 to ATRN, not sent yet.
     reply: Reply,
 }
 
-/// Messages that are counted at most for the reply to ATRN: the customer waits for it.
+/// The reply to ATRN has the number of messages only if it is smaller: counting more would delay the reply.
 const COUNT_LIMIT: usize = 10_000;
 
 impl Turn {
     /// Prepares the turn of a session that has received ATRN; `lock` holds the queues of the domains in it.
     ///
     /// # Errors
-    /// Octets have arrived after ATRN, which must be the last command of a group (RFC 2920 section 3.1). Returns the
-    /// session, which goes on, and the reply to ATRN.
+    /// Octets have arrived after ATRN, which must be the last command of a group (RFC 2920 section 3.1), or the
+    /// connection has ended. Returns the session, and the reply to ATRN.
     pub fn offer(mut session: Box<ServerSession>, lock: QueueLock) -> Result<Box<Turn>, (Box<ServerSession>, Reply)> {
         let arrived = !matches!(session.connection.fill(), Ok(Filled::Nothing));
         if arrived || !session.connection.received().is_empty() {
@@ -72,7 +72,8 @@ impl Turn {
         Ok(Box::new(Turn { session, lock, reply }))
     }
 
-    /// Returns the session, which stays the SMTP server: the delivery thread cannot accept the turn.
+    /// Cancels a turn that the delivery thread cannot accept. Returns the session, in which this side is still the
+    /// server.
     pub fn withdraw(self) -> Box<ServerSession> {
         self.session
     }
@@ -97,7 +98,7 @@ pub struct Turned {
     pub lock: QueueLock,
     /// The customer's address as a literal, `[192.0.2.1]`.
     pub peer: String,
-    /// The account that has authenticated before the turn.
+    /// The account as which the customer has authenticated.
     pub account: String,
 }
 

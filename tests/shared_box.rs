@@ -227,7 +227,7 @@ fn a_listener_that_is_not_the_daemon_is_reported() {
         assert!(sent.error.len() < 1000 && begun.elapsed() < Duration::from_secs(9), "{shown:?}: {}", sent.error);
     };
     let to = &["d@x.example"];
-    fails("", to, 75, "does not answer before its greeting: another service? check the port");
+    fails("", to, 75, "does not reply before its greeting: another service? check the port");
     fails("", &["-bs"], 75, "no reply");
     fails("close", to, 75, "before its greeting");
     fails("close", &["-bs"], 75, "is `odmr pull --daemon` running?");
@@ -236,7 +236,7 @@ fn a_listener_that_is_not_the_daemon_is_reported() {
     fails("554 5.7.1 no\u{1b}[2J\r\n", to, 69, ": the greeting was rejected: no?[2J");
     fails(&format!("{}554 no\r\n", "554-no\r\n".repeat(20_000)), to, 69, ": the greeting was rejected: no no");
     fails("421 later\r\n", to, 75, "later");
-    fails("220 x\r\n|250 x\r\n|", to, 75, "does not answer");
+    fails("220 x\r\n|250 x\r\n|", to, 75, "does not reply");
     fails("220 x\r\n|250 x\r\n|550 5.7.1 not you\r\n|221 x\r\n", to, 69, "not you");
     fails("220 x\r\n|250 x\r\n|250 x\r\n|250 x\r\n|354 x\r\n|", to, 75, "may have it");
     fails("220 x\r\n|250 x\r\n|250 x\r\n|250 x\r\n|250 x\r\n|", to, 75, "354");

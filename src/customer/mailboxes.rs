@@ -24,7 +24,7 @@ use crate::smtp::command::Recipient;
 use crate::smtp::reply::Reply;
 use crate::smtp::status::RecipientStatus;
 
-/// The Maildirs of a customer, and what everything that delivers into them shares.
+/// The Maildirs of a customer, and what is needed to deliver into them.
 pub struct Mailboxes {
     pub config: CustomerConfig,
     pub ids: Ids,
@@ -76,8 +76,8 @@ impl Mailboxes {
         store::retry_queue(&self.config.mailboxes.root)
     }
 
-    /// Once a day, in whichever process comes first, removes files that were not used for 36 hours: those of writers
-    /// that died, and the records of accounts that are no longer configured. A failure is logged.
+    /// Once a day, in one process, removes files that were not used for 36 hours: those of writers that died, and the
+    /// records of accounts that are no longer configured. A failure is logged.
     pub fn tidy(&self) {
         let root = &self.config.mailboxes.root;
         let outgoing = self.config.outgoing.as_ref().map(|outgoing| store::outgoing_queue(&outgoing.queue));
@@ -85,7 +85,7 @@ impl Mailboxes {
             outgoing.into_iter().chain([self.retry_queue()]).for_each(|name| self.queue.tidy(&name, false));
             for domain in subdirectories(root, false)? {
                 for mailbox in subdirectories(&domain, false)? {
-                    // This user may have no access to a mailbox: sweep the others all the same.
+                    // This user may have no access to a mailbox: sweep the others nevertheless.
                     self.sweep(&mailbox).unwrap_or_else(|error| log_sweep_failed("-", &error));
                 }
             }
@@ -154,9 +154,9 @@ impl Mailboxes {
                     let count = deliveries.len();
                     // A mailbox that is full must not delay the other recipients.
                     let has_room = |delivery: &Delivery| self.check_quota(&delivery.destination, octets).is_ok();
-                    let (now, later): (Vec<_>, Vec<_>) = deliveries.into_iter().partition(has_room);
-                    waiting.extend(later.iter().map(|delivery| relayed_recipient(recipient, &delivery.mailbox, count)));
-                    known.push((recipient.clone(), now));
+                    let (here, full): (Vec<_>, Vec<_>) = deliveries.into_iter().partition(has_room);
+                    waiting.extend(full.iter().map(|delivery| relayed_recipient(recipient, &delivery.mailbox, count)));
+                    known.push((recipient.clone(), here));
                 }
             }
         }

@@ -47,8 +47,8 @@ const RETRY_DEADLINE: Duration = Duration::from_secs(60 * 60);
 /// After a failed connection a next hop is not tried again for this time.
 const DOWN_PAUSE: Duration = Duration::from_secs(5);
 
-/// After a failure that took longer than [`DOWN_PAUSE`], a next hop is not tried again for ten times as long, at most
-/// for this time. Otherwise each of a thousand recipients would wait as long again.
+/// After a failure that took longer than [`DOWN_PAUSE`], a next hop is not tried again for ten times its duration, at
+/// most for this time. Otherwise each of a thousand recipients would wait as long again.
 const LONGEST_DOWN_PAUSE: Duration = Duration::from_secs(5 * 60);
 
 /// The result of an attempt to deliver a message to a next hop.
@@ -153,8 +153,8 @@ impl NextHops {
     ) -> Result<(), Reply> {
         let session = self.sessions.entry(hop.clone()).or_default();
         // RFC 6531 section 3.4: a recipient that needs SMTPUTF8 needs it at MAIL, so a transaction without it is
-        // aborted here, and the content goes to all recipients in another one. So it does if the header, which has not
-        // arrived, needs it.
+        // aborted here, and the content goes to all recipients in another one. The same happens if the header, which
+        // has not arrived yet, needs it.
         let mut message = message.clone();
         message.envelope.drop_needless_utf8(false);
         let utf8 = message.envelope.needs_utf8() || !recipient.mailbox.is_ascii();
@@ -278,7 +278,7 @@ impl NextHops {
         }
     }
 
-    /// The session with a next hop. It is connected if it was not.
+    /// The session with a next hop, connected if necessary.
     fn session(&mut self, hop: &NextHop) -> Result<&mut HopSession, SessionFailure> {
         let session = self.sessions.entry(hop.clone()).or_default();
         if session.session.is_none() {

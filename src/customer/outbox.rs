@@ -507,7 +507,7 @@ impl OutgoingStore {
     ) -> io::Result<(MessageWriter, Routing)> {
         let mut writer = MessageWriter::default();
         match self.mailboxes.begin_all(&mut writer, here, elsewhere.clone(), octets, head) {
-            // The recipients were accepted before, so the rules or the mailboxes have changed meanwhile.
+            // The recipients were accepted before, so the rules or the mailboxes have changed since.
             Ok(routing) if !routing.rejected.is_empty() => {
                 Err(io::Error::new(io::ErrorKind::NotFound, "a recipient has no mailbox here any more"))
             }

@@ -3,7 +3,7 @@
 //! Some providers send only a part of the mail in one call: Exim under TLS sends one message. So the customer calls
 //! again at once after a call that has brought mail, until the provider has no more.
 //!
-//! A long upload must not hold up incoming mail. After `[timeouts] outgoing` the customer fetches incoming mail over a
+//! A long upload must not delay incoming mail. After `[timeouts] outgoing` the customer fetches incoming mail over a
 //! second connection, and again after each further interval of that length, while the upload goes on.
 //!
 //! The reply 453 to ATRN ("you have no mail") is a success (RFC 2645 section 5.2.1). After the 250 to ATRN the customer

@@ -121,7 +121,7 @@ impl Receiver {
         std::mem::take(&mut self.context.mail())
     }
 
-    /// All destinations of a recipient must accept, or the recipient is rejected.
+    /// Checks that all destinations of a recipient accept it. The error is the reply to RCPT.
     fn check_destinations(&self, recipient: &Recipient, mut deliveries: Vec<Delivery>) -> Result<Vec<Delivery>, Reply> {
         let Some(message) = &self.message else { return Ok(deliveries) };
         let mailboxes = self.context.mailboxes();

@@ -1,4 +1,4 @@
-//! The retry queue: mail for next hops and full mailboxes that no other host stores. It is under ROOT, and is retried.
+//! The retry queue, under ROOT: mail for next hops and full mailboxes that no other host stores.
 //!
 //! As long as no recipient has a message, the customer does not reply 250 to it, and it stays with the provider. If
 //! some destinations have accepted a message and others have not, the customer must reply 250, and the provider no

@@ -62,10 +62,10 @@ impl HeldQueues {
     }
 }
 
-/// What the provider changes in the header of a message, besides adding `Received`.
+/// What the provider changes in the header of a message, in addition to `Received`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum HeaderPolicy {
-    /// Nothing: the message comes from the world.
+    /// Nothing: the message comes from another host.
     Keep,
     /// The customer's mail server relays through the provider. The provider removes the fields that only the final delivery
     /// writes, and those of its own records (RFC 5321 sections 4.4 and 6.4).
@@ -161,8 +161,8 @@ impl MessageSink for QueueWriter {
     }
 }
 
-/// While the provider's postmaster has this many messages, DSNs without another queue are dropped: strangers choose how many
-/// there are.
+/// While the provider's postmaster has this many messages, DSNs without another queue are dropped: each message with a
+/// forged sender may cause one.
 const POSTMASTER_LIMIT: usize = 1000;
 
 /// Stores each DSN of the provider in the queue of its recipient, held or outgoing; if there is none, in that of the

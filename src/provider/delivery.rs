@@ -1,9 +1,10 @@
 //! The delivery thread: one thread that sends held mail over all turned connections (RFC 2645 section 5.3).
 //!
-//! A worker thread submits a [`Turn`]; from then on this thread owns the connection. It waits for all connections at once,
-//! and each session that can go on does a bounded piece of work, so a slow customer does not delay the others. Nor does a
-//! slow disk: the [storage threads](super::storage) have the lock on the mail, and the messages. A customer that does not
-//! reply costs a socket and its TLS state until its session's deadline. A panic ends one session; its mail stays in the queue.
+//! A worker thread submits a [`Turn`]; from then on this thread owns the connection. It waits for all connections at
+//! once, and each session that can go on does a bounded piece of work, so a slow customer does not delay the others. A
+//! slow disk does not either: only the [storage threads](super::storage) use the lock on the mail, and the messages. A
+//! customer that does not reply costs a socket and its TLS state until its session's deadline. A panic ends one
+//! session; its mail stays in the queue.
 //!
 //! ```text
 //! worker: TurnSender::submit ─▶ channel ─▶ DeliveryThread ─┬─ TurnedSession: replies ─▶ Client ─▶ commands
@@ -38,7 +39,7 @@ const BLOCKED_LIMIT: usize = 24;
 /// How long the thread pauses after poll has failed: without it, the thread would use a whole processor.
 const POLL_PAUSE: Duration = Duration::from_millis(500);
 
-/// After the abort, the thread waits for jobs as long as at least one is done in each such time.
+/// After the abort, the thread waits for jobs until none has been done for this time.
 const LAST_JOBS_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// The poller's numbers for the two tokens; those of sessions follow.
@@ -109,7 +110,7 @@ pub struct DeliveryThread {
     reports: Receiver<NumberedReport<TurnedQueue>>,
     sessions: HashMap<usize, Box<ScheduledSession>>,
     next_number: usize,
-    /// When each session must be looked at even if nothing happens. Sessions that have ended may still be listed.
+    /// When each session must work even if nothing has happened. Sessions that have ended may still be listed.
     wake_ups: BTreeSet<(Instant, usize)>,
     /// Sessions that may have something to do.
     ready: Vec<usize>,
@@ -130,7 +131,7 @@ struct ScheduledSession {
     wake_up: Option<Instant>,
 }
 
-/// Connects a sender of turns to a delivery thread. `limit`: the maximum of turned sessions at a time.
+/// Makes a delivery thread, and the sender of turns to it. `limit`: the maximum of turned sessions at a time.
 ///
 /// # Errors
 /// The system has no descriptors left.

@@ -1,4 +1,4 @@
-//! Port 25: the world sends mail for the customers' domains (RFC 5321).
+//! Port 25: mail from the Internet for the customers' domains (RFC 5321).
 //!
 //! The provider accepts mail for held domains and for its own postmaster. Any other recipient gets 550 5.7.1: an open relay
 //! would be abused for spam.
@@ -22,7 +22,7 @@ pub fn serve(reloader: &Reloader, mut session: Box<ServerSession>) -> String {
     end.to_string()
 }
 
-/// Decides which mail from the world is accepted.
+/// Decides which mail from the Internet is accepted.
 struct InboundHandler<'a> {
     reloader: &'a Reloader,
     /// The state that the current transaction began with.

@@ -11,7 +11,7 @@
 //!               lock
 //! 450           the last call found no mail, and ended less than              check_interval
 //!               `min-interval` ago
-//! 451           the spool cannot be read                                      lock_mail
+//! 451           the spool, or the file of a domain's account, cannot be read  lock_mail
 //! 453           no mail                                                       lock_mail
 //! 503           the client sent commands after ATRN without waiting for its   Turn::offer
 //!               reply
@@ -71,7 +71,7 @@ pub fn serve(reloader: &Reloader, mut session: Box<ServerSession>, address: Opti
             session.close();
             return end.to_string();
         };
-        // A reload may have removed the account, or some of its domains: read them now, not as at AUTH.
+        // A reload since AUTH may have removed the account, or some of its domains.
         let shared = reloader.current();
         let reply;
         (session, reply) = match turn(&shared, session, &domains) {
@@ -314,7 +314,7 @@ impl SessionHandler for OdmrHandler<'_> {
             (Some(Err(Undecided::TooMany | Undecided::ClientGone)), _) => {
                 return Some(Reply::new(421, "4.7.0", "Too many failed authentications, try again later"));
             }
-            // EXTERNAL: there was no wait, but the client's network is known from now on.
+            // EXTERNAL does not wait, but the client's network counts as known from now on.
             (None, Some(ExchangeStep::Done(account))) => {
                 self.origin(account).into_iter().for_each(|origin| self.shared.lasting.logins.learn(origin));
             }
@@ -328,8 +328,8 @@ impl SessionHandler for OdmrHandler<'_> {
     fn sender(&mut self, mail: &MailFrom, name: Option<&str>) -> Result<(), Reply> {
         (self.shared, self.held) = (self.reloader.current(), HeldQueues::begin(mail));
         // Not 5yz: the customer would return the mail to its senders. It gets 535 at its next AUTH.
-        let gone = || Reply::new(450, "4.7.1", "Your account is not known here any more");
-        let account = account(&self.shared, name).ok_or_else(gone)?;
+        let removed = || Reply::new(450, "4.7.1", "Your account is not known here any more");
+        let account = account(&self.shared, name).ok_or_else(removed)?;
         if !account.relay {
             return Err(Reply::new(550, "5.7.1", "This account may not submit outgoing mail"));
         }

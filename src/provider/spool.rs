@@ -125,8 +125,8 @@ impl Spool {
         &self.queue
     }
 
-    /// The secret key of salts and of digests of names, the same in each process. If it cannot be stored, which is logged,
-    /// this process has a key of its own.
+    /// The secret key of salts and of digests of names, the same in each process. If it cannot be stored, which is
+    /// logged, this process has another key.
     pub fn login_key(&self, ids: &Ids) -> [u8; 32] {
         let new = ids.key();
         maildir::state_key(&self.root, "scram-key", new).unwrap_or_else(|error| {
@@ -279,9 +279,9 @@ impl Spool {
         self.root.join(".odmr/reload")
     }
 
-    /// Removes what is left over, once a day in whichever process comes first: files of writers that died; queues without
-    /// mail whose domain has no customer; state files of removed accounts, and `rate-ACCOUNT` of accounts without a rate.
-    /// Each must be unused for 36 hours. A failure is logged.
+    /// Removes what is left over, once a day in one process: files of writers that died; queues without mail whose
+    /// domain has no customer; state files of removed accounts, and `rate-ACCOUNT` of accounts without a rate. Each
+    /// must be unused for 36 hours. A failure is logged.
     pub fn tidy(&self) {
         maildir::tidy_daily(&self.root, || {
             for (_, queue) in self.all_queues()? {
@@ -298,14 +298,14 @@ impl Spool {
                     removed.unwrap_or_else(|error| log_sweep_failed("-", &error));
                 }
             }
-            let is_gone = |account: &str| self.accounts.account(account).is_none();
+            let is_removed = |account: &str| self.accounts.account(account).is_none();
             let has_no_rate = |account: &str| self.accounts.account(account).is_none_or(|account| account.rate == 0);
             let starts = ["call-", USAGE_FILE, UNKNOWN_RECIPIENTS];
             let is_left = |name: &str| {
                 // Earlier versions used the file `retry` where a datagram wakes the relay now.
                 name == "retry"
                     || name.strip_prefix(RATE_FILE).is_some_and(has_no_rate)
-                    || starts.iter().any(|start| name.strip_prefix(start).is_some_and(is_gone))
+                    || starts.iter().any(|start| name.strip_prefix(start).is_some_and(is_removed))
             };
             maildir::sweep_state_files(&self.root, &|name| self.accounts.skipped().is_empty() && is_left(name))
         });
@@ -316,7 +316,7 @@ impl Spool {
         Ok(names.iter().filter_map(|name| Domain::of_file_name(name)).collect())
     }
 
-    /// Checks that the disk has room for a message of `octets`, and `min-free` besides.
+    /// Checks that the disk has room for a message of `octets` and for `min-free`.
     ///
     /// # Errors
     /// The reply to MAIL.
@@ -406,8 +406,9 @@ impl Spool {
         Ok(writer)
     }
 
-    /// Begins a message with a copy in each of these queues, whatever the quotas and `min-free`: if a DSN could not be
-    /// stored, the message that it is about would stay for ever. `head`: the first lines of the content, or empty.
+    /// Begins a message with a copy in each of these queues, without regard to quotas and `min-free`: if a DSN could
+    /// not be stored, the message that it is about would stay for ever. `head`: the first lines of the content, or
+    /// empty.
     ///
     /// # Errors
     /// A file cannot be made; `InvalidInput` if an envelope is too long.
@@ -432,8 +433,8 @@ impl Spool {
         self.accounts.owner(domain).is_some()
     }
 
-    /// Checks that the domain does not belong to a customer whose file is skipped: a typing mistake must not reject the
-    /// customer's mail.
+    /// Checks that the domain cannot belong to a customer whose file is skipped, so that a mistake in the file does not
+    /// reject the customer's mail.
     ///
     /// # Errors
     /// The reply to RCPT or ATRN, 451. It is also the reason why the relay defers the mail.

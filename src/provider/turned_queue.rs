@@ -26,8 +26,8 @@ use crate::smtp::status::{DecidedBy, DeliveryResult, RecipientStatus};
 /// Octets that are read at a time if a file is longer than expected.
 const READ_BLOCK: usize = 4096;
 
-/// When the opened messages have more recipients than this, no other is opened before one is sent: their addresses take
-/// memory.
+/// While the opened messages have more recipients than this, no other is opened before one is sent: their addresses
+/// take memory.
 pub const RECIPIENTS_AHEAD: usize = 1000;
 
 /// The maximum of messages whose settlement is postponed to the end of a session, and of the octets of their results.
@@ -130,8 +130,8 @@ struct LockedMail {
     /// The messages that are opened and not settled, each with its number, the oldest first.
     opened: Vec<(u64, QueuedMessage)>,
     next_number: u64,
-    /// The messages that are settled at the end of the session: the replies to others may show that the server does know
-    /// mailboxes, so that a rejection means an unknown one.
+    /// The messages that are settled at the end of the session: the replies to others may show whether their rejection
+    /// is a mistake of the customer's server.
     postponed: VecDeque<PostponedMessage>,
     postponed_octets: usize,
     _permit: SessionPermit,
@@ -340,7 +340,8 @@ impl TurnedQueue {
         }
     }
 
-    /// Logs the domains with rejected mail that `soft-bounce` has deferred, so that a person repairs the customer's server.
+    /// Logs the domains with rejected mail that `soft-bounce` has deferred, so that an administrator repairs the
+    /// customer's server.
     fn log_soft_bounces(&self) {
         let (session, account) = (&self.session, &self.account);
         for (domain, messages, reply) in self.soft_bounces.deferred() {
@@ -404,7 +405,7 @@ impl TurnedQueue {
     }
 }
 
-/// What soft bounces need to know of a message of this domain.
+/// The parts of a message of this domain that decide on a soft bounce.
 fn rejected_message<'a>(message: &QueuedMessage, domain: &'a Domain, reporter: &Reporter) -> RejectedMessage<'a> {
     let now = reporter.now();
     let first = message.first_rejected.filter(|first| first.is_possible(now));

@@ -3,7 +3,7 @@
 //! [`TurnedSession::work`] does a bounded piece of work: it reads replies, and sends commands and content. It never waits for
 //! the customer or for the disk. The delivery thread calls it whenever there may be something to do.
 //!
-//! Meanwhile the storage threads open, read and settle the messages ([`turned_queue`](super::turned_queue)), in order and a
+//! The storage threads open, read and settle the messages ([`turned_queue`](super::turned_queue)), in order and a
 //! little ahead:
 //!
 //! ```text
@@ -380,13 +380,13 @@ impl TurnedSession {
 
     /// Whether a block of the content under way, or its end, may be sent now.
     fn may_send_content(&self) -> bool {
-        let there = |opened: &OpenedMessage| opened.whole || !opened.octets.is_empty();
+        let is_ready = |opened: &OpenedMessage| opened.whole || !opened.octets.is_empty();
         self.content.is_some()
             && self.connection.unsent() <= HIGH_WATER
-            && (self.storage.content_failed.is_some() || self.sending.front().is_some_and(there))
+            && (self.storage.content_failed.is_some() || self.sending.front().is_some_and(is_ready))
     }
 
-    /// Whether to read more of the content under way: not before the customer has read what is unsent.
+    /// Whether to read more of the content under way: not while too much of it is unsent.
     fn wants_content(&self) -> bool {
         let few = |opened: &OpenedMessage| !opened.whole && opened.octets.len() < READ_AGAIN;
         self.content.is_some()

@@ -19,10 +19,10 @@ use crate::ids::Ids;
 use crate::maildir::{Entry, Maildir, log_sweep_failed, with_remedy};
 use crate::net::trace::quoted;
 
-/// How often a message is looked for again whose name a mail reader changes all the time.
+/// How often to look again for a message that a mail reader keeps renaming.
 pub(super) const OPEN_ATTEMPTS: usize = 5;
 
-/// How often a directory is made again that other processes remove before it is locked.
+/// How often to make a directory again that other processes remove before it is locked.
 const LOCK_ATTEMPTS: usize = 100;
 
 /// A queue that a session has locked, or will lock when there is mail in it.
@@ -154,7 +154,7 @@ impl LockedQueue {
     }
 
     /// Locks the directory, unless it is locked, shared, or has no mail. It may be busy although the account is locked:
-    /// the domain was another account's when that one's session began, or an earlier version runs.
+    /// the domain belonged to another account when that account's session began, or an earlier version runs.
     ///
     /// # Errors
     /// See [`LockError`].
@@ -189,12 +189,12 @@ impl LockedQueue {
             log_sweep_failed(&self.name, &error);
         }
         if let (Some(index), Some(domain)) = (&self.index, &self.name.domain) {
-            index.replace(domain, message.unique(), message.is_there().then(|| message.entry()));
+            index.replace(domain, message.unique(), message.is_in_queue().then(|| message.entry()));
         }
     }
 
-    /// Opens a message. If a mail reader has moved it since it was listed, looks for its new name. `None`: it is gone,
-    /// or not a message with an open recipient.
+    /// Opens a message. If a mail reader has moved it since it was listed, looks for its new name. `None`: it does not
+    /// exist any more, or is not a message with an open recipient.
     ///
     /// # Errors
     /// The file cannot be read; `WouldBlock`: it is in a shared directory, and another session has it.
@@ -202,7 +202,7 @@ impl LockedQueue {
         for _ in 0..OPEN_ATTEMPTS {
             let locked = self.locked.remove(entry.unique());
             match self.open_file(&entry, locked)? {
-                Opened::Gone => match self.maildir.find(&entry, None)? {
+                Opened::Missing => match self.maildir.find(&entry, None)? {
                     Some(moved) => entry = moved,
                     None => return Ok(None),
                 },
@@ -222,7 +222,7 @@ impl LockedQueue {
     pub(super) fn open_listed(&mut self, entry: &Entry) -> io::Result<Option<QueuedMessage>> {
         self.listed.offered.insert(entry.unique());
         match self.open_file(entry, None)? {
-            Opened::Gone if self.listed.missed.insert(entry.unique()) => {
+            Opened::Missing if self.listed.missed.insert(entry.unique()) => {
                 self.listed.offered.remove(entry.unique());
                 if let Some(index) = &self.index {
                     // Another process has renamed the message, and may have renamed all.
@@ -231,7 +231,7 @@ impl LockedQueue {
                 }
                 Ok(None)
             }
-            Opened::Gone => match self.open(entry.clone()) {
+            Opened::Missing => match self.open(entry.clone()) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
                 opened => opened,
             },
@@ -246,7 +246,7 @@ impl LockedQueue {
 
     fn use_opened(&mut self, entry: &Entry, opened: Opened) -> io::Result<Option<QueuedMessage>> {
         match opened {
-            Opened::Gone | Opened::Busy => Ok(None),
+            Opened::Missing | Opened::Busy => Ok(None),
             Opened::NotMail(_) => {
                 // Another agent may be writing the file. Read it again after its stamp: what is written later changes
                 // the stamp, and the file counts as mail again.
@@ -254,7 +254,7 @@ impl LockedQueue {
                 match self.open_file(entry, None)? {
                     Opened::NotMail(reason) => self.note(entry, Note::NotMail, &reason, stamp),
                     Opened::Message(message) => return self.check(*message),
-                    Opened::Gone | Opened::Busy => {}
+                    Opened::Missing | Opened::Busy => {}
                 }
                 Ok(None)
             }

@@ -52,7 +52,7 @@ pub struct QueuedMessage {
     maildir: Maildir,
     entry: Entry,
     /// The file was removed, or moved to `.refused`.
-    gone: bool,
+    left_queue: bool,
     /// Open for reading, and for writing if the system permits that.
     file: File,
     /// The lock on the file, if it is in a shared directory.
@@ -93,8 +93,8 @@ pub(super) enum Opened {
     /// The entry is not a message that this queue could send, for this reason.
     NotMail(String),
     /// There is no such file.
-    Gone,
-    /// The message is in a shared directory, and another session has it.
+    Missing,
+    /// The message is in a shared directory, and another session has locked it.
     Busy,
 }
 
@@ -129,14 +129,14 @@ impl QueuedMessage {
             None => match open_file(&path) {
                 Ok(Ok(file)) => file,
                 Ok(Err(kind)) => return Ok(Opened::NotMail(kind.to_owned())),
-                Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Opened::Gone),
+                Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Opened::Missing),
                 Err(error) => return Err(failed(error)),
             },
         };
         let lock = match locked {
             None if name.shared => match lock_opened(&file, &path) {
                 Ok(Some(lock)) => Some(lock),
-                Ok(None) => return Ok(Opened::Gone),
+                Ok(None) => return Ok(Opened::Missing),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Opened::Busy),
                 Err(error) => return Err(error),
             },
@@ -156,7 +156,7 @@ impl QueuedMessage {
         let mut message = QueuedMessage {
             queue: name.clone(),
             maildir: maildir.clone(),
-            gone: false,
+            left_queue: false,
             eight_bit: entry.eight_bit(),
             entry,
             file,
@@ -207,8 +207,8 @@ impl QueuedMessage {
             if self.queue.shared {
                 // A session that has opened and locked the copy since it has its name gets the message.
                 let path = self.maildir.file(&self.entry);
-                let gone = || with_path(&path, io::Error::new(io::ErrorKind::NotFound, "a session has settled it"));
-                self.lock = Some(lock_opened(&copy, &path)?.ok_or_else(gone)?);
+                let settled = || with_path(&path, io::Error::new(io::ErrorKind::NotFound, "a session has settled it"));
+                self.lock = Some(lock_opened(&copy, &path)?.ok_or_else(settled)?);
             }
             self.file = copy;
             self.rewind()?;
@@ -261,13 +261,13 @@ impl QueuedMessage {
 
     /// The octets of the file, if it was moved to `.refused`.
     pub(super) fn octets_set_aside(&self) -> Option<u64> {
-        let is_set_aside = self.gone && self.settled.contains(&Mark::Rejected);
+        let is_set_aside = self.left_queue && self.settled.contains(&Mark::Rejected);
         is_set_aside.then(|| self.file.metadata().map_or(0, |metadata| metadata.len()))
     }
 
     /// Whether the file is still in its queue.
-    pub(super) fn is_there(&self) -> bool {
-        !self.gone
+    pub(super) fn is_in_queue(&self) -> bool {
+        !self.left_queue
     }
 
     pub(super) fn into_entry(self) -> Entry {
@@ -323,7 +323,7 @@ impl QueuedMessage {
     }
 
     /// If the time of arrival is impossible, records in the file's name when the message was first seen; otherwise the
-    /// message would never expire. A failure is logged: the message is offered all the same, and the next session tries
+    /// message would never expire. A failure is logged: the message is offered nevertheless, and the next session tries
     /// again.
     pub(super) fn ensure_arrival(&mut self) {
         if !self.unseen {
@@ -427,12 +427,12 @@ impl QueuedMessage {
     pub(super) fn finish(&mut self) -> io::Result<()> {
         if self.settled.contains(&Mark::Rejected) {
             self.move_aside()?;
-            self.gone = true;
+            self.left_queue = true;
             return Ok(());
         }
         match self.with_entry(|message| message.maildir.remove(&message.entry)) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            _ => self.gone = true,
+            _ => self.left_queue = true,
         }
         Ok(())
     }
@@ -514,8 +514,8 @@ impl QueuedMessage {
         Ok(())
     }
 
-    /// Calls `act`, which uses the file by its name. If a mail reader has moved or flagged the file meanwhile, finds
-    /// its new name and calls `act` again. If the file is gone, returns the error.
+    /// Calls `act`, which uses the file by its name. If a mail reader has moved or flagged the file, finds its new name
+    /// and calls `act` again. If the file does not exist any more, returns the error.
     fn with_entry<T>(&mut self, act: impl Fn(&QueuedMessage) -> io::Result<T>) -> io::Result<T> {
         for _ in 0..FIND_ATTEMPTS {
             match act(self) {
@@ -547,13 +547,13 @@ impl QueuedMessage {
     /// Records that the sender has received a DSN about the delay, so that there is no second one.
     ///
     /// # Errors
-    /// The file is gone or cannot be renamed.
+    /// The file does not exist any more, or cannot be renamed.
     pub fn mark_delay_reported(&mut self) -> io::Result<()> {
         self.rename(Some(DELAY_REPORTED), |_| {})
     }
 }
 
-/// How often a file is looked for again whose name a mail reader changes all the time.
+/// How often to look again for a file that a mail reader keeps renaming.
 const FIND_ATTEMPTS: usize = 5;
 
 /// Counts an attempt. If the recorded time of the first attempt is impossible, because the clock was wrong then,
@@ -588,7 +588,7 @@ pub(super) fn open_file(path: &Path) -> io::Result<Result<File, &'static str>> {
     let open = |write| OpenOptions::new().read(true).write(write).custom_flags(flags.bits().cast_signed()).open(path);
     let opened = open(true).or_else(|error| match error.kind() {
         io::ErrorKind::NotFound => Err(error),
-        // This user may not write the file, or the disk is read-only: the message can be sent all the same.
+        // This user may not write the file, or the disk is read-only: the message can be sent nevertheless.
         _ => open(false),
     });
     let file_type = match &opened {

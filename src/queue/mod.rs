@@ -1,22 +1,22 @@
-//! Mail that waits. A queue is one directory, a Maildir, with an envelope in front of each message.
+//! Queues of mail. A queue is one directory, a Maildir, with an envelope in front of each message.
 //!
 //! One session at a time has the [`QueueLock`] of a queue, across processes. If an account has several queues, one
 //! session has all of them that have mail. The session gets the messages one by one, tries to send each, and settles
-//! it: recipients to whom it was sent, or who were rejected, are settled; the others stay open. Where a message is
-//! after a power cut, by the last step that was completed:
+//! it: recipients to whom it was sent, or who were rejected, are settled; the others stay open. The table shows where a
+//! message is after a power cut, by the last step that was completed:
 //!
 //! ```text
 //! last completed step                          the message is         afterwards
 //! begin_message, write                         nowhere, or in tmp     no 250 was sent: the client sends it again
 //! commit: file fsynced, moved to new           in tmp or new          the same; if in new, it is sent twice
 //! commit: new fsynced   THE COMMIT POINT       in new                 the client gets 250; the message waits
-//! next_message, attempt                        there as before        the next session sends it, perhaps twice
-//! settle, all open: attempt recorded           there, or renamed      the next session sends it
+//! next_message, attempt                        in the queue           the next session sends it, perhaps twice
+//! settle, all open: attempt recorded           the same, or renamed   the next session sends it
 //! settle, some open: the others marked,
-//!   file fsynced        THE SETTLEMENT         there, with marks      the next session sends it to those without a mark
+//!   file fsynced        THE SETTLEMENT         the same, with marks   the next session sends it to those without a mark
 //! settle, none open: removed, or moved to
-//!   .refused            THE DELETION POINT     gone, or there again   nothing; if there again, it is sent twice or, if
-//!                                                                     every recipient has a mark, removed or moved
+//!   .refused            THE DELETION POINT     removed, or back in    nothing; if it is back, it is sent twice or, if
+//!                                              the queue              every recipient has a mark, removed or moved
 //! ```
 //!
 //! So a message may be sent twice, but after the commit point it is never lost. The DSN about a recipient is committed
@@ -26,19 +26,19 @@
 //! **Full disk.** No record needs disk space: a mark overwrites one octet of the file ([`envelope::Mark`]), attempts
 //! are counted in the file's name ([`AttemptRecord`](crate::maildir::AttemptRecord)), and the time of the next attempt
 //! is its time of modification. Rejected mail that no DSN can report is moved to `.refused`, not copied. If the disk
-//! fails all the same, the message stays as it was, and the session goes on with the next one.
+//! fails nevertheless, the message stays as it was, and the session goes on with the next one.
 //!
 //! **Mail readers.** A mail reader may move or flag a file at any time, so a session knows it by the unique part of its
-//! name and by its inode. A reader that moves a file by link and unlink may be killed in between: then the file that
-//! the session removes still has another name, or is in another directory, but its recipients have their marks there
-//! too. Only a name that would be too long with the record gets another unique part.
+//! name and by its inode. A reader that moves a file by link and unlink may be killed in between: then the file has two
+//! names. If the session removes one, the recipients still have their marks under the other. Only a name that would be
+//! too long with the record gets another unique part.
 //!
 //! **Order.** Held mail is offered in three phases; in each, the domains of the account take turns:
 //!
 //! ```text
 //! in doubt       the customer may already have these, and recognizes a duplicate best while it is new
 //! the others     by the hour of arrival; within an hour the smaller first, then the oldest
-//! ended sessions they may end this session too; by how many they have ended. Those in doubt: from two sessions on
+//! ended sessions they may end this one too; those that have ended the fewest first; those in doubt only after two
 //! ```
 //!
 //! In a queue with retries the oldest message comes first; those in doubt and those that have ended sessions come last.
@@ -107,7 +107,7 @@ use locked_queue::{LockedQueue, Notes, log_unreadable};
 use message::SET_ASIDE_DIRECTORY;
 use set_aside::SetAsideLimits;
 
-/// How often [`Queue::list`] reads the directories, if sessions rename files meanwhile.
+/// How often at most [`Queue::list`] reads the directories, if sessions rename files.
 const LIST_ATTEMPTS: usize = 5;
 
 /// Stores messages in queues, and locks queues.
@@ -234,7 +234,7 @@ impl Queue {
     }
 
     /// Calls `show` for each message of a queue, and for each file that is not a message, the oldest first. No lock is
-    /// needed: a message that is removed meanwhile is left out, and a file that cannot be read is logged.
+    /// needed: a message that is removed during the listing is left out, and a file that cannot be read is logged.
     ///
     /// # Errors
     /// The directory cannot be read, or `show` fails.
@@ -325,8 +325,8 @@ impl Queue {
         Ok(QueueLock::new(vec![queue], accounts))
     }
 
-    /// Removes the directory of a queue if it has no mail and is not locked. A writer that needs it meanwhile makes it
-    /// again. Returns whether it was removed.
+    /// Removes the directory of a queue if it has no mail and is not locked. A writer that needs it makes it again.
+    /// Returns whether it was removed.
     ///
     /// # Errors
     /// The system's: a directory or file cannot be read or removed.

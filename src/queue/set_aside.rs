@@ -1,5 +1,5 @@
 //! Limits of `.refused`, the directory of a queue for rejected mail that no DSN can report: 30 days and 32 MiB. Without
-//! them strangers could fill the disk. The oldest messages are removed first.
+//! them any sender could fill the disk. The oldest messages are removed first.
 
 use std::collections::HashMap;
 use std::io;

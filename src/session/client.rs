@@ -372,9 +372,8 @@ impl ClientSession {
                 _ => lost(error),
             })?;
         }
-        // The end of the content is not sent yet (RFC 5321 section 4.1.1.4). If a 2yz is here already, the peer is one
-        // reply ahead: read as the reply to the content, it would count as an acceptance, and the message could be
-        // lost.
+        // The end of the content is not sent yet (RFC 5321 section 4.1.1.4). If a 2yz has arrived already, the peer is
+        // one reply ahead: as the reply to the content it would count as an acceptance, and the message could be lost.
         let early = !chunk && self.fill().is_ok() && self.connection.received().starts_with(b"2");
         self.send(Client::content_sent);
         match early {
@@ -500,7 +499,7 @@ impl ClientSession {
             };
             match waited {
                 WaitResult::Ready => {}
-                WaitResult::Deadline => return Err(SessionFailure::Lost("the peer does not answer".to_owned())),
+                WaitResult::Deadline => return Err(SessionFailure::Lost("the peer does not reply".to_owned())),
                 // The peer may be accepting the message now: without its reply the message would be in doubt, and sent
                 // twice.
                 WaitResult::Cancelled if self.client.awaiting() == Some(Stage::Content) => {

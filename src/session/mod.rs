@@ -24,8 +24,8 @@ use crate::smtp::content::ContentEncoder;
 use crate::smtp::limits;
 use crate::smtp::reply::{Reply, ReplyReader};
 
-/// Octets of content in one block. Each block has its own deadline, so that a trickle of octets ends; buffers have this
-/// size.
+/// Octets of content in one block. Each block has its own deadline, against peers that send an octet now and then. It
+/// also bounds the octets that wait to be sent.
 pub const CONTENT_BLOCK: usize = 64 * 1024;
 
 /// Octets of content that are read from the file and queued at a time.

@@ -2,8 +2,8 @@
 //!
 //! A session has an absolute deadline. Each octet of content postpones it by the time that the octet may take at the
 //! required pace. So a message on a slow line is not cut, and a peer that sends an octet a minute gains hardly
-//! anything. A message earns no more than the time for its size. It can save [`limits::PACE_WINDOW`] of unused time at
-//! most: the pace is an average, but a burst does not pay for hours of silence.
+//! anything. A message earns no more than the time for its size. At most [`limits::PACE_WINDOW`] of the earned time can
+//! be unused, so that a burst does not pay for hours of silence.
 //!
 //! Every function has the present time as a parameter.
 

@@ -59,7 +59,7 @@ pub struct ClientIdentity {
 pub struct RemoteError {
     /// The wrong key of the configuration: `ca`, `certificate` or `key`.
     pub key: &'static str,
-    /// A sentence with the file.
+    /// A sentence that names the file.
     pub text: String,
 }
 
@@ -187,8 +187,8 @@ impl Remote {
                 Err(SessionFailure::Cancelled) => return Err(SessionFailure::Cancelled),
                 Err(failure) => failure,
             };
-            // If the provider rejects a login, the other addresses would reject it too, and it would count several
-            // times.
+            // If the provider rejects a login, its other addresses would reject it too, and each would count the
+            // failure.
             let decided = options.atrn && is_login_failure(&failure);
             let connected = |failure: &SessionFailure| !matches!(failure, SessionFailure::Unreachable(_));
             let (reported, other) = match failed.take() {

@@ -245,8 +245,8 @@ impl ServerSession {
         }
     }
 
-    /// Reports to the listener that the client has sent a command, and whether it is trusted: a silent stranger may
-    /// lose its place to another connection.
+    /// Reports to the listener that the client has sent a command, and whether it is trusted: a silent client that is
+    /// not may lose its place to another connection.
     fn note_command(&self) {
         let Some(accepted) = &self.limits.accepted else { return };
         accepted.note_command(Instant::now());
@@ -395,7 +395,7 @@ impl ServerSession {
         if !self.connection.trace.enabled() {
             return;
         }
-        // Where AUTH is offered, a line that is not a command may be a secret that was sent at the wrong time.
+        // If AUTH is offered, a line that is not a command may be a secret that was sent at the wrong time.
         let known = matches!(Verb::of(line), Ok((verb, _)) if verb != Verb::Unknown);
         let secret = self.server.in_auth() || self.server.offers_auth() && !known;
         self.connection.trace.received(&without_secrets(line, secret));
@@ -700,7 +700,7 @@ impl ContentReceiver {
     }
 }
 
-/// The deadline of a block of content, which has the time of one command: a trickle of octets must not last for ever.
+/// The deadline of a block of content, which has the time of one command: see [`CONTENT_BLOCK`].
 struct BlockDeadline {
     block: Duration,
     deadline: Instant,

@@ -29,7 +29,7 @@ pub struct Limits {
     pub messages_per_turn: usize,
     /// Octets of content sent in one turned session before QUIT; 0, the default: no limit.
     pub octets_per_turn: u64,
-    /// Octets that must be free on the disk, beside those of the message; otherwise mail is deferred. Default 4 MiB.
+    /// Octets that must be free on the disk after the message is stored; otherwise mail is deferred. Default 4 MiB.
     pub min_free: u64,
     /// A message with more `Received:` fields than this is in a mail loop (RFC 5321 section 6.3). Default 100, at least
     /// 1.
@@ -37,8 +37,8 @@ pub struct Limits {
 }
 
 impl Limits {
-    /// The limits of connections for a listener. `patience`, after which a silent stranger may be closed, is
-    /// `timeouts.command`.
+    /// The limits of connections for a listener. `patience`, after which a silent client that is not trusted may lose
+    /// its place, is `timeouts.command`.
     pub fn of_connections(&self, timeouts: &Timeouts) -> ConnectionLimits {
         ConnectionLimits { all: self.connections, each: self.connections_per_address, patience: timeouts.command }
     }

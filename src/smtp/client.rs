@@ -112,8 +112,8 @@ pub struct ClientOptions {
     pub nonce: String,
     /// The peer speaks LMTP (RFC 2033).
     pub lmtp: bool,
-    /// Content may be sent as one BDAT chunk (RFC 3030). Not after a turn: some customers have a filter before their server
-    /// that reads lines.
+    /// Content may be sent as one BDAT chunk (RFC 3030). False after a turn: a filter in front of the customer's server
+    /// may expect lines.
     pub chunking: bool,
     pub without_8bitmime: Without8BitMime,
     /// The messages were submitted to this host: if an address in the header is not ASCII, MAIL has SMTPUTF8 even if the
@@ -175,14 +175,14 @@ pub enum Abort {
     Unacceptable(String),
 }
 
-/// The reply that ends a session, and the command that it answers.
+/// The reply that ends a session, and its command.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Rejection {
     pub stage: Stage,
     pub reply: Reply,
 }
 
-/// What a reply answers. The module documentation has the table of all stages.
+/// The command that a reply belongs to. The module documentation has the table of all stages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stage {
     /// No command: the server sends first (RFC 5321 section 3.1).
@@ -271,9 +271,9 @@ pub enum ClientStep {
 struct ClientTransaction {
     /// The reply to MAIL, if it was negative.
     mail: Option<Reply>,
-    /// The replies to RCPT.
+    /// The reply to each RCPT; `None`: it has not arrived.
     recipients: Vec<Option<Reply>>,
-    /// The number of positive ones, and the number of negative ones before the first other.
+    /// How many of them are positive, and how many are negative before the first that is not.
     accepted: usize,
     failed: usize,
     /// With LMTP: the replies to the content, one for each accepted recipient.
@@ -391,8 +391,8 @@ impl Client {
         self.client_overridden
     }
 
-    /// What the next reply answers, which decides how long to wait for it (RFC 5321 section 4.5.3.2); `None`: the client
-    /// waits for no reply.
+    /// The command that the next reply belongs to, which decides how long to wait for it (RFC 5321 section 4.5.3.2);
+    /// `None`: the client waits for no reply.
     pub fn awaiting(&self) -> Option<Stage> {
         self.pending.front().copied()
     }
@@ -468,7 +468,7 @@ impl Client {
         let recipients = &message.envelope.recipients;
         let count = recipients.len();
         let most = self.extensions.limits.recipients.unwrap_or(count);
-        // At least as many as the attempt before has tried: a recipient that is deferred each time must not delay the others.
+        // Each attempt begins with later recipients, so that those who are deferred each time do not delay the others.
         let step = if self.extensions.limits.domains.is_some() { 1 } else { most };
         let first = message.attempts.wrapping_mul(step) % count.max(1);
         let mut permitted = Vec::with_capacity(most.min(count));
@@ -520,8 +520,8 @@ impl Client {
     /// The reply, if the peer lacks an extension that the message needs. Nothing was sent then.
     pub fn begin_transaction(&mut self, message: &OutgoingMessage, out: &mut Vec<u8>) -> Result<(), Reply> {
         if let Some(reply) = self.incompatibility(message) {
-            let later = || Reply::new(451, "4.3.5", "The next hop offers no extensions now");
-            return Err(if self.extended { reply } else { later() });
+            let deferral = || Reply::new(451, "4.3.5", "The next hop offers no extensions now");
+            return Err(if self.extended { reply } else { deferral() });
         }
         self.queue_mail(message);
         let utf8 = message.envelope.needs_utf8();
@@ -783,7 +783,8 @@ impl Client {
 
     fn auth_replied(&mut self, reply: Reply) -> ClientStep {
         let mut exchange = self.exchange.take();
-        // RFC 5802 section 6: the server offers -PLUS. With another mechanism an attacker between the two would stay unseen.
+        // After a failed -PLUS no other mechanism follows: it would not detect an attacker in between (RFC 5802 section
+        // 6).
         let fallback = !self.tried_mechanisms.contains(&Mechanism::ScramSha256Plus);
         let problem = exchange.as_ref().filter(|_| self.auth_cancelled).and_then(|exchange| exchange.problem());
         if let Some(problem) = problem.map(str::to_owned) {
@@ -900,7 +901,7 @@ impl Client {
             (severity, accepted) => {
                 self.queue_reset();
                 let reply = match severity {
-                    Severity::Positive => Reply::new(451, "4.5.0", "DATA was not answered with 354"),
+                    Severity::Positive => Reply::new(451, "4.5.0", "The peer did not reply 354 to DATA"),
                     _ => reply,
                 };
                 self.finish_transaction(accepted.then_some(&reply))
@@ -987,7 +988,7 @@ impl Client {
         if offered.size.is_some() && message.size > 0 {
             line.push_str(&format!(" SIZE={}", message.size));
         }
-        // 7-bit content is 8BITMIME content too, so content without a declaration is sent as that.
+        // Undeclared content may be 8-bit. 7-bit content is valid as 8BITMIME, too.
         if offered.eight_bit && envelope.body != Body::SevenBit {
             line.push_str(" BODY=8BITMIME");
         }
@@ -1043,7 +1044,8 @@ impl Client {
         self.queued.push_back((stage, line.into()));
     }
 
-    /// Drops the queued commands of the oldest message. Returns whether the client waits for no reply to the others.
+    /// Drops the queued commands of the oldest message. Returns whether all replies to those that were sent have
+    /// arrived.
     fn drop_queued(&mut self) -> bool {
         self.queued.retain(|(stage, _)| *stage == Stage::Quit);
         self.pending.is_empty()

@@ -64,7 +64,7 @@ impl Verb {
     /// The verb of a line without its CRLF, and the rest of the line, which is empty or begins with a space.
     ///
     /// # Errors
-    /// The reply to a line that has no verb.
+    /// The reply to a line without a verb, or with a CR, LF or NUL.
     pub fn of(line: &[u8]) -> Result<(Verb, &[u8]), Reply> {
         // If two servers disagree about what ends a line, a client can smuggle commands past one of them (RFC 5321 section
         // 2.3.8).
@@ -130,7 +130,8 @@ impl Envelope {
     pub fn drop_needless_utf8(&mut self, header_needs_it: bool) {
         if self.utf8 && !header_needs_it {
             self.utf8 = false;
-            // Without SMTPUTF8 other text beyond ASCII in the header makes the content 8-bit (RFC 6152 section 2).
+            // The header may still have octets above 127. Without SMTPUTF8 these are 8-bit content (RFC 6152 section
+            // 2).
             if self.body == Body::SevenBit {
                 self.body = Body::Undeclared;
             }
@@ -373,8 +374,8 @@ fn bdat(argument: &[u8]) -> Result<Command, Reply> {
     Ok(Command::Bdat { size, last })
 }
 
-/// The name in EHLO or HELO. RFC 5321 section 4.1.4: the server must not reject mail because the name is not that of the
-/// client, so any printable word is accepted; but no U-label (RFC 6531 section 3.3).
+/// The name in EHLO or HELO. Any printable word is accepted: the server must not reject mail because the name is not
+/// that of the client (RFC 5321 section 4.1.4). A U-label is not valid (RFC 6531 section 3.7.1).
 fn hello(argument: &[u8]) -> Result<String, Reply> {
     let printable = argument.iter().all(|octet| (b'!'..=b'~').contains(octet));
     match std::str::from_utf8(argument) {

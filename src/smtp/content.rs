@@ -36,7 +36,7 @@ pub struct Fed {
     pub end: bool,
 }
 
-/// What the octets before mean for the next one.
+/// The position in a line, which decides what the next octet means.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum DotState {
     LineStart,
@@ -101,7 +101,7 @@ impl ContentDecoder {
         Fed { used: input.len() - rest.len(), end: self.state == DotState::End }
     }
 
-    /// Appends a CR that ends the last chunk; after DATA there is none.
+    /// Appends the CR at the end of the last chunk, if it has one. DATA cannot end with a CR.
     pub fn finish(&mut self, out: &mut Vec<u8>) {
         if self.state == DotState::Cr {
             self.state = DotState::Text;

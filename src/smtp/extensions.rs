@@ -15,11 +15,12 @@ pub struct ServerExtensions {
     pub dsn: bool,
 }
 
-/// The extensions in the peer's reply to the last EHLO. They end with STARTTLS (RFC 3207 section 4.2) and with the turn.
+/// The extensions in the peer's reply to the last EHLO. STARTTLS (RFC 3207 section 4.2) and the turn discard them.
 #[derive(Clone, Debug, Default)]
 pub struct PeerExtensions {
     pub pipelining: bool,
-    /// The largest message, in octets on the wire; `Some(0)`: the peer offers SIZE without a limit (RFC 1870 section 3).
+    /// The largest message, in octets on the wire; `Some(0)`: the peer offers SIZE without a limit (RFC 1870 section
+    /// 4).
     pub size: Option<u64>,
     pub eight_bit: bool,
     pub utf8: bool,
@@ -53,7 +54,8 @@ const DOMAINS_KEYWORD: &str = "XDOMAINS";
 /// The last word of these lines if the account has more domains.
 const MORE_DOMAINS: &str = "...";
 
-/// The most of these lines: the client stores [`limits::STORED_REPLY_LINES`] lines of a reply, and needs the others too.
+/// The most of these lines: the client stores [`limits::STORED_REPLY_LINES`] lines of a reply, and needs those of the
+/// extensions too.
 const MOST_DOMAIN_LINES: usize = limits::STORED_REPLY_LINES / 2;
 
 /// The lines that list the domains of an account in the reply to EHLO.
@@ -95,7 +97,7 @@ impl PeerLimits {
                 "RCPTDOMAINMAX" => &mut limits.domains,
                 _ => continue,
             };
-            // RFC 9422 section 3: one to six digits, the first of them not 0; other values are ignored.
+            // RFC 9422 section 4: one to six digits, the first of them not 0; other values are ignored.
             let digits = value.bytes().all(|octet| octet.is_ascii_digit()) && !value.starts_with('0');
             *limit = value.parse().ok().filter(|_| digits && value.len() <= 6);
         }

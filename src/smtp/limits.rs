@@ -1,6 +1,6 @@
-//! Every number of the protocol, with the section that it comes from. A number without a section is a choice of this program.
-//! The limits of addresses are with their parsers in `mail/address`. Of a number that an operator may change, this file has
-//! the least value or the default.
+//! Every number of the protocol, with the section that it comes from. A number without a section is a choice of this
+//! program. The limits of addresses are with their parsers in `mail/address`. If an operator may change a number, this
+//! file has its minimum or its default.
 
 use std::time::Duration;
 
@@ -13,8 +13,8 @@ pub const COMMAND_LINE: usize = 12 * 1024 + 512;
 /// Octets of a line with AUTH or ATRN that the client sends, its CRLF included (RFC 5321 section 4.5.3.1.4).
 pub const SENT_COMMAND_LINE: usize = 512;
 
-/// Octets of the list of domains in one ATRN, whose line RFC 2645 permits no more octets than RFC 5321 does. A customer with
-/// more domains makes several calls.
+/// Octets of the list of domains in one ATRN: RFC 2645 permits no longer line than RFC 5321. A customer with more
+/// domains needs several connections.
 pub const ATRN_DOMAINS: usize = SENT_COMMAND_LINE - "ATRN \r\n".len();
 
 /// Octets that a client may send without a line end before the server closes the connection.

@@ -83,8 +83,7 @@ impl Reply {
         Reply { code, ..self }
     }
 
-    /// The reply with which a soft bounce defers: 451 in place of a 5yz, whose code and text become its text. Another reply is
-    /// returned as it is.
+    /// For `soft-bounce`: a 451 in place of a 5yz, whose code and text become its text. Any other reply is unchanged.
     pub fn softened(self) -> Reply {
         if self.severity() != Severity::Permanent {
             return self;
@@ -205,7 +204,7 @@ impl ReplyReader {
             }
             _ => return Err(broken()),
         };
-        // RFC 5321 section 4.2.1: a client must accept a code without text.
+        // RFC 5321 section 4.2: a client must accept a code without text.
         let (last, text) = match line.get(3) {
             None => (true, &line[3..]),
             Some(b' ') => (true, &line[4..]),

@@ -173,9 +173,9 @@ pub enum Unaccepted<'a> {
 }
 
 impl<'a> Unaccepted<'a> {
-    /// What a negative reply to a command is about; `line`: the command, `None` if it was too long. Returns `None` if the
-    /// command is not part of a transaction, or the reply is 503: that follows from an earlier reply, or the client has sent
-    /// its commands in a wrong order, which is not about this mail.
+    /// What a negative reply to a command is about; `line`: the command, `None` if it was too long. Returns `None` if
+    /// the command is not part of a transaction, or the reply is 503: that follows from an earlier reply, or from a
+    /// wrong order of commands.
     pub fn at_command(line: Option<&'a [u8]>, reply: &Reply) -> Option<Unaccepted<'a>> {
         let Some(line) = line else { return Some(Unaccepted::Line) };
         let path = path_of(line);
@@ -491,7 +491,7 @@ impl Server {
         }
     }
 
-    /// Checks that the command is permitted in this state. The order of the lines is the order of the errors.
+    /// Checks that the command is permitted in this state. The first matching line decides on the reply.
     fn permitted(&self, verb: Verb) -> Result<(), Reply> {
         use Verb::*;
         let odmr = self.options.role == ServerRole::Odmr;
@@ -537,7 +537,7 @@ impl Server {
         self.transaction = None;
         let options = &self.options;
         let mechanisms: Vec<_> = self.mechanisms(handler).map(|mechanism| mechanism.name()).collect();
-        // A client bounces a message that is larger than the announced limit without sending MAIL, and nothing could defer it.
+        // A client bounces a message above the announced limit without sending MAIL, so this server could not defer it.
         // RFC 1870 section 4: 0 announces no limit.
         let size = if options.soft_bounce { 0 } else { options.max_size };
         let mut reply = Reply::bare(250, options.hostname.clone())
@@ -619,8 +619,8 @@ impl Server {
         let mailbox = handler.recipient(&path, &notify, original.as_deref())?;
         if !envelope.recipients.iter().any(|recipient| recipient.mailbox == mailbox) {
             envelope.recipients.push(Recipient { mailbox, notify, original });
-            // Some hosts verify each address by MAIL, RCPT and RSET before they accept mail for it. They send no messages, but
-            // must not be closed for "too many commands": the first recipient of each transaction resets the count.
+            // Some hosts verify each address by MAIL, RCPT and RSET, and send no message. The first recipient of a
+            // transaction resets the count, so that they do not get 421.
             if envelope.recipients.len() == 1 {
                 self.commands = 0;
             }
@@ -744,7 +744,8 @@ impl Server {
 
     /// Counts errors and rejected recipients, and closes the connection of a client that has too many.
     fn count_replies(&mut self, step: ServerStep) -> ServerStep {
-        // Deferred mail stays in the client's queue. If it counted, each session would end before the mail after it.
+        // Deferred mail stays in the client's queue. If it counted as an error, it would end each session before the
+        // mail after it is sent.
         if self.options.soft_bounce {
             return step;
         }
@@ -770,9 +771,9 @@ impl Server {
         step
     }
 
-    /// Counts a command that is not an error, and closes the connection of a client that has not authenticated and has sent
-    /// far more of them than a message needs: with thousands of HELP in one write it would use the processor that the
-    /// senders of mail need (RFC 5321 section 7.8).
+    /// Counts a command that is not an error, and closes the connection of a client that has not authenticated and has
+    /// sent far more of them than a message needs: thousands of HELP in one write would use up the processor (RFC 5321
+    /// section 7.8).
     fn count_command(&mut self, step: ServerStep) -> ServerStep {
         let counts = match self.options.role {
             ServerRole::Inbound => true,

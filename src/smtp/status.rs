@@ -107,8 +107,8 @@ impl RecipientStatus {
         }
     }
 
-    /// The status at a next hop, as the host before us must receive it. `stage`: what the next hop's reply answers.
-    /// `upstream` makes the reply for the host before us.
+    /// The status at a next hop, as the host before us must receive it. `upstream` makes the reply for the host before
+    /// us.
     pub fn of_hop(self, stage: HopStage, upstream: impl Fn(HopReply) -> Reply) -> RecipientStatus {
         match self {
             // 552 to RCPT defers here. To the host before us it would mean the limit of its own transaction.
@@ -213,7 +213,7 @@ impl DeliveryResult {
     }
 }
 
-/// Who decided on the recipients of a message.
+/// What decided on the recipients of a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DecidedBy {
     /// The peer, with replies to RCPT.
@@ -234,7 +234,7 @@ pub enum DecidedBy {
 }
 
 impl DecidedBy {
-    /// Whether neither side decided: the connection was lost.
+    /// Whether the loss of the connection decided.
     pub fn is_connection_loss(self) -> bool {
         matches!(self, DecidedBy::ConnectionLoss | DecidedBy::UnrelatedConnectionLoss)
     }
@@ -260,7 +260,7 @@ fn requires_authentication(reply: &Reply) -> bool {
     }
 }
 
-/// Whether it is unknown if a negative reply to MAIL rejects this sender only or all mail from us.
+/// Whether a negative reply to MAIL may reject all mail from us, or this sender only.
 pub fn may_be_about_sender(reply: &Reply) -> bool {
     matches!(reply.code(), 530 | 550) && !is_about_us(reply) && !matches!(enhanced_subject(reply), Some(1 | 2 | 6))
 }
@@ -306,14 +306,14 @@ pub fn connection_lost(text: impl Into<String>) -> Reply {
     Reply::new(451, "4.4.2", text.into())
 }
 
-/// What a next hop's negative reply answers, and what our reply to the host before us answers.
+/// The command to which a next hop has replied negatively, and the one to which we reply.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum HopStage {
-    /// The hop's answers MAIL or RCPT, ours RCPT.
+    /// The hop has replied to MAIL or RCPT; we reply to RCPT.
     Recipient,
-    /// The hop's answers MAIL, RCPT, DATA or BDAT, ours the content.
+    /// The hop has replied to MAIL, RCPT, DATA or BDAT; we reply to the content.
     Message,
-    /// Both answer the content.
+    /// Both reply to the content.
     Content,
 }
 
@@ -325,7 +325,7 @@ pub enum HopReply {
     /// The hop, which ends the session (421).
     Unavailable,
     /// This host: the hop does not know a command, or requires authentication. The message must be deferred: no sender
-    /// should get a bounce because this host is not set up.
+    /// should get a DSN because of our configuration.
     Unfit(Reply),
 }
 
