@@ -89,7 +89,7 @@ struct HopSession {
     session: Option<ClientSession>,
     /// The transaction that is open.
     transaction: Option<HopTransaction>,
-    /// No new connection before then.
+    /// There is no new connection before this time.
     down_until: Option<Instant>,
 }
 

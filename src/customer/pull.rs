@@ -170,8 +170,8 @@ impl Customer {
 
     /// Calls one provider: sends outgoing mail, if this provider accepts it, and fetches the mail of its domains.
     /// Domains whose names do not fit one ATRN command need several connections. `number`: the index of the provider in
-    /// the configuration, from 0; if there is no such provider, nothing happens. Returns how many recipients were
-    /// deferred here and not accepted later in the call: their mail stays with the provider.
+    /// the configuration, from 0; if there is no such provider, returns 0. Returns how many recipients were deferred
+    /// here and not accepted later in the call: their mail stays with the provider.
     ///
     /// # Errors
     /// The first failure.
@@ -567,7 +567,7 @@ impl TurnResult {
 enum CallEnd {
     /// The provider has no more mail, or the call was cancelled.
     NoMail,
-    /// The last call has brought no mail that the calls before had not; the reason.
+    /// The last call has brought no new mail, for this reason.
     NothingNew(String),
     Failed(CallError),
 }

@@ -41,9 +41,9 @@ impl HeldQueues {
     /// Adds the queue of one more recipient. Returns the recipient's address as it is stored.
     ///
     /// # Errors
-    /// The reply to RCPT: that of [`Shared::check_learned`] or [`Spool::check_recipient`]; or 452, so that the client sends
-    /// the message to the other recipients in another transaction (RFC 5321 section 4.5.3.1.10). It gets 452 if there are
-    /// as many queues as permitted, because each takes the message's size on the disk; or if the message may exceed the
+    /// The reply to RCPT: that of [`Shared::check_learned`] or [`Spool::check_recipient`]; or 452, so that the client
+    /// sends the message to the other recipients in another transaction (RFC 5321 section 4.5.3.1.10). It gets 452 if
+    /// there are 10 queues already, because each takes the message's size on the disk; or if the message may exceed the
     /// quota of one of several accounts.
     pub fn add(&mut self, shared: &Shared, mailbox: &Mailbox, queue: SpoolQueue) -> Result<Mailbox, Reply> {
         shared.check_learned(mailbox)?;

@@ -175,7 +175,7 @@ pub fn parse(front: &[u8], end: bool, options: ParseOptions<'_>) -> Parsed {
         let rest = &front[octets..];
         let Some(line) = line_length(rest, end) else { return Parsed::More };
         let name = field_name(&rest[..line]);
-        // RFC 4155: the line that begins a message in an mbox. Agents that write for an mbox too put it here.
+        // RFC 4155: the line that begins a message in an mbox. Agents that can also write an mbox put it here.
         let separator = octets == 0 && (rest.starts_with(b"From ") || rest.starts_with(b">From "));
         if !separator && !fields.includes(&name) {
             break;
@@ -450,8 +450,8 @@ fn addresses(value: &[u8]) -> Vec<(usize, Vec<u8>, Result<Address, String>)> {
     divide(text, None).into_iter().map(read).collect()
 }
 
-/// Like [`addresses`], for a list that is not in UTF-8; those of its addresses that are in UTF-8 can be read. To divide
-/// the list, each octet above 127 is replaced by a private character, which has no meaning in the grammar.
+/// Like [`addresses`], for a list that is not in UTF-8. Its addresses that are in UTF-8 can be read. To divide the
+/// list, each octet above 127 is replaced by a private character, which has no meaning in the grammar.
 fn addresses_in_octets(value: &[u8]) -> Vec<(usize, Vec<u8>, Result<Address, String>)> {
     const PRIVATE_USE: u32 = 0xE000;
     let character = |octet: &u8| match octet {
@@ -476,8 +476,8 @@ fn addresses_in_octets(value: &[u8]) -> Vec<(usize, Vec<u8>, Result<Address, Str
     found
 }
 
-/// The octet of an address that its mark overwrites: its last `@` outside comments without which it cannot be read any
-/// more.
+/// The octet of an address that its mark overwrites: the last `@` outside comments without which the address cannot be
+/// read.
 fn mark_place(address: &[u8]) -> usize {
     let places = mark_places(address, b'@');
     let is_place = |at: &usize| {

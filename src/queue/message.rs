@@ -194,8 +194,8 @@ impl QueuedMessage {
         reasons.join("; ")
     }
 
-    /// Makes sure that a message with several recipients can be marked, so that no recipient gets it again because of
-    /// another. If this user may not write the file of another agent, a copy with the name `unique` replaces it.
+    /// Makes sure that several recipients of a message can be marked: otherwise those that are settled would get it
+    /// again. If this user may not write the file of another agent, a copy with the name `unique` replaces it.
     ///
     /// # Errors
     /// The copy cannot be made.
@@ -205,7 +205,7 @@ impl QueuedMessage {
             let copy = self.maildir.replace_by_copy(&self.entry, &self.file, unique)?;
             self.remove_other_names()?;
             if self.queue.shared {
-                // A session that has opened and locked the copy since it has its name gets the message.
+                // If another session has locked the copy since it got its name, that session gets the message.
                 let path = self.maildir.file(&self.entry);
                 let settled = || with_path(&path, io::Error::new(io::ErrorKind::NotFound, "a session has settled it"));
                 self.lock = Some(lock_opened(&copy, &path)?.ok_or_else(settled)?);
@@ -376,7 +376,7 @@ impl QueuedMessage {
         if all_settled && !self.settled.contains(&Mark::Rejected) {
             let finished = self.finish();
             // If the file cannot be removed, or a mail reader has given it another name, marks keep the next session
-            // from sending it again. They are not fsynced: the removal of a message is not either.
+            // from sending it again. They are not fsynced, as the removal is not.
             let named = finished.is_err() || self.file.metadata().is_ok_and(|file| file.nlink() > 0);
             if named && self.write_marks(&marks).is_err() && finished.is_ok() {
                 self.remove_other_names()?;

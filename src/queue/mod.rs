@@ -115,15 +115,15 @@ const LIST_ATTEMPTS: usize = 5;
 pub struct Queue {
     hostname: String,
     ids: Ids,
-    /// A session that has made no progress for this time is asked to release its lock.
+    /// A session without progress for this time must release its lock if another session requests it.
     takeover: Duration,
     notes: Arc<Notes>,
     set_aside: Arc<SetAsideLimits>,
 }
 
 impl Queue {
-    /// `hostname` becomes part of the names of new files. `takeover`: a session that has made no progress for this time
-    /// is asked to release its lock when another one needs it.
+    /// `hostname` becomes part of the names of new files. `takeover`: a session without progress for this time must
+    /// release its lock if another session requests it.
     pub fn new(hostname: &str, ids: Ids, takeover: Duration) -> Queue {
         Queue { hostname: hostname.to_owned(), ids, takeover, notes: Arc::default(), set_aside: Arc::default() }
     }
@@ -264,8 +264,8 @@ impl Queue {
         Ok(())
     }
 
-    /// Locks all these queues, or none of them; of an account's queues, those that have mail. A session that has a lock
-    /// and makes no progress is asked to release it, and gets 5 seconds for that.
+    /// Locks all these queues (of an account's, those that have mail), or none of them. If a session without progress
+    /// has a lock, requests it, and waits 5 seconds for it.
     ///
     /// # Errors
     /// See [`LockError`].
@@ -273,8 +273,8 @@ impl Queue {
         self.lock_all(names, Some(self.takeover))
     }
 
-    /// Locks an account, and the first of its queues that has mail and is not locked. The session locks each of the
-    /// others when it comes to it, and leaves it out if another session has it then.
+    /// Locks an account, and the first of its queues that has mail and is not locked. The session locks each other
+    /// queue when its turn comes, and leaves out a queue that another session has locked.
     ///
     /// # Errors
     /// See [`LockError`].
@@ -311,8 +311,8 @@ impl Queue {
         self.lock_all(std::slice::from_ref(name), None)
     }
 
-    /// Locks a queue of an account without waiting, for work in the background. A session that needs the lock does not
-    /// find the account busy: it asks for the lock at once ([`QueueLock::takeover_requested`]).
+    /// Locks a queue of an account without waiting, for work in the background. A session that needs the lock requests
+    /// it at once ([`QueueLock::takeover_requested`]), as if this one made no progress.
     ///
     /// # Errors
     /// See [`LockError`].

@@ -105,7 +105,7 @@ impl MessageSource for QueueLock {
     }
 }
 
-/// Settles a message with its result. The source is passed on, so that the caller need not borrow it.
+/// Settles a message with its result. It also gets the source, which the session has borrowed.
 pub type Settle<'a, S> = dyn FnMut(QueuedMessage, DeliveryResult, &Client, &mut S) + 'a;
 
 /// A session in which this side is the client.

@@ -52,7 +52,7 @@ fn with_credentials(tls: bool) -> ClientOptions {
     ClientOptions { tls: under(tls), atrn: true, login: login(b"right"), ..options() }
 }
 
-/// A connection with TLS 1.3, or in clear.
+/// TLS 1.3; `None`: the connection is in clear.
 fn under(tls: bool) -> Option<TlsChannel> {
     tls.then_some(TLS_1_3)
 }
@@ -249,7 +249,7 @@ fn after_plus_no_weaker_mechanism_is_tried() {
     let initial = |mechanism, text: &str| format!("AUTH {mechanism} {}", data_encoding::BASE64.encode(text.as_bytes()));
     let challenge = |text: &str| format!("334 {}", data_encoding::BASE64.encode(text.as_bytes()));
     check(plus, &[], "535 x", "Rejected AUTH 535", "QUIT");
-    // An attacker between the two could read an exchange without the channel binding.
+    // An attacker in between could read an exchange without the channel binding.
     check(plus, &[], "504 x", "Rejected AUTH 504", "QUIT");
     check(scram, &[], "504 x", "Wait", "AUTH CRAM-MD5");
     check(scram, &[], "235 come in", "Abort(Unproven)", "QUIT");
@@ -459,7 +459,7 @@ fn a_message_that_needs_a_missing_extension_is_not_sent() {
     );
 }
 
-/// But not with SMTPUTF8, which requires 8BITMIME (RFC 6531 section 3.1).
+/// A message with SMTPUTF8 is not: SMTPUTF8 requires 8BITMIME (RFC 6531 section 3.1).
 #[test]
 fn eight_bit_content_is_sent_without_8bitmime_by_default() {
     let send = |ehlo: &[&str], utf8: bool| {
@@ -940,7 +940,7 @@ proptest! {
         }
     }
 
-    /// Whatever the peer replies, each message has one result with a status for each recipient.
+    /// The result has a status for each recipient.
     #[test]
     fn each_message_has_one_result_whatever_the_peer_replies(
         pipelining: bool,
@@ -1204,7 +1204,7 @@ fn lost() -> Reply {
 }
 
 /// The statuses that follow from a mix by RFC 5321 (sections 3.3, 4.2.1, 4.5.3.1.10), RFC 2920 and RFC 1047.
-fn by_the_book(mix: &Mix) -> String {
+fn statuses_by_the_rfcs(mix: &Mix) -> String {
     let class = |code: u16| if code >= 500 { format!("!{code}") } else { format!("~{code}") };
     let total = mix.recipients.len();
     if mix.mail != 250 {
@@ -1256,7 +1256,7 @@ fn every_mix_of_replies_has_the_result_that_the_rfcs_define() {
             let mut client = Client::new(options());
             let run = run_session(&mut client, &mut peer, [message(mix.recipients.len()), message(1)]);
             let context = format!("{mix:?} pipelining {pipelining} always_354 {always_354}");
-            assert_eq!(statuses(&run.results[0]), by_the_book(mix), "{context}");
+            assert_eq!(statuses(&run.results[0]), statuses_by_the_rfcs(mix), "{context}");
             let delivered: Vec<_> = peer.messages.iter().map(|(recipients, _)| recipients.len()).collect();
             let accepted = mix.recipients.iter().filter(|code| **code == 250).count();
             let first = statuses(&run.results[0]).contains('=').then_some(accepted);
@@ -1515,7 +1515,7 @@ fn offering(limits: &str) -> Scripted {
     scripted
 }
 
-/// RFC 9422 section 4.3: a recipient that is deferred in each attempt does not keep those of other domains waiting.
+/// RFC 9422 section 4.3: a recipient that is deferred in each attempt does not delay those of other domains.
 #[test]
 fn each_attempt_begins_with_another_domain() {
     for (attempts, first) in [(0, "r0@one.example"), (1, "r1@two.example"), (2, "r0@one.example")] {
@@ -1532,7 +1532,7 @@ fn each_attempt_begins_with_another_domain() {
     }
 }
 
-/// RFC 9422 section 4: what the peer permits at most, and which recipients a transaction has then.
+/// RFC 9422 section 4: the limits, and which recipients a transaction has then.
 ///
 /// Rules: LIM-01, LIM-02, LIM-03, LIM-04.
 #[test]
@@ -1694,7 +1694,7 @@ fn the_peer_gets_the_client_info_that_it_offers_to_accept() {
         begin("250-x/250-XFORWARD NAME ADDR PROTO HELO SOURCE PORT/250 XCLIENT NAME ADDR PROTO HELO");
     assert!(awaited && !scripted.client.is_ready_for_message());
     assert_eq!(scripted.sent(), "XCLIENT NAME=[UNAVAILABLE] ADDR=192.0.2.9 PROTO=ESMTP HELO=a+2Bb+20+3Dc");
-    // The session begins anew, with another client in the eyes of the peer.
+    // For the peer the session begins anew, with another client.
     assert_eq!(scripted.receive("220 x"), step_and_sent("Wait", "EHLO me.example"));
     assert_eq!(scripted.receive("250 x").0, "Ready");
     assert!(scripted.client.is_client_overridden());
