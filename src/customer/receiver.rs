@@ -210,8 +210,7 @@ impl SessionHandler for Receiver {
         let envelope = mail.envelope.clone();
         self.message = Some(OutgoingMessage { envelope, size, eight_bit: false, utf8_header: false, attempts: 0 });
         self.context.mailboxes().check_room(size)?;
-        // If this message was deferred at MAIL in an earlier transaction, its recipients are counted instead from now
-        // on.
+        // If this message was deferred at MAIL in an earlier transaction, count its recipients instead from now on.
         self.context.counters.accepted(&MessageIdentity::new(&mail.envelope, size).to(""));
         self.context.mail().messages += 1;
         Ok(())
@@ -262,8 +261,8 @@ impl SessionHandler for Receiver {
         };
         self.context.mail().messages += u64::from(matches!(what, Unaccepted::Sender(_)));
         match what {
-            // `sender` defers a MAIL after it has stored the message. A MAIL that was rejected before that, also if a
-            // soft bounce makes a deferral of it, is known by its path only.
+            // `sender` sets the message before it defers a MAIL. If MAIL was rejected earlier, or a soft bounce has
+            // turned that into a deferral, only its path is known.
             Unaccepted::Sender(_) if reply.severity() == Severity::Transient && !reply.is_softened() => {
                 count(&mail, "");
                 self.deferred_at_mail = true;

@@ -214,8 +214,8 @@ impl OdmrHandler<'_> {
         Ok(AttemptOrigin { id: self.client.session.clone(), address: self.client.address, account })
     }
 
-    /// Waits until an AUTH command for the account of this name may be decided. The wait comes before anything is verified:
-    /// otherwise its length would show a guesser the result.
+    /// Waits until an AUTH command for the account of this name may be decided. The wait comes before the verification:
+    /// otherwise its length would reveal the result.
     ///
     /// # Errors
     /// The command must not be decided, and the session ends.

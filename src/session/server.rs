@@ -106,7 +106,7 @@ pub enum SessionEnd {
     /// The client has sent a TLS record instead of a command or a message. It gets no reply: a client that read a
     /// rejection would return the message to its sender.
     TlsRecord,
-    /// The session has ended before the client sent anything.
+    /// The session has ended before the client sent any octet.
     NoCommand(io::Error),
     /// The session has ended for this reason.
     Closed(String),
