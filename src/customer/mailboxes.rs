@@ -136,9 +136,9 @@ impl Mailboxes {
         }
     }
 
-    /// Begins copies of a message that was submitted here: its recipients are all in our domains. For recipients at a
-    /// next hop, and for those whose mailbox has no room for `octets`, the copy is in the retry queue; for the
-    /// recipients `elsewhere`, and addresses elsewhere to which aliases lead, in the outgoing queue. `head`: the
+    /// Begins copies of a message that was submitted here: its recipients are all in our domains. The copy for
+    /// recipients at a next hop, or whose mailbox has no room for `octets`, is in the retry queue. The copy for the
+    /// recipients `elsewhere`, and for addresses elsewhere to which aliases lead, is in the outgoing queue. `head`: the
     /// beginning of the content, our `Received` field.
     ///
     /// # Errors

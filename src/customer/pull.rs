@@ -7,8 +7,7 @@
 //! second connection, and again after each further interval of that length, while the upload goes on.
 //!
 //! The reply 453 to ATRN ("you have no mail") is a success (RFC 2645 section 5.2.1). After the 250 to ATRN the customer
-//! sends nothing but its greeting; what follows is an ordinary SMTP session in which the customer is the server and the
-//! provider the client (RFC 2645 section 5.3).
+//! sends its greeting: it is the SMTP server now, and the provider the client (RFC 2645 section 5.3).
 
 use std::collections::HashSet;
 use std::fmt;

@@ -107,7 +107,7 @@ fn record_call(shared: &Shared, session: &ServerSession, domains: &[Domain], rep
 }
 
 /// Checks that `min-interval` has passed since the account's last call without mail for one of these domains (RFC 2645
-/// section 5.2.1): a customer that calls all the time costs a login and a read of the disk for each call.
+/// section 5.2.1): each call costs a login and a read of the disk.
 ///
 /// # Errors
 /// The reply to ATRN, 450.

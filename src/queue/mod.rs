@@ -47,17 +47,17 @@
 //! message must not block the queue: the next sessions offer it last; if it is in doubt, first once more. After three
 //! such sessions in a row the next call skips it, after four the next 2 calls, then 4, then 8, but no message is
 //! skipped for more than a day. If a limit of messages ends a session, the customer calls again at once: only the last
-//! of these sessions counts as a call. A message comes last for a week after it has ended a session; then it is ordered
-//! as if it had arrived at the end of that week, so that a steady stream of new mail cannot delay it for ever.
+//! of these sessions counts as a call. A message comes last for a week after it has ended a session. Then it is ordered
+//! as if it had arrived at the end of that week: new mail must not delay it for ever.
 //!
 //! **Other agents' files.** A recipient that cannot be read is always open: the file stays for it. A file without a
 //! readable recipient, and an entry that is not a plain file, is logged once as `not-mail`, and does not count as
 //! waiting.
 //!
-//! **Age.** The age of a message counts from the time of arrival in its envelope; that of another agent's file from its
-//! time of modification or, in a queue with retries, from the time in its name (maildir(5)). If that time is
-//! impossible, because a clock was wrong, the first session that opens the message adds the present time to the file's
-//! name, and the age counts from then.
+//! **Age.** The age of a message counts from the time of arrival in its envelope. The age of another agent's file
+//! counts from its time of modification; in a queue with retries, from the time in its name (maildir(5)). If that time
+//! is impossible, because a clock was wrong, the first session that opens the message adds the present time to the
+//! file's name, and the age counts from then.
 //!
 //! An administrator may remove a message ([`QueueLock::remove`]), and make it due at once; both need the lock. A file
 //! that a dead writer has left in `tmp` is removed by the first session after 36 hours. `provider/spool` and

@@ -237,7 +237,7 @@ impl ClientSession {
             if self.client.in_flight() == 0 {
                 self.used_up |= more && !found_empty && self.client.is_used_up();
                 return match self.client.closing() {
-                    true => Err(SessionFailure::Lost("the peer shuts down".to_owned())),
+                    true => Err(SessionFailure::Lost("the peer is shutting down".to_owned())),
                     false if self.cancel.is_cancelled() => Err(SessionFailure::Cancelled),
                     false => Ok(()),
                 };
@@ -459,7 +459,7 @@ impl ClientSession {
         match self.connection.received() {
             [] => Ok(()),
             // RFC 5321 section 3.8: 421 may come at any time.
-            octets if octets.starts_with(b"421") => Err(SessionFailure::Lost("the peer shuts down".to_owned())),
+            octets if octets.starts_with(b"421") => Err(SessionFailure::Lost("the peer is shutting down".to_owned())),
             _ => Err(SessionFailure::Broken("the peer sent a reply without a command".to_owned())),
         }
     }

@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use crate::mail::address::DOMAIN_LIMIT;
 
-/// Octets of a command line that the server accepts, its CRLF included: 12,288 for a response in base64 (RFC 4954 section 4),
-/// which may follow `AUTH mechanism`, and 512 for the command (RFC 5321 section 4.5.3.1.4).
+/// Octets of a command line that the server accepts, its CRLF included: 512 for the command (RFC 5321 section
+/// 4.5.3.1.4), and 12,288 for a response in base64 (RFC 4954 section 4), which AUTH may have.
 pub const COMMAND_LINE: usize = 12 * 1024 + 512;
 
 /// Octets of a line with AUTH or ATRN that the client sends, its CRLF included (RFC 5321 section 4.5.3.1.4).

@@ -771,8 +771,8 @@ impl Server {
         step
     }
 
-    /// Counts a command that is not an error, and closes the connection of a client that has not authenticated and has
-    /// sent far more of them than a message needs: thousands of HELP in one write would use up the processor (RFC 5321
+    /// Counts a command that is not an error. Closes the connection of a client that has not authenticated and has sent
+    /// far more of them than a message needs: thousands of HELP in one write would use up the processor (RFC 5321
     /// section 7.8).
     fn count_command(&mut self, step: ServerStep) -> ServerStep {
         let counts = match self.options.role {

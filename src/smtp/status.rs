@@ -330,8 +330,8 @@ pub enum HopReply {
 }
 
 /// What a next hop's negative reply is about. The host before us gets a code that can only be about the mail (RFC 5321
-/// section 4.3.2): it would interpret 501 or 530 as about itself, and 552 to RCPT, by which the next hop means a quota or its
-/// SIZE, as "too many recipients" (section 4.5.3.1.10).
+/// section 4.3.2). It would interpret 501 or 530 as about itself. By 552 to RCPT the next hop means a quota or its
+/// SIZE, but to the host before us it means "too many recipients" (section 4.5.3.1.10).
 pub fn reply_of_hop(reply: Reply, stage: HopStage) -> HopReply {
     let code = match (reply.code(), stage) {
         (421, _) => return HopReply::Unavailable,
