@@ -11,7 +11,7 @@ from harness import ODMR, ROOT, Server, Smtp, check, connections, events, field,
 from machines import Machine, World
 
 README = ROOT / "README.md"
-WHOLE = 300  # seconds that the title of the section promises
+WHOLE = 300  # seconds that the quick start may take, without the build
 PROVIDER, CUSTOMER, WORLD_HOST = "11.11.1.2", "100.64.2.2", "11.11.3.1"
 RECORDS = [
     f"--host-record=relay.example.net,{PROVIDER}",
