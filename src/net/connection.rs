@@ -21,9 +21,9 @@
 //! `received` first; and after each `fill` it must ask `ended` whether the peer will send more.
 //!
 //! TLS begins only if the read buffer is empty, so that no octet sent in clear counts as sent under TLS (RFC 3207
-//! section 6). An end of the connection without close_notify is an error (RFC 8314 section 3.4). `shutdown` sends
-//! close_notify only if everything before it was sent. After an error of TLS the peer gets an alert with the reason (RFC
-//! 8446 section 6.2): `start_tls_…` and `close` wait up to 2 seconds for the peer to read it, `shutdown` does not.
+//! section 6). An end of the connection without close_notify is an error (RFC 8314 section 3.4). `shutdown`, and the drop of a
+//! connection, send close_notify only if everything before it was sent. After an error of TLS the peer gets an alert with the
+//! reason (RFC 8446 section 6.2): `start_tls_…` and `close` wait up to 2 seconds for the peer to read it, the others do not.
 
 use std::io::{self, Write};
 use std::mem::{self, MaybeUninit};
@@ -231,9 +231,8 @@ impl Connection {
             return;
         }
         while let Ok(false) = self.flush() {
-            match self.poll_or_time_out(PollFlags::OUT, None, deadline, "") {
-                Ok(_) => {}
-                Err(_) => return,
+            if self.poll_or_time_out(PollFlags::OUT, None, deadline, "").is_err() {
+                return;
             }
         }
         let _ = rustix::net::shutdown(self.output_fd(), rustix::net::Shutdown::Write);
@@ -248,10 +247,14 @@ impl Connection {
 
     /// Sends what the system accepts and closes the connection, without waiting.
     pub fn shutdown(mut self) {
+        let _ = self.flush();
+        self.end();
+    }
+
+    /// Ends TLS and the connection, without waiting. Octets that were not sent are discarded.
+    fn end(&mut self) {
         // If not all octets were sent, a close_notify would make the peer believe that it has all of them.
-        if matches!(self.flush(), Ok(true))
-            && let Some(session) = &mut self.tls
-        {
+        if let (0, Some(session)) = (self.unsent(), &mut self.tls) {
             session.close();
             let _ = self.flush();
         }
@@ -264,6 +267,16 @@ impl Connection {
             && !octets.is_empty()
         {
             left = left.saturating_sub(octets.len());
+        }
+    }
+}
+
+/// A session that has failed, by a 421 of the peer for example, drops its connection. The peer still gets close_notify (RFC
+/// 8446 section 6.1), but no octets that are queued: they may be the end of a message that counts as deferred.
+impl Drop for Connection {
+    fn drop(&mut self) {
+        if self.tls.is_some() {
+            self.end();
         }
     }
 }

@@ -330,11 +330,32 @@ fn the_end_of_a_tls_connection_without_close_notify_is_an_error() {
     let (mut one, mut other) = secured(a, b);
     one.send(b"250 ok\r\n");
     one.flush().unwrap();
-    drop(one);
+    rustix::net::shutdown(one.output_fd(), rustix::net::Shutdown::Write).unwrap();
     assert_eq!(next_line(&mut other), whole(b"250 ok"));
     for _ in 0..2 {
         let error = other.fill().unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
+    }
+}
+
+/// A session that has failed may have queued the end of a message that counts as deferred.
+#[test]
+fn a_dropped_connection_sends_close_notify_and_no_queued_octets() {
+    for queued in ["", ".\r\n"] {
+        let (a, b) = tcp();
+        let (mut one, mut other) = secured(a, b);
+        one.send(queued.as_bytes());
+        drop(one);
+        let cancel = CancelToken::new().unwrap();
+        let found = loop {
+            assert_eq!(other.wait_input(soon(), &cancel).unwrap(), WaitResult::Ready);
+            match other.fill() {
+                Ok(Filled::Nothing) => {}
+                found => break found.map_err(|error| error.kind()),
+            }
+        };
+        let end = if queued.is_empty() { Ok(Filled::End) } else { Err(io::ErrorKind::UnexpectedEof) };
+        assert_eq!(found, end);
     }
 }
 
