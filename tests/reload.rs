@@ -88,7 +88,9 @@ fn a_customer_that_is_added_during_the_start_is_known() {
         });
         place.start();
         let added = add.join().unwrap();
-        assert!(added.status.success(), "{added:?}");
+        let report = String::from_utf8_lossy(&added.stderr);
+        let is_clear = report.contains("`odmr serve` has read it") || report.contains("no `odmr serve` runs here now");
+        assert!(added.status.success() && is_clear, "{delay}: {report}");
         let end = Instant::now() + Duration::from_secs(5);
         while !place.rcpt("bob@example.net").starts_with("250 ") {
             assert!(Instant::now() < end, "{delay}: {added:?}");

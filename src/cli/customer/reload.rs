@@ -33,19 +33,18 @@ pub(super) fn request(config: &ProviderConfig) -> ReloadResult {
     let spool = Spool::new(config, &Ids::system(tls::random));
     let record = spool.reload_record();
     let readings = || CallRecord::read(&record).map_or(0, |record| record.calls);
-    let before = readings();
-    match WakeReason::Reload.send_surely(&config.spool) {
-        Err(error) if [io::ErrorKind::NotFound, io::ErrorKind::ConnectionRefused].contains(&error.kind()) => {
-            // It may run, and have been unable to make the socket.
-            return match spool.is_locked() {
-                Ok(true) => ReloadResult::Unreachable(error),
-                _ => ReloadResult::NotRunning,
-            };
-        }
-        Err(error) => return ReloadResult::Unreachable(error),
-        Ok(()) => {}
-    }
     let late = Instant::now() + RELOAD_WAIT;
+    let before = loop {
+        // Read it anew: a process that starts writes the record before it makes the socket.
+        let before = readings();
+        let Err(error) = WakeReason::Reload.send_surely(&config.spool) else { break before };
+        match [io::ErrorKind::NotFound, io::ErrorKind::ConnectionRefused].contains(&error.kind()) {
+            true if !matches!(spool.is_locked(), Ok(true)) => return ReloadResult::NotRunning,
+            // It starts; or it has been unable to make the socket.
+            true if Instant::now() < late => thread::sleep(RELOAD_PAUSE),
+            _ => return ReloadResult::Unreachable(error),
+        }
+    };
     while Instant::now() < late {
         if let Some(record) = CallRecord::read(&record).filter(|record| record.calls > before) {
             return match record.result {
