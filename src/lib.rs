@@ -21,7 +21,7 @@
 //! `report` are pure: they use no socket, file, clock, random source or thread.
 #![forbid(unsafe_code)]
 
-// The system, time, randomness, the user, the files of an administrator.
+// The system, time, randomness, the user, the files of an administrator, the log.
 pub mod platform;
 pub mod clock;
 pub mod ids;
@@ -29,6 +29,7 @@ pub mod sandbox;
 pub mod privileges;
 pub mod text_file;
 pub mod file_stamp;
+pub mod log_limit;
 pub mod plural;
 pub mod nearest;
 

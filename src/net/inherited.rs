@@ -153,12 +153,8 @@ impl PassedSockets {
 /// [`Acceptor`]: super::listener::Acceptor
 fn listening(socket: OwnedFd) -> Result<TcpListener, &'static str> {
     let address = rustix::net::getsockname(&socket).map_err(|_| "not a socket")?;
-    if SocketAddr::try_from(address).is_err() {
+    if SocketAddr::try_from(address).is_err() || sockopt::socket_type(&socket) != Ok(SocketType::STREAM) {
         return Err("not a TCP socket");
-    }
-    match sockopt::socket_type(&socket) {
-        Ok(SocketType::STREAM) => {}
-        _ => return Err("not a TCP socket"),
     }
     if !platform::is_listening(&socket) {
         return Err("not listening");

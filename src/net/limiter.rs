@@ -30,6 +30,8 @@ use std::time::{Duration, Instant};
 
 use rustix::net::{Shutdown, shutdown};
 
+use crate::log_limit::{LoggedWarnings, may_log};
+
 /// The patience when no place is free: the network of an honest client needs no longer for a command.
 const LEAST_PATIENCE: Duration = Duration::from_secs(5);
 
@@ -41,6 +43,9 @@ const END_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The displaced connections of a listener whose threads may not have ended: a quarter of `all`, but at least this many.
 const FEWEST_ENDING: usize = 8;
+
+/// The maximum of clients whose rejected connections are logged within a minute.
+const LOGGED_LIMIT: usize = 100;
 
 /// The limits of each listener.
 #[derive(Clone, Copy, Debug)]
@@ -82,13 +87,15 @@ struct LimiterState {
     connections: Mutex<Vec<Arc<AcceptedConnection>>>,
     released: Condvar,
     limits: Mutex<ConnectionLimits>,
+    /// By listener and client: the connections that were not admitted.
+    logged: Mutex<LoggedWarnings<(&'static str, IpAddr)>>,
 }
 
 impl ConnectionLimiter {
     /// A limiter without connections.
     pub fn new(limits: ConnectionLimits) -> ConnectionLimiter {
-        let (connections, limits) = (Mutex::default(), Mutex::new(limits));
-        ConnectionLimiter(Arc::new(LimiterState { connections, released: Condvar::new(), limits }))
+        let (connections, limits, logged) = (Mutex::default(), Mutex::new(limits), Mutex::default());
+        ConnectionLimiter(Arc::new(LimiterState { connections, released: Condvar::new(), limits, logged }))
     }
 
     /// Changes the limits. They apply from the next connection on; the present ones stay.
@@ -129,6 +136,12 @@ impl ConnectionLimiter {
         });
         connections.push(accepted.clone());
         Ok(ConnectionPermit { limiter: self.clone(), accepted })
+    }
+
+    /// Whether to log that a connection was not admitted, and how many of that client were not logged: see [`may_log`].
+    pub(super) fn may_log(&self, listener: &'static str, peer: IpAddr, now: Instant) -> Option<usize> {
+        let mut logged = self.0.logged.lock().unwrap_or_else(PoisonError::into_inner);
+        may_log(&mut logged, &[(listener, client_network(peer))], LOGGED_LIMIT, now)
     }
 
     /// Makes room for a connection for which the system has no descriptor or no thread. Displaces the untrusted connections of
@@ -178,10 +191,8 @@ fn make_room(here: &[&AcceptedConnection], known: Option<bool>, limits: &Connect
             places += 1;
         }
         let all_free = limits.all.saturating_sub(places);
-        let free = match is_known {
-            true => all_free,
-            false => all_free.min((limits.all - reserved).saturating_sub(untrusted_unknown)),
-        };
+        let for_unknown = (limits.all - reserved).saturating_sub(untrusted_unknown);
+        let free = if is_known { all_free } else { all_free.min(for_unknown) };
         let is_spared = |other: &&AcceptedConnection| other.is_known && untrusted_known <= reserved;
         let untrusted = here.iter().copied().filter(|other| other.is_untrusted() && (is_known || !is_spared(other)));
         match untrusted.min_by_key(|other| (is_spared(other), other.last_command())) {

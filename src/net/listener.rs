@@ -192,11 +192,13 @@ impl Acceptor {
 
     fn admit(&self, stream: TcpStream, peer: IpAddr, service: &Service) {
         let (name, socket) = (self.name, Arc::new(OwnedFd::from(stream)));
-        let known = self.known.as_ref().map(|known| known(peer));
-        let permit = match self.limiter.admit(name, &socket, peer, known, Instant::now()) {
+        let (known, now) = (self.known.as_ref().map(|known| known(peer)), Instant::now());
+        let permit = match self.limiter.admit(name, &socket, peer, known, now) {
             Ok(permit) => permit,
             Err(reason) => {
-                log::warn!("event=too-many-connections listener={name} peer={peer}");
+                if let Some(others) = self.limiter.may_log(name, peer, now) {
+                    log::warn!("event=too-many-connections listener={name} peer={peer} times={}", others + 1);
+                }
                 return self.reject(&socket, reason);
             }
         };
@@ -218,10 +220,7 @@ impl Acceptor {
     fn reject(&self, socket: &OwnedFd, reason: NotAdmitted) {
         if self.greets {
             let mut octets = Vec::new();
-            let enhanced = match reason {
-                NotAdmitted::Full => "4.3.2",
-                NotAdmitted::TooManyOfClient => "4.7.0",
-            };
+            let enhanced = if reason == NotAdmitted::Full { "4.3.2" } else { "4.7.0" };
             Reply::new(421, enhanced, "Too many connections, try again later").write_to(&mut octets);
             let _ = rustix::net::send(socket, &octets, SendFlags::DONTWAIT);
         }

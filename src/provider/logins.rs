@@ -16,10 +16,10 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags};
 
-use super::log_limit::{LoggedWarnings, may_log};
 use super::login_table::{Admission, AttemptEnd, AttemptOrigin, ClientNetwork, LoginTable, Subject};
 use crate::clock::Clock;
 use crate::file_stamp::FileStamp;
+use crate::log_limit::{LoggedWarnings, may_log};
 use crate::maildir::{replace_file, wait_for_state_file, with_path};
 use crate::net::cancel::{CancelToken, poll};
 use crate::net::trace::quoted;

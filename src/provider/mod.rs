@@ -8,7 +8,6 @@
 //! relay: mail from customers to the world
 //! ```
 
-pub mod log_limit;
 pub mod quota;
 pub mod spool;
 pub mod status;
@@ -113,12 +112,9 @@ pub enum StartError {
 
 impl fmt::Display for StartError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            StartError::Config(text)
-            | StartError::System(text, _)
-            | StartError::Spool(text)
-            | StartError::Busy(text) => f.write_str(text),
-        }
+        use StartError::{Busy, Config, Spool, System};
+        let (Config(text) | System(text, _) | Spool(text) | Busy(text)) = self;
+        f.write_str(text)
     }
 }
 

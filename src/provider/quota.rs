@@ -10,8 +10,8 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
-use super::log_limit::{LoggedWarnings, may_log};
 use crate::config::{Account, Accounts, OverQuota};
+use crate::log_limit::{LoggedWarnings, may_log};
 use crate::mail::address::Domain;
 use crate::maildir::{LimitExceeded, Maildir, Usage, UsageLimit};
 use crate::net::trace::quoted;

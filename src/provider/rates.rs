@@ -24,8 +24,8 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::log_limit::{LoggedWarnings, may_log};
 use crate::clock::Clock;
+use crate::log_limit::{LoggedWarnings, may_log};
 use crate::maildir::{wait_for_state_file, with_path};
 use crate::net::trace::quoted;
 use crate::smtp::reply::Reply;

@@ -254,3 +254,18 @@ fn the_connections_of_each_listener_are_counted_separately() {
     let _permits = [admit("inbound").unwrap(), admit("odmr").unwrap()];
     assert_eq!(admit("odmr").err(), Some(NotAdmitted::TooManyOfClient));
 }
+
+/// Otherwise a client that connects again and again could fill the disk with lines of the log.
+#[test]
+fn rejected_connections_of_a_client_are_logged_once_a_minute() {
+    let crowd = Crowd::new(1, 1);
+    let may_log = |listener, peer: &str, second: u64| {
+        crowd.limiter.may_log(listener, peer.parse().unwrap(), crowd.at(second * 1000))
+    };
+    let same = [("2001:db8::1", 0), ("2001:db8::2", 1), ("2001:db8::1", 59), ("2001:db8::1", 60)];
+    assert_eq!(same.map(|(peer, second)| may_log("odmr", peer, second)), [Some(0), None, None, Some(2)]);
+    assert_eq!([may_log("inbound", "2001:db8::1", 60), may_log("odmr", "2001:db8:0:1::1", 60)], [Some(0); 2]);
+    // Nor can many clients.
+    let clients = (0..200).filter(|n| may_log("odmr", &format!("192.0.2.{n}"), 61).is_some());
+    assert_eq!(clients.count(), LOGGED_LIMIT - 3);
+}
