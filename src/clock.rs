@@ -1,7 +1,7 @@
 //! Time: the clock of this machine, timestamps, days and time zones.
 //!
-//! Code that depends on the time of day uses [`Clock`], so that a test can stop it with [`Clock::Fixed`] and knows the
-//! dialogue in advance. Deadlines are `std::time::Instant`s and do not use this file.
+//! Code that depends on the time of day uses [`Clock`], so that a test can stop it with [`Clock::Fixed`]. Deadlines are
+//! `std::time::Instant`s and do not use this file.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -52,8 +52,8 @@ pub struct Timestamp {
     seconds: i64,
 }
 
-/// 2025-01-01T00:00:00Z: this program did not exist before. A clock without a battery starts in 1970, in 2000 or in the
-/// year in which the system was built.
+/// 2025-01-01T00:00:00Z: this program did not exist before that. A clock without a battery starts in 1970, in 2000 or
+/// in the year in which the system was built.
 const EARLIEST_POSSIBLE: i64 = 1_735_689_600;
 
 /// Seconds by which the clocks of machines that share a directory may differ: an hour.

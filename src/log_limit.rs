@@ -1,4 +1,4 @@
-//! Bounds how often the log has the same warning: otherwise clients that cause it could fill the disk.
+//! Limits how often a warning is logged: otherwise clients that cause it could fill the disk.
 
 use std::collections::HashMap;
 use std::hash::Hash;

@@ -1,6 +1,6 @@
-//! Differences between Unix systems: calls that macOS or a BSD lacks, or has with other types than Linux.
+//! Calls that macOS or a BSD lacks, or has with other types than Linux.
 //!
-//! Other files depend on the system only for calls that exist on one system only: rtnetlink, TCP_QUICKACK, renameat2.
+//! Outside this file, only calls that one system alone has depend on the system: rtnetlink, TCP_QUICKACK, renameat2.
 
 use std::ffi::CStr;
 use std::io;

@@ -122,8 +122,8 @@ impl SystemUser {
         }
     }
 
-    /// Makes this process run as this user, with all the user's groups. Call it before there are threads: they would stay
-    /// root.
+    /// Makes this process run as this user, with all the user's groups. Call it before threads are started: they would
+    /// stay root.
     ///
     /// # Errors
     ///
@@ -145,7 +145,7 @@ impl SystemUser {
     }
 }
 
-/// The user who runs this process, for sendmail(8).
+/// The user of this process, for sendmail(8).
 #[derive(Clone, Debug, Default)]
 pub struct LoginUser {
     /// The real user id of the process.

@@ -12,12 +12,13 @@
 //! crate for them would be used here, with the directories that Landlock gets. Capsicum cannot be used: after cap_enter(2) no
 //! file can be opened by its path, and this program opens all files by path.
 //!
-//! Landlock restricts files only. Connections, also to sockets that are files (LMTP, syslogd, supervisors), and signals are
-//! not restricted. No program is executed. The rules are for directories with all their files, because files are replaced
-//! by others of the same name: certificates, resolv.conf, the files of customers. The process may read each directory in
-//! which it has read an administrator's file before ([`note_file`]) and those of the system's files, and write the directories
-//! of mail. A directory that is replaced by another one (a symbolic link that was changed, another file system in its place)
-//! is outside: then the process must be started again, and the error says so ([`explain`]).
+//! Landlock restricts files only. Connections, also to sockets that are files (LMTP, syslogd, supervisors), and signals
+//! are not restricted. No program is executed. The rules are for directories with all their files, because files are
+//! replaced by others of the same name: certificates, resolv.conf, the files of customers. The process may read each
+//! directory in which it has read an administrator's file before ([`note_file`]) and those of the system's files, and
+//! write the directories of mail. A directory that is replaced by another one (a symbolic link that was changed,
+//! another file system in its place) is outside: then the process must be restarted, as the error reports
+//! ([`explain`]).
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
@@ -244,12 +245,12 @@ pub fn check_writable(path: &Path) -> Result<(), String> {
     }
 }
 
-/// The error of reading a path; if the sandbox has caused it, with a text that says so.
+/// The error of reading a path, with another text if the sandbox has caused it.
 pub fn explain(path: &Path, error: io::Error) -> io::Error {
     explain_if(|permitted| !permitted.may_read(path), error)
 }
 
-/// The error of using a path in a directory of mail; if the sandbox has caused it, with a text that says so.
+/// The error of using a path in a directory of mail, with another text if the sandbox has caused it.
 pub fn explain_mail(path: &Path, error: io::Error) -> io::Error {
     explain_if(|permitted| !permitted.may_write(path), error)
 }
@@ -268,7 +269,7 @@ fn explain_if(is_outside: impl Fn(&Permitted) -> bool, error: io::Error) -> io::
 ///
 /// # Errors
 ///
-/// The system has no such restriction, or forbids it; the text says which. The thread is not restricted.
+/// The system has no such restriction, or forbids it; the text has the reason. The thread is not restricted.
 pub fn enter(
     directories: &[MailDirectory], in_thread: impl FnOnce(Box<dyn FnOnce() + Send>),
 ) -> Result<String, String> {

@@ -1,7 +1,7 @@
 //! Reading the text files that an administrator writes: TOML, aliases, secrets, certificates and keys.
 //!
-//! Editors differ. A byte order mark at the beginning is not part of the text. Lines may end in CRLF, and the last line may
-//! have no end: each parser of these texts accepts that.
+//! A byte order mark at the beginning is not part of the text. Lines may end in CRLF, and the last line may have no
+//! end: each parser of these texts accepts that.
 
 use std::fs::OpenOptions;
 use std::io::{self, Read};
@@ -81,7 +81,7 @@ mod tests {
             assert_eq!(write_and_read(text.as_bytes()).unwrap(), text.trim_start_matches('\u{feff}').as_bytes());
             assert_eq!(write_and_read(format!("\u{feff}{text}").as_bytes()).unwrap(), text.as_bytes(), "{text:?}");
         }
-        // Other encodings and binary files are left to the parsers.
+        // The parsers reject other encodings and binary files.
         for octets in [&b"\xe4 = 1\n"[..], b"\xef\xbb", b"\xff", b"abcd\0"] {
             assert_eq!(write_and_read(octets).unwrap(), octets);
         }

@@ -52,7 +52,7 @@ fn each_failure_is_one_line_on_stderr() {
         assert!(error.lines().count() == 1 && result.stdout.is_empty(), "{arguments:?}: {error}");
     };
     check(64, &[], "a subcommand is missing: serve, pull, check, status, queue, ");
-    check(64, &[], " or send; `odmr help` says what each does");
+    check(64, &[], " or send; `odmr help` describes each");
     check(64, &["sreve"], "no such subcommand: sreve; did you mean serve? try `odmr -h`");
     check(64, &["help", "chekc"], "no such subcommand: chekc; did you mean check?");
     check(64, &["some\u{1b}[2Jthing\u{9b}2J"], "no such subcommand: some\\x1b[2Jthing\\x9b2J; try `odmr -h`");

@@ -399,7 +399,7 @@ fn a_customers_daemon_stays_in_its_root_and_has_the_new_limits() {
         config("other", "[limits]\nconnections-per-address = 1\n");
         daemon.signal(Signal::HUP);
         let line = daemon.wait_for("event=restart-needed");
-        assert!(line.ends_with("reason=\"`root` changed, and stays as it was until then\""), "{line}");
+        assert!(line.ends_with("reason=\"`root` changed, which takes effect after a restart\""), "{line}");
         daemon.wait_for("event=reloaded");
         let mut session = Client::connect(&address);
         assert!(session.send("bob@example.org", "alice@example.org", 1).starts_with("250 "), "{number}");

@@ -160,7 +160,7 @@ fn a_provider_may_read_only_the_directories_that_it_has_named_at_the_start() {
     place.provider("../other", "../customers");
     let failed = reload(&mut serve, "event=reload-failed");
     assert!(failed.contains("cert.pem: ") && failed.contains(OUTSIDE), "{failed}");
-    assert!(failed.ends_with("consequence=\"the old configuration holds\""), "{failed}");
+    assert!(failed.ends_with("consequence=\"the old configuration stays in effect\""), "{failed}");
     place.provider("../live", "../other");
     let failed = reload(&mut serve, "event=reload-failed");
     assert!(failed.contains("other cannot be read: ") && failed.contains(OUTSIDE), "{failed}");

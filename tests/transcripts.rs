@@ -67,7 +67,7 @@
 //! - `== only these calls ==`: the play fails if the customer calls again after the dialogue. Otherwise it gets 453 then.
 //!
 //! `== tls with NAME ==` and `== connect odmr-tls with NAME [as NAME] ==`: the TLS server must ask for a certificate, and the
-//! client shows that of this name: `me`, `renewed` and `expired` have one key, `other` and `stranger` each another; `none`: it
+//! client shows that of this name: `me`, `renewed` and `expired` have one key, `other` and `third` each another; `none`: it
 //! shows none. Without `with` the program may not ask. `NAME.pem` and `NAME.key` exist if a file names the first.
 //!
 //! # Files

@@ -20,7 +20,7 @@ use crate::smtp::extensions::AccountDomains;
 ///
 /// # Errors
 ///
-/// The system's.
+/// The errors of the system.
 pub(super) fn run(config: &CustomerConfig, path: &Path, report: &mut CheckReport) -> Result<(), ExitError> {
     let (ids, cancel) = (Ids::system(tls::random), CancelToken::new()?);
     let accept = line_of_key(path, &["mailboxes", "accept"]);
@@ -78,21 +78,22 @@ fn check_login(provider: &ProviderAccount, found: &Probe, report: &mut CheckRepo
         let address = &provider.remote.address;
         if found.mechanism != Some(Mechanism::External) {
             report.warn(provider.certificate_error(format!(
-                "{address} does not know this certificate, so we have logged in by {mechanism}: give its operator the pin of \
-                 it, for `certificate` in the file of the account"
+                "{address} does not know this certificate, so the login was by {mechanism}: send the certificate's pin to its \
+                 operator, for `certificate` in the file of the account"
             )));
         } else if version == Some("TLSv1.2") {
             // RFC 5246 section 7.4.6; TLS 1.3 encrypts it.
             report.warn(provider.certificate_error(format!(
-                "{address} uses TLS 1.2, which sends this certificate in clear text: anybody who reads the connection sees \
-                 which customer calls; ask its operator for TLS 1.3"
+                "{address} uses TLS 1.2, which sends this certificate in clear text: an eavesdropper sees which \
+                 customer calls; ask its operator for TLS 1.3"
             )));
         }
     }
     (version.map_or_else(String::new, |version| format!(" under {version}")), mechanism)
 }
 
-/// Warns of the end of the provider's certificate: with a pin it is trusted after it, but other customers cannot call then.
+/// Warns of the end of the provider's certificate: a customer with a pin trusts it after its end too, others cannot
+/// call then.
 fn check_validity(provider: &ProviderAccount, found: &Probe, report: &mut CheckReport) {
     let validity = found.certificate.as_ref().and_then(|certificate| validity(certificate, Clock::System.now()));
     if let Some((until, days)) = validity.filter(|(_, days)| *days < DAYS_TO_RENEW) {
@@ -102,7 +103,7 @@ fn check_validity(provider: &ProviderAccount, found: &Probe, report: &mut CheckR
     }
 }
 
-/// Compares the domains of an account with those that are asked for and those that are accepted.
+/// Compares the domains of an account with `domains` and `accept` of the configuration.
 fn check_domains(
     config: &CustomerConfig, provider: &ProviderAccount, listed: &AccountDomains, accept: &SourceLine,
     report: &mut CheckReport,

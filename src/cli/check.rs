@@ -1,10 +1,10 @@
-//! `odmr check`: finds the errors of a configuration, and what it names, without binding; it connects only with
-//! `--call`, and asks name servers only with `--dns`.
+//! `odmr check`: finds the errors in a configuration and in the files that it names. It binds no ports, connects only
+//! with `--call`, and asks name servers only with `--dns`.
 //!
-//! It reports all errors, each with the file, the line and what to do, and ends with exit code 1 if there are any. A warning
-//! is about what works, but is probably a mistake. `--address` prints where mail for an address goes, and by which rule;
-//! `--print` prints the configuration that is in force; `--call` logs in to each provider; `--dns` prints the records of DNS
-//! as they are and as they should be.
+//! It reports all errors, each with the file, the line and what to do, and ends with exit code 1 if there are any. A
+//! warning is about a setting that works, but is probably a mistake. `--address` prints where mail for an address goes,
+//! and by which rule; `--print` prints the configuration that is in force; `--call` logs in to each provider; `--dns`
+//! prints the records of DNS as they are and as they should be.
 
 use std::cell::Cell;
 use std::ffi::OsStr;
@@ -171,7 +171,8 @@ impl<'a> Places<'a> {
     }
 }
 
-/// Checks what a file names, with the rights of the owner of the mail where the program would have them. Returns the summary.
+/// Checks the files and directories that a configuration names, with the rights of the owner of the mail if the program
+/// would have these. Returns the summary.
 fn check_named(
     config: &Config, path: &Path, places: &Places<'_>, report: &mut CheckReport,
 ) -> Result<String, ExitError> {
@@ -180,7 +181,7 @@ fn check_named(
         && let Some(files) = &config.tls
     {
         check_certificate(files, &config.hostname, report);
-        // With `user`, its rights are tried below.
+        // With `user`, the rights of that user are checked below.
         if config.owner.is_none() {
             check_key_owner(files, &config.spool, report);
         }
@@ -198,8 +199,8 @@ fn check_named(
     }
 }
 
-/// As root, becomes the owner of the mail, and reports what a reload could not read as that user. Returns the owner that
-/// this process has become; `None`: it has stayed what it is.
+/// As root, becomes the owner of the mail, and reports the files that a reload could not read as that user. Returns the
+/// owner that this process has become; `None`: it is the same user as before.
 fn take_rights(
     config: &Config, path: &Path, known: &[String], report: &mut CheckReport,
 ) -> Result<Option<SystemUser>, ExitError> {
@@ -400,7 +401,7 @@ fn check_unowned(places: &Places<'_>, config: &ProviderConfig, report: &mut Chec
     }
 }
 
-/// Warns of held mail that is returned to its senders as soon as expiry begins: after an upgrade, or with a shorter time.
+/// Warns of held mail that `odmr serve` would return to its senders at once: after an upgrade, or with a shorter time.
 fn check_expired(config: &ProviderConfig, report: &mut CheckReport) {
     let ids = Ids::system(tls::random);
     let (spool, history) = (Spool::new(config, &ids), ClockWatch::new(&config.spool, ids.clock()).history());
@@ -445,7 +446,7 @@ fn check_descriptors(line: &SourceLine, needed: usize, report: &mut CheckReport)
     }
 }
 
-/// Returns the customer's providers and its accounts there, for the summary. `login`: the user who runs this.
+/// Returns the customer's providers and its accounts there, for the summary. `login`: the user of this process.
 fn check_customer(config: &CustomerConfig, places: &Places<'_>, login: &str, report: &mut CheckReport) -> String {
     check_owner(&places.root, &config.mailboxes.root, rustix::process::geteuid().as_raw(), report);
     for provider in &config.providers {
@@ -507,7 +508,7 @@ fn check_owner(line: &SourceLine, root: &Path, user: u32, report: &mut CheckRepo
     }
 }
 
-/// Notes mailboxes with new mail that no rule leads to any more: the user is not in `accept` now, or has another mailbox.
+/// Notes mailboxes with new mail to which no rule leads: the user was removed from `accept`, or has another mailbox.
 fn note_left_mailboxes(line: &SourceLine, mailboxes: &MailboxesConfig, report: &mut CheckReport) {
     let (root, rules) = (&mailboxes.root, &mailboxes.rules);
     let is_in_another_root = |path: &Path| rules.maildir_roots().any(|other| other != root && path.starts_with(other));
@@ -537,14 +538,14 @@ fn mailbox_of_directory(root: &Path, path: &Path) -> Option<Mailbox> {
     recipients::address(local, &domain).filter(|_| directory_name(local) == local)
 }
 
-/// Warns of each user whose DSNs would have no mailbox: root, as whom cron sends mail, and `user`, who runs this. `domain`:
-/// that of their addresses.
+/// Warns if DSNs for a user have no mailbox: for root, as which cron sends mail, and for `user`, the user of this
+/// process. `domain`: that of their addresses.
 fn warn_of_senders(mailboxes: &MailboxesConfig, domain: &Domain, user: &str, report: &mut CheckReport) {
     for name in ["root", user].iter().take(if user == "root" { 1 } else { 2 }) {
-        // Whether mail for a domain elsewhere has a mailbox is not known here.
+        // This program does not know the mailboxes of other domains.
         let Some(sender) = user_mailbox(name, domain).filter(|_| mailboxes.rules.serves(domain)) else { continue };
         let resolved = mailboxes.rules.resolve(&ForwardPath::Mailbox(sender.clone()), &mailbox_exists);
-        // An alias that is not served has a warning of its own.
+        // An alias with a target that is not served has its own warning.
         if resolved.is_err_and(|reply| reply.severity() == Severity::Permanent) {
             let home = mailboxes.rules.home();
             let text = format!(
@@ -599,8 +600,9 @@ fn explain(rules: &RecipientRules, addresses: &[String]) -> Result<(), ExitError
         print(&format!("{text}\n"))?;
     }
     if let Some(error) = unseen.take() {
-        let text =
-            format!("it cannot be seen whether a mailbox exists: {error}; be the owner of the mailboxes, or mend that");
+        let text = format!(
+            "cannot find out whether a mailbox exists: {error}; be the owner of the mailboxes, or correct that"
+        );
         return Err(check_error(text));
     }
     match rejected {

@@ -19,12 +19,12 @@ pub(super) struct CheckReport {
 }
 
 impl CheckReport {
-    /// Forgets the warnings.
+    /// Removes the warnings.
     pub fn drop_warnings(&mut self) {
         self.warnings.clear();
     }
 
-    /// Adds an error, unless it is there already.
+    /// Adds an error, unless the report has it already.
     pub fn error(&mut self, text: impl ToString) {
         let text = text.to_string();
         if !self.errors.contains(&text) {
@@ -37,7 +37,7 @@ impl CheckReport {
         self.warnings.push(text.to_string());
     }
 
-    /// Adds a note, unless it is there already.
+    /// Adds a note, unless the report has it already.
     pub fn note(&mut self, text: impl ToString) {
         let text = text.to_string();
         if !self.notes.contains(&text) {

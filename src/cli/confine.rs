@@ -1,7 +1,7 @@
 //! The directories that a provider or a customer needs after its start; the kernel denies it all others ([`sandbox`]).
 //!
-//! It is called when this process has become the user that it stays, has bound its listeners, and has read its configuration
-//! with all that it names; and before there are threads other than that of the log.
+//! Call these functions after this process has become its final user, has bound its listeners, and has read its
+//! configuration with the files that it names; and before it starts threads other than that of the log.
 
 use std::path::Path;
 
@@ -14,7 +14,7 @@ use crate::net::trace::quoted;
 use crate::provider::spool::SPOOL_DEPTH;
 use crate::sandbox::{self, MailDirectory};
 
-/// Denies a provider all that it does not need. `is_daemon`: it logs what is in force at level `info`, others at `debug`.
+/// Denies a provider all other directories. `is_daemon`: logs the restrictions at level `info` instead of `debug`.
 pub(super) fn confine_provider(spool: &Path, is_daemon: bool) {
     prepare_directory(spool, Some(0o700));
     // Each queue may be a symbolic link.
@@ -28,14 +28,14 @@ pub(super) fn confine_customer(config: &CustomerConfig, is_daemon: bool) {
     enter(directories.into_iter().map(|(directory, _)| directory), is_daemon);
 }
 
-/// The same for a user who submits mail, or looks at the queue; no directory is made for that.
+/// The same for a user that submits mail or lists the queue; no directory is made.
 pub(super) fn confine_sender(config: &CustomerConfig) {
     let directories = store::mail_directories(config);
     directories.iter().for_each(|(directory, _)| prepare_directory(&directory.path, None));
     enter(directories.into_iter().map(|(directory, _)| directory), false);
 }
 
-/// The same for a user who submits mail to the daemon: only a long message is stored, in a file without a name.
+/// The same for a user that submits mail to the daemon: only a long message is stored, in a file without a name.
 pub(super) fn confine_submitter() {
     enter([MailDirectory { path: temporary_directory(), depth: 0 }], false);
 }

@@ -1,7 +1,7 @@
-//! `odmr customer`: a provider's administrator adds, lists, shows and removes customers, beside a running `odmr serve`.
+//! `odmr customer`: a provider's administrator adds, lists, shows and removes customers, even while `odmr serve` runs.
 //!
-//! The customer's own file is written to stdout, and what is for a person to stderr. A change is in force when its file is
-//! there; a running `serve` reads it at once.
+//! The customer's own file is written to stdout, messages for the administrator to stderr. A customer exists as soon as
+//! its file does; a running `serve` reads it at once.
 
 mod block;
 mod reload;
@@ -87,7 +87,7 @@ pub(super) fn run(matches: &Matches) -> Result<(), ExitError> {
 
 /// Adds a customer.
 fn add(path: &Path, name: &str, domains: &[&str], pins: &[String]) -> Result<(), ExitError> {
-    // Each file and directory is made with a mode of its own.
+    // Each file and directory is made with its own mode.
     platform::set_umask(0o022);
     check_customer_name(name)?;
     let command = format!("odmr customer -c {} add {name}", path.display());
@@ -111,7 +111,7 @@ fn add(path: &Path, name: &str, domains: &[&str], pins: &[String]) -> Result<(),
     let text = account_text(&domains, secret.as_deref(), pins);
     check_new_account(&file, &text, config.tls.is_some())?;
     let opening = secret.as_deref().map_or(Opening::Certificate, Opening::Secret);
-    // Before the account exists: if the secret cannot be printed, there is no account, and the command can be repeated.
+    // Print before the account is made: if that fails, there is no account, and the command can be repeated.
     print_secret(&block_for(&config, name, &domains, &opening, true))?;
     let group = group_of_files(&places, path)?;
     create_file_durably(&file, &text, 0o640, group).map_err(|error| {
@@ -145,7 +145,7 @@ fn typed_domains(texts: &[&str], command: &str) -> Result<Vec<Domain>, ExitError
     for text in texts {
         let domain = typed_domain(text, command, "example.org")?;
         if domains.contains(&domain) {
-            return Err(ExitError::new(Sysexit::DataError, format!("{domain} is there twice: type it once")));
+            return Err(ExitError::new(Sysexit::DataError, format!("{domain} is given twice: type it once")));
         }
         domains.push(domain);
     }
@@ -359,11 +359,11 @@ fn held<'a>(config: &ProviderConfig, domains: &'a [Domain]) -> Vec<(&'a Domain, 
 fn amount(messages: &io::Result<usize>) -> String {
     match messages {
         Ok(messages) => counted(*messages, "message", "messages"),
-        Err(error) => format!("it cannot be seen how much ({error})"),
+        Err(error) => format!("the amount is unknown ({error})"),
     }
 }
 
-/// How much mail is held for domains that no customer has any more, and what to do with it.
+/// The mail that is held for domains without a customer, and what to do with it.
 fn held_report(config: &ProviderConfig, path: &Path, domains: &[Domain]) -> String {
     let (mut text, file) = (String::new(), shell_word(path));
     for (domain, messages) in held(config, domains) {

@@ -2,7 +2,7 @@
 //!
 //! The provider holds one message for the customer, and another waits in the customer's outgoing queue. In one call the
 //! customer sends its message to the provider and, after the turn, receives the other. Only the certificate and the two
-//! messages are made for the demonstration; the rest is what `serve`, `send` and `pull` do.
+//! messages are made for the demonstration; everything else is done as by `serve`, `send` and `pull`.
 //!
 //! `--explain` prints `doc/tour.md`, with the lines of this run in place of those in the document.
 

@@ -75,8 +75,8 @@ struct DomainPlan<'a> {
     sent_by: SentBy<'a>,
 }
 
-/// The certificates in [tls] of a provider, its own first; none: it has no TLS, or the file cannot be read, which `odmr
-/// check` reports. Root reads them before it becomes the owner of the mail.
+/// The certificates in `[tls]` of a provider, its own first; none: it has no TLS, or the file cannot be read, which
+/// `odmr check` reports. Root reads them before it becomes the owner of the mail.
 pub(super) fn certificates(config: &Config) -> Vec<CertificateInfo> {
     let Config::Provider(config) = config else { return Vec::new() };
     let load = |files: &TlsFiles| CertificateInfo::load_chain(&files.certificate).ok();
@@ -266,7 +266,7 @@ fn judge_domain(plan: &DomainPlan<'_>, lookups: &DnsLookups) -> Vec<DnsFinding> 
 }
 
 /// The records that a provider needs, in the form of a zone file: A and AAAA of the addresses of this machine that the world
-/// may reach, or a comment in their place, SPF, PTR, and TLSA for `certificate`, that of [tls].
+/// may reach, or a comment in their place, SPF, PTR, and TLSA for `certificate`, that of `[tls]`.
 pub(super) fn provider_records(hostname: &str, certificate: Option<&CertificateInfo>) -> Vec<String> {
     let Some(host) = Domain::parse(hostname) else { return Vec::new() };
     let own = world_addresses();
@@ -279,7 +279,7 @@ pub(super) fn provider_records(hostname: &str, certificate: Option<&CertificateI
     }
     records.push(txt_line(&host, b"v=spf1 a -all"));
     if !own.is_empty() {
-        records.push("; whoever provides the address sets this:".to_owned());
+        records.push("; your Internet provider sets this:".to_owned());
         let pointer = |address: &IpAddr| zone_line(&reverse_name(*address), "PTR", &format!("{host}."));
         records.extend(own.iter().map(pointer));
     }

@@ -1,6 +1,7 @@
 //! Exit codes: the one place where each failure of the program gets its code of sysexits.h.
 //!
-//! Programs that call `odmr send` decide by it what to do with their message, and supervisors whether to try again.
+//! By the code, programs that call `odmr send` decide what to do with their message, and supervisors decide whether to
+//! try again.
 
 use std::io;
 use std::path::Path;
@@ -56,7 +57,7 @@ impl Sysexit {
     }
 }
 
-/// Why the program fails: its exit code, and one line for the user; empty: nothing is printed.
+/// A failure of the program: its exit code, and one line for the user; empty: nothing is printed.
 #[derive(Debug)]
 pub(super) struct ExitError {
     pub code: Sysexit,

@@ -1,4 +1,4 @@
-//! `odmr expire`: what `serve` does once a minute, for cron where only inetd mode is used.
+//! `odmr expire`: makes the pass that `serve` makes once a minute; for cron, on machines that use inetd mode only.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -31,7 +31,7 @@ that by itself once a minute; where it runs only with --inetd, cron runs this on
 /// How long to wait for a session that has a queue.
 const LOCK_WAIT: Duration = Duration::from_secs(5);
 
-/// The reporter of a command beside `serve`: no relay runs here, so each DSN wakes the one of `serve`.
+/// The reporter of a command: this process runs no relay, so each DSN wakes the relay of `serve`.
 pub(super) fn reporter_beside_serve(config: &ProviderConfig, spool: &Arc<Spool>, ids: &Ids) -> Reporter {
     let relay = relay::channel(&config.spool).handle;
     let sink = SpoolDsnSink { spool: spool.clone(), relay, ids: ids.clone() };

@@ -12,7 +12,7 @@ impl SupervisedConnection {
     ///
     /// # Errors
     ///
-    /// Descriptor 0 or 1 is closed, or this process may not open more.
+    /// Descriptor 0 or 1 is closed, or the limit of descriptors is reached.
     pub(super) fn from_supervisor() -> io::Result<SupervisedConnection> {
         let input = rustix::io::fcntl_dupfd_cloexec(io::stdin(), 3)?;
         let is_socket = rustix::net::sockopt::socket_type(&input).is_ok();

@@ -1,4 +1,4 @@
-//! JSON (RFC 8259), written by hand: the status needs no more than this.
+//! JSON (RFC 8259): only the parts that the status needs.
 
 use std::fmt::{self, Write};
 

@@ -24,7 +24,7 @@ const LINE_OVERHEAD: usize = 64;
 /// The begin of the line that counts lost ones.
 const LOSS_REPORT: &str = "event=log-lost ";
 
-/// A line of the log, without what its target adds.
+/// A line of the log, without the parts that its target adds.
 pub(super) struct LogLine {
     pub level: Level,
     /// Microseconds since 1970.
@@ -54,7 +54,7 @@ pub(super) trait LogSink: Send {
 pub(super) struct LogQueue {
     state: Mutex<QueueState>,
     changed: Condvar,
-    /// Only if the system has no thread for it: then each line is written where it is logged.
+    /// Only if the system has no thread for the log: then the thread that logs a line writes it.
     direct: Option<Mutex<Box<dyn LogSink>>>,
 }
 
@@ -67,7 +67,7 @@ struct QueueState {
     lost: u64,
     /// The last line could not be written.
     is_failing: bool,
-    /// What the thread does next.
+    /// A task for the thread, before the next line.
     task: Option<Box<dyn FnOnce() + Send>>,
 }
 
@@ -148,7 +148,7 @@ impl LogQueue {
                 log::error!("event=log-lost lines={reported}");
                 state = self.lock();
             }
-            // Not before: `wait_until_written` must not end before the report.
+            // Subtract only now: `wait_until_written` must not end before the report.
             state.octets = state.octets.saturating_sub(line.text.len() + LINE_OVERHEAD);
             state.lines.pop_front();
             if state.lines.is_empty() {

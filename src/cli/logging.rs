@@ -1,6 +1,6 @@
-//! Where log lines go, which of them, and how they look.
+//! The log: its target, its level, and the form of its lines.
 //!
-//! They go to stderr, or with `--syslog`, and under inetd where stderr is the connection, to the system log. Each line is
+//! Lines go to stderr; with `--syslog`, and under inetd if stderr is the connection, to the system log. Each line is
 //! one event of `doc/log.md`, or at level `debug` one line of a dialogue. A thread writes them ([`LogQueue`]).
 
 use std::io::{self, IoSlice, Write};
@@ -159,7 +159,8 @@ pub(super) fn report_failure(program: &str, text: &str, inetd: bool) {
     }
 }
 
-/// Waits until the log is written, and returns whether it is. What a syslogd that hangs does not accept goes to stderr.
+/// Waits until the log is written, and returns whether it is. If syslogd hangs, the lines that it does not accept go to
+/// stderr.
 pub(super) fn write_out() -> bool {
     let Some(log) = LOG.get() else { return true };
     if log.queue.wait_until_written(log.end_timeout) || !log.in_syslog {
@@ -203,7 +204,7 @@ fn stderr_is_journal() -> bool {
     journal == format!("{}:{}", stderr.st_dev, stderr.st_ino)
 }
 
-/// How lines look on stderr.
+/// The form of lines on stderr.
 #[derive(Clone, Copy)]
 struct StderrFormat {
     /// The time is before each line.

@@ -64,7 +64,7 @@ odmr: On-Demand Mail Relay (RFC 2645), provider and customer in one program
     odmr customer -c FILE  adds, lists, shows and removes a provider's customers
     odmr secret           makes what a provider stores in place of a customer's secret
     odmr queue -c FILE    lists, shows, removes, bounces, retries, exports and imports messages
-    odmr expire -c FILE   lets held mail expire, as `odmr serve` does; for cron, beside `odmr serve --inetd`
+    odmr expire -c FILE   lets held mail expire, as `odmr serve` does; for cron, with `odmr serve --inetd`
     odmr demo             provider and customer on loopback, with the dialogue
 
     odmr help [WORD]      this page, that of a subcommand, or `exit-codes`
@@ -196,7 +196,8 @@ pub fn main() -> ExitCode {
     if inetd && inetd::keep_stderr_out_of_connection().is_err() {
         return ExitCode::from(Sysexit::OsError as u8);
     }
-    // It cannot fail: SIGXFSZ may be caught. Without it, a write beyond the limit ends the process.
+    // It cannot fail, because SIGXFSZ can be caught. Uncaught, it would end the process at a write beyond the limit of
+    // file sizes.
     let _ = process::catch_file_size_signal();
     let called = std::env::args_os().next().unwrap_or_default();
     let name = Path::new(&called).file_name();
@@ -222,7 +223,7 @@ fn run(arguments: &[String]) -> Result<(), ExitError> {
     let Some((word, rest)) = arguments.split_first() else {
         let mut names: Vec<_> = SUBCOMMANDS.iter().map(Subcommand::word).collect();
         names.dedup();
-        let text = format!("a subcommand is missing: {} or send; `odmr help` says what each does", names.join(", "));
+        let text = format!("a subcommand is missing: {} or send; `odmr help` describes each", names.join(", "));
         return Err(ExitError::new(Sysexit::Usage, text));
     };
     let side = rest.first().map(|side| format!("{word} {side}"));
@@ -273,7 +274,7 @@ impl Subcommand {
             return print_fitted(&usage);
         }
         if let Some(word) = matches.free.first().filter(|_| self.arguments.is_empty()) {
-            return Err(ExitError::usage(format!("{} takes no argument {word:?}", self.name), &hint));
+            return Err(ExitError::usage(format!("{} has no argument {word:?}", self.name), &hint));
         }
         if self.has_config && !matches.opt_present("config") {
             let side = if self.name == "pull" { "customer" } else { "provider" };
@@ -296,7 +297,7 @@ fn serve(matches: &Matches) -> Result<(), ExitError> {
     if listener.is_some() && process::has_readiness_option(matches) {
         return Err(ExitError::usage("--ready-fd is for listeners, without --inetd", "odmr serve -h"));
     }
-    // The sockets of a supervisor of connections are no listeners.
+    // With `--inetd` the supervisor passes a connection, not listeners.
     let supervision = listener.is_none().then(|| process::supervision(matches)).transpose()?;
     LogTarget::new(matches, listener.is_some()).start(logging::verbosity(matches), true);
     let (signals, path) = (DaemonSignals::catch()?, process::config_path(matches));
@@ -338,7 +339,7 @@ fn only_listener(config: &ProviderConfig) -> Option<&'static str> {
     with_address.next().is_none().then(|| first.0.name())
 }
 
-/// Tells two contents of the directory of customers' files apart; `None`: it is missing, or this user may not see it.
+/// A stamp that changes with the directory of customers' files; `None`: it is missing, or this user may not read it.
 fn customers_stamp(path: &Path) -> Option<FileStamp> {
     let found = ProviderPlaces::read(path)?.customers.metadata().ok()?;
     Some(FileStamp::of(&found))
@@ -349,7 +350,7 @@ fn run_daemon(
     provider: PreparedProvider, path: PathBuf, customers: Option<FileStamp>, signals: DaemonSignals,
     readiness: Arc<Readiness>,
 ) -> Result<(), ExitError> {
-    // A command beside `serve` asks for a reload by a socket: it is done as at SIGHUP.
+    // Other commands ask for a reload by a socket; it is the same as SIGHUP.
     let reload = || {
         let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::HUP);
     };
@@ -360,7 +361,7 @@ fn run_daemon(
         reloader.reload(&path);
     }
     readiness.ready();
-    // Signals that have arrived before wait for this.
+    // Signals that arrived before are handled now.
     signals.handle(&stopped, move |signal| {
         if signal == SIGHUP {
             reporter.reloading();

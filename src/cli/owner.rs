@@ -1,5 +1,5 @@
-//! `user` and `group`: a process that root has started becomes the owner of the mail; checks of what that user may read and
-//! write.
+//! `user` and `group`: a process that root has started becomes the owner of the mail. Checks of the rights of that
+//! user.
 
 use std::fs::{self, Metadata};
 use std::io;
@@ -16,7 +16,7 @@ use crate::platform;
 use crate::privileges::SystemUser;
 use crate::session::{Remote, RemoteSettings};
 
-/// The user that this process must become before it touches mail; `None`: it stays what it is.
+/// The user that this process must become before it reads or writes mail; `None`: it stays the same user.
 ///
 /// # Errors
 ///
@@ -25,7 +25,7 @@ pub(super) fn owner_to_become(owner: Option<&MailOwner>) -> Result<Option<System
     owner.filter(|_| rustix::process::geteuid().is_root()).map(MailOwner::find).transpose()
 }
 
-/// Checks that root does not write into mailboxes of another user, who could not read what root creates.
+/// Checks that root does not write into mailboxes of another user, which could not read the files of root.
 ///
 /// # Errors
 ///
@@ -40,8 +40,8 @@ pub(super) fn check_not_root(config: &CustomerConfig, path: &Path) -> Result<(),
     Ok(())
 }
 
-/// Becomes the owner of the mail, for good; `None`: this process stays what it is. Directories that the owner could not
-/// create are created for them before. Call it before there are threads.
+/// Becomes the owner of the mail until the process ends; `None`: this process stays the same user. Before that, makes
+/// the directories that the owner could not make. Call it before there are threads.
 ///
 /// # Errors
 ///
@@ -55,8 +55,8 @@ pub(super) fn become_owner(owner: Option<&SystemUser>, directories: &[&Path]) ->
     user.assume().map_err(|text| ExitError::new(Sysexit::OsError, text))
 }
 
-/// As root becomes the owner of a provider's spool, for a command beside `serve`, which could not read what root made there:
-/// `user`, or without it the user that the spool belongs to. Call it before there are threads.
+/// As root, becomes the owner of a provider's spool: `user`, or else the user that the spool belongs to. Otherwise
+/// `serve` could not read the files of this command. Call it before there are threads.
 ///
 /// # Errors
 ///
@@ -81,7 +81,7 @@ pub(super) fn become_customer_owner(config: &CustomerConfig, owner: Option<&Syst
     Ok(())
 }
 
-/// Logs what a reload cannot read any more because this process has become the owner. `known`: the errors before that.
+/// Logs the files that a reload cannot read because this process has become the owner. `known`: the errors before that.
 pub(super) fn log_prevented_reload(owner: &SystemUser, path: &Path, known: &[String]) {
     for error in reload_errors(path).iter().filter(|error| !known.contains(error)) {
         let consequence = format!("a reload (SIGHUP) would fail; let {} read it", owner.name());

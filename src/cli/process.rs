@@ -1,4 +1,4 @@
-//! What the subcommands do with their own process: its supervisor, its signals, its limits, its standard output.
+//! The process of a subcommand: its supervisor, its signals, its limits, its standard output.
 
 use std::fmt::Display;
 use std::fs;
@@ -39,17 +39,17 @@ pub(super) fn print(text: &str) -> Result<(), ExitError> {
     }
 }
 
-/// Writes what is for a person to standard output, as it fits a terminal.
+/// Writes text for a person to standard output, fitted to the width of a terminal.
 ///
 /// # Errors
 ///
-/// As those of [`print`].
+/// Those of [`print()`].
 pub(super) fn print_fitted(text: &str) -> Result<(), ExitError> {
     print(&fitted(text, io::stdout()))
 }
 
-/// Takes what a supervisor has passed to this process: the sockets of `LISTEN_FDS`, and the descriptor of `--ready-fd`. Call it
-/// before this process opens descriptors.
+/// Takes over the descriptors that a supervisor has passed to this process: the sockets of `LISTEN_FDS`, and that of
+/// `--ready-fd`. Call it before this process opens descriptors.
 ///
 /// # Errors
 ///
@@ -98,7 +98,7 @@ const IGNORED_BY_DAEMONS: [i32; 9] = [SIGHUP, SIGQUIT, SIGUSR1, SIGUSR2, SIGALRM
 pub(super) struct DaemonSignals(Signals);
 
 impl DaemonSignals {
-    /// Catches the signals. A daemon does it first: what a supervisor sends while the daemon starts must not end it.
+    /// Catches the signals. A daemon calls it first: a signal of its supervisor during the start must not end it.
     ///
     /// # Errors
     ///
@@ -107,7 +107,7 @@ impl DaemonSignals {
         Signals::new([SIGTERM, SIGINT].iter().chain(&IGNORED_BY_DAEMONS)).map(DaemonSignals)
     }
 
-    /// Handles the signals in a thread of its own: SIGTERM and SIGINT are logged and cancel the token. Then `act` is called
+    /// Handles the signals in a new thread: SIGTERM and SIGINT are logged and cancel the token. Then `act` is called
     /// with each signal; it returns whether the signal has a meaning for this daemon. The others are logged.
     ///
     /// # Errors
@@ -148,8 +148,9 @@ fn for_each_signal(mut signals: Signals, act: impl FnMut(i32) + Send + 'static) 
     thread::Builder::new().name("signals".to_owned()).spawn(move || signals.forever().for_each(act)).map(drop)
 }
 
-/// Whether this process ignored SIGHUP at the first call of this function. Only Linux shows that without unsafe code.
-/// Elsewhere it is true if neither stdout nor stderr is a terminal, because that is how nohup(1) starts a command.
+/// Whether this process ignored SIGHUP at the first call of this function. Only on Linux can this be found out without
+/// unsafe code. On other systems it is true if neither stdout nor stderr is a terminal, because that is how nohup(1)
+/// starts a command.
 pub(super) fn ignores_hangup() -> bool {
     static IGNORED: OnceLock<bool> = OnceLock::new();
     *IGNORED.get_or_init(read_ignores_hangup)

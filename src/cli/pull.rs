@@ -62,7 +62,8 @@ pub(super) fn options(options: &mut Options) {
 ///
 /// # Errors
 ///
-/// The first failure of a call, or that recipients were deferred here; what was sent and received before stays so.
+/// The first failure of a call, or that recipients were deferred here. Mail that was sent and received before that is
+/// not affected.
 pub(super) fn run(matches: &Matches) -> Result<(), ExitError> {
     let (is_daemon, now) = (matches.opt_present("daemon"), matches.opt_present("now"));
     let wrong = |text: &str| Err(ExitError::usage(text, "odmr pull -h"));
@@ -82,7 +83,7 @@ pub(super) fn run(matches: &Matches) -> Result<(), ExitError> {
     let interactive = !is_daemon && io::stderr().is_terminal() && !matches.opt_present("verbose");
     let target = LogTarget::new(matches, false);
     let level = match (quiet, interactive) {
-        // `--quiet` is about what is printed, and not about the system log.
+        // `--quiet` does not affect the system log.
         _ if target.is_syslog() => logging::verbosity(matches),
         (true, _) => LevelFilter::Error,
         (false, true) => LevelFilter::Warn,
@@ -129,7 +130,7 @@ fn call(customer: &Customer, cancel: &CancelToken, quiet: bool, interactive: boo
         io::Result::Ok(customer.pull(cancel, &counters))
     })?;
     let summary = counters.summary(begun.elapsed().as_secs_f64());
-    // What was sent and received before a failure stays so: the summary is printed also then.
+    // A failure does not undo what was sent and received before it, so the summary is printed also then.
     let is_empty = summary == Summary { seconds: summary.seconds, ..Summary::default() };
     let text = match quiet {
         true => summary.failure_lines().join("\n"),

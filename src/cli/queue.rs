@@ -1,4 +1,5 @@
-//! `odmr queue`: an administrator looks at messages that wait, and decides on them, beside a running daemon.
+//! `odmr queue`: lists and shows messages that wait, and lets an administrator decide on them, even while a daemon
+//! runs.
 //!
 //! Commands that only read need no lock. A command that changes a message locks its queue, as a session does; if a session
 //! has the lock, the exit code is 75.
@@ -109,7 +110,7 @@ pub(super) fn run(matches: &Matches) -> Result<(), ExitError> {
         _ => return Err(wrong_words(&words)),
     };
     logging::start_on_stderr(log::LevelFilter::Warn);
-    // Each message of a shared directory has a lock of its own.
+    // Each message of a shared directory has its own lock.
     raise_descriptor_limit();
     let path = config_path(matches);
     let queues = match Config::load(&path)? {
@@ -388,7 +389,7 @@ impl Queues {
         let mut lock = self.lock(&all, true)?;
         for found in all {
             let removed = lock.remove(found.name, found.message.entry)?;
-            let what = if removed { "removed" } else { "gone already" };
+            let what = if removed { "removed" } else { "already removed" };
             writeln!(out, "{}: {what}, from {}", found.message.id, found.label)?;
         }
         Ok(())
@@ -404,7 +405,7 @@ impl Queues {
         for QueueItem { label, name, message: ListedMessage { id, entry, .. } } in all {
             let Some(message) = lock.open_message(name, entry)? else {
                 let show = format!("`odmr queue -c {} show {}`", self.file, shell_word(Path::new(&id)));
-                writeln!(out, "{id}: not bounced: it is gone, or is not mail ({show}), in {label}")?;
+                writeln!(out, "{id}: not bounced: it no longer exists, or is not mail ({show}), in {label}")?;
                 stays.get_or_insert((Sysexit::DataError, "remove what is not mail"));
                 continue;
             };
@@ -445,9 +446,9 @@ impl Queues {
         Ok(())
     }
 
-    /// Wakes the running daemon, so that it looks at its queues.
+    /// Wakes the running daemon, so that it reads its queues.
     fn wake(&self) {
-        // If no daemon runs, the next one looks at its queues at its start.
+        // If no daemon runs, the next one reads its queues at its start.
         let _ = WakeReason::Retry.send_surely(&self.root);
     }
 
@@ -484,7 +485,7 @@ impl Queues {
                 Ok(true) => imported += 1,
                 Ok(false) => break Ok(()),
                 Err(BatchError::Input(error)) if error.kind() != io::ErrorKind::InvalidInput => {
-                    // The disk may be full: the rest of the batch, from this message on, can be imported later.
+                    // The disk may be full: after that, the rest of the batch can be imported, from this message on.
                     break Err((Sysexit::Temporary, reader.wrong(error.to_string())));
                 }
                 Err(BatchError::Input(error)) => break Err((Sysexit::DataError, reader.wrong(error.to_string()))),

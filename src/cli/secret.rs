@@ -22,7 +22,7 @@ use crate::plural::counted;
 use crate::sasl::{ITERATIONS, SALT_OCTETS, ScramVerifier, is_usable};
 
 pub(super) const SECRET_SUMMARY: &str = "\
-Makes a verifier, which the provider stores in place of a customer's secret: a person who reads it cannot log in with it.
+Makes a verifier, which the provider stores in place of a customer's secret: the verifier itself opens no account.
 It asks for the secret, without showing it; if that is empty, it makes one and prints it. If the input is not a terminal,
 the secret is its first line.
 
@@ -31,7 +31,7 @@ the secret is its first line.
 
 const HINT: &str = "odmr secret -h";
 
-/// Where a new secret belongs. `odmr setup customer` makes a file of its own for it.
+/// Where a new secret belongs. `odmr setup customer` makes a separate file for it.
 const FOR_CUSTOMER: &str = "# for the customer, in [provider] of its file; if that has `secret-file`, write nothing but the secret into that file";
 
 /// The characters of a secret that is made here: those that are not mistaken for each other. 32 of them, five bits each.

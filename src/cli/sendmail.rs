@@ -1,7 +1,7 @@
 //! `odmr send`, also under the names `sendmail`, `mailq` and `newaliases`: the options of sendmail(8).
 //!
-//! Programs that call sendmail(8) pass options that do not concern us; they are accepted and change nothing. An error is
-//! one line on stderr and an exit code of sysexits.h. [`crate::customer::sendmail`] does the work.
+//! Options of sendmail(8) that have no meaning here are accepted, and change nothing, because programs pass them. An
+//! error is one line on stderr and an exit code of sysexits.h. [`crate::customer::sendmail`] does the work.
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -120,8 +120,8 @@ pub(super) fn run(mode: Option<&str>, arguments: &[String]) -> Result<(), ExitEr
     mode(&config, &Ids::system(tls::random), &options, route)
 }
 
-/// `$ODMR_CONFIG`. A program with the rights of another user (setuid, setgid) ignores it: the user who has started that
-/// program could have any file read, and directories made, with these rights.
+/// `$ODMR_CONFIG`. A program with the rights of another user (setuid, setgid) ignores it: otherwise the user that has
+/// started it could make it read any file, and make directories, with these rights.
 fn config_of_environment() -> Option<OsString> {
     use rustix::process::{getegid, geteuid, getgid, getuid};
     std::env::var_os("ODMR_CONFIG").filter(|_| getuid() == geteuid() && getgid() == getegid())

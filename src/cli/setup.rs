@@ -1,4 +1,5 @@
-//! `odmr setup`: makes what a provider or a customer needs on this system, and prints what to type next.
+//! `odmr setup`: makes the user, directories and files that a provider or a customer needs on this system, and prints
+//! what to type next.
 
 pub(super) mod customer;
 mod installer;
@@ -24,13 +25,13 @@ Makes a user, directories, a certificate and a configuration, and prints what to
 ///
 /// # Errors
 ///
-/// Unless the help is asked for, that a side is missing (64).
+/// The side is missing (64), unless the help is asked for.
 pub(super) fn without_side(arguments: &[String]) -> Result<(), ExitError> {
     match arguments.first().map(String::as_str) {
         Some("-h" | "--help") => print(HELP),
         other => {
             let what = other.map_or_else(
-                || "whom to set up is missing".to_owned(),
+                || "the word provider or customer is missing".to_owned(),
                 |other| format!("there is no {other:?} to set up"),
             );
             let text = format!("{what}: type `odmr setup provider HOSTNAME`, or `odmr setup customer FILE`");
@@ -43,7 +44,7 @@ pub(super) fn without_side(arguments: &[String]) -> Result<(), ExitError> {
 ///
 /// # Errors
 ///
-/// It exists (73).
+/// The configuration exists (73).
 fn check_missing(config: &Path, remedy: &str) -> Result<(), ExitError> {
     let file = config.display();
     let text = format!(
@@ -53,14 +54,14 @@ fn check_missing(config: &Path, remedy: &str) -> Result<(), ExitError> {
     config.symlink_metadata().map_or(Ok(()), |_| Err(ExitError::new(Sysexit::CannotCreate, text)))
 }
 
-/// A file beside a configuration, with the same name and another extension.
-fn beside(config: &Path, extension: &str) -> PathBuf {
+/// A file in the directory of a configuration, with its name and another extension.
+fn sibling(config: &Path, extension: &str) -> PathBuf {
     config.with_extension(extension)
 }
 
-/// Its name, relative to the directory of the configuration.
-fn name_beside(config: &Path, extension: &str) -> String {
-    beside(config, extension).file_name().unwrap_or_default().to_string_lossy().into_owned()
+/// The name of that file, without its directory.
+fn sibling_name(config: &Path, extension: &str) -> String {
+    sibling(config, extension).file_name().unwrap_or_default().to_string_lossy().into_owned()
 }
 
 /// The directory of a configuration.

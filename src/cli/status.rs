@@ -60,7 +60,7 @@ enum Format {
     Prometheus,
 }
 
-/// Something that needs a person: what it is about, and what to know.
+/// A finding that needs a person: its subject and its text.
 struct Finding {
     about: String,
     text: String,
@@ -121,7 +121,7 @@ fn findings_json(findings: &[Finding]) -> Json {
     Json::Object(vec![("warnings", Json::List(findings.iter().map(finding).collect()))])
 }
 
-/// The text for a provider, and what needs a person.
+/// The text and the findings for a provider.
 fn provider(
     config: &ProviderConfig, path: &Path, name: Option<&str>, show: &Show,
 ) -> Result<(String, Vec<Finding>), ExitError> {
@@ -147,7 +147,7 @@ fn provider(
     Ok((text, show.warn.map(|warn| provider_findings(&status, warn, show)).unwrap_or_default()))
 }
 
-/// The text for a customer, and what needs a person.
+/// The text and the findings for a customer.
 fn customer(
     config: &CustomerConfig, path: &Path, name: Option<&str>, show: &Show,
 ) -> Result<(String, Vec<Finding>), ExitError> {
@@ -610,7 +610,7 @@ fn customer_metrics(status: &CustomerStatus) -> Metrics {
 
 // What needs a person
 
-/// What needs a person in a queue; `warn`: seconds that mail may wait.
+/// The findings about a queue; `warn`: seconds that mail may wait.
 fn queue_findings(about: &str, waiting: &QueueSummary, warn: u64, now: Timestamp) -> Vec<Finding> {
     let mut findings = Vec::new();
     let mut add = |text: String| findings.push(Finding { about: about.to_owned(), text });
@@ -635,7 +635,7 @@ fn queue_findings(about: &str, waiting: &QueueSummary, warn: u64, now: Timestamp
     findings
 }
 
-/// A call that has failed, if none has succeeded for so long.
+/// The finding that calls fail, if none has succeeded for `warn` seconds.
 fn call_finding(about: &str, call: Option<&CallRecord>, warn: u64, now: Timestamp) -> Option<Finding> {
     let call = call.filter(|call| call.result == CallResult::Failed)?;
     let failing = call.success.is_none_or(|success| age(success, now).as_secs() >= warn);
@@ -647,7 +647,11 @@ fn call_finding(about: &str, call: Option<&CallRecord>, warn: u64, now: Timestam
 
 fn reload_finding(reload: Option<&CallRecord>) -> Option<Finding> {
     let reload = reload.filter(|reload| reload.result == CallResult::Failed)?;
-    let text = format!("it was not read at {}, and the old one holds: {}", reload.at.rfc3339(), shown(&reload.reason));
+    let text = format!(
+        "it could not be read at {}, so the old one stays in effect: {}",
+        reload.at.rfc3339(),
+        shown(&reload.reason)
+    );
     Some(Finding { about: "configuration".to_owned(), text })
 }
 

@@ -21,7 +21,7 @@ const MAIL_FACILITY: u8 = 2;
 /// After this time without a read by syslogd, the socket is connected anew: another syslogd may have the path.
 const SEND_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// The pause before the next attempt if syslogd is away or, on a BSD, its buffer is full.
+/// The pause before the next attempt if syslogd does not run or, on a BSD, its buffer is full.
 const RETRY_PAUSE: Duration = Duration::from_millis(100);
 
 /// A line that the system rejects as too long is cut, but not to fewer octets than every syslogd must accept.
@@ -37,7 +37,7 @@ pub(super) fn severity(level: Level) -> u8 {
     }
 }
 
-/// A connection to syslogd, made anew whenever it is lost. A line waits for a syslogd that is away.
+/// A connection to syslogd, made anew whenever it is lost. If no syslogd runs, lines wait for it.
 pub(super) struct Syslog {
     path: Option<PathBuf>,
     zone: Zone,

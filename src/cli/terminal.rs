@@ -34,8 +34,8 @@ pub(super) fn fitted(text: &str, stream: impl AsFd) -> String {
     }
 }
 
-/// Divides a line between words. The parts after the first begin below the second column of a table, if the line has one or is
-/// in it. Other indented lines, also with a comment after them, are not divided: they are there to be copied.
+/// Divides a line between words. The parts after the first begin below the second column of a table, if the line has
+/// one or is in it. Other indented lines, also with a comment after them, are not divided, because users copy them.
 fn wrapped(line: &str, width: usize) -> String {
     let margin = line.len() - line.trim_start().len();
     let column = line.get(margin..).and_then(|rest| rest.find("  ").map(|at| (margin + at, rest[at..].trim_start())));

@@ -36,7 +36,7 @@ pub struct SkippedFile {
 }
 
 impl Accounts {
-    /// The files with mistakes. Their customers have no account, or that of the last reading without a mistake.
+    /// The files with mistakes. Their customers have no account, or the account that was last read without a mistake.
     pub fn skipped(&self) -> &[SkippedFile] {
         &self.skipped
     }
@@ -144,7 +144,7 @@ impl Accounts {
             source.note_customer(found);
             match account {
                 Ok((mut account, lines)) => {
-                    // Go on with the list of recipients that was read already: its file may have a mistake now.
+                    // Use the list of recipients that was read before: its file may have a mistake now.
                     let before = earlier.account(&account.name).map(|account| &account.held.recipients);
                     if let Some(before) = before.filter(|before| **before == account.held.recipients) {
                         account.held.recipients = before.clone();
@@ -163,8 +163,8 @@ impl Accounts {
     }
 
     /// Adds the accounts whose files could be read. `read` has the lines of their domains too. If several files name a
-    /// domain, the customer that had it before keeps it, also while that customer's file has a mistake; otherwise the first
-    /// customer by name gets it. The files of the others have a mistake, which `note` gets.
+    /// domain, it stays with the customer that had it before, even if that customer's file has a mistake; otherwise the
+    /// first customer by name gets it. The other files have a mistake, which is passed to `note`.
     fn add_all(&mut self, read: Vec<(Account, Vec<Located<Domain>>)>, earlier: &Accounts, note: impl Fn(ConfigError)) {
         let mut holders: HashMap<Domain, String> = HashMap::new();
         let skipped = self.skipped.iter().filter_map(|skipped| earlier.account(&skipped.name));
@@ -297,8 +297,8 @@ pub struct Account {
     pub max_size: Option<u64>,
     /// Messages that the customer may submit in an hour; 0, the default: no limit.
     pub rate: usize,
-    /// What another delivery agent writes before the local part in `Delivered-To`: `acme-` with qmail, if its virtualdomains
-    /// gives the domains to `acme`. `None`, the default: nothing.
+    /// The text that another delivery agent writes before the local part in `Delivered-To`: `acme-` with qmail, if its
+    /// virtualdomains assigns the domains to `acme`. `None`, the default: none.
     pub delivered_to_prefix: Option<String>,
     pub held: HeldConfig,
 }
@@ -373,7 +373,7 @@ impl Account {
             || self.mechanisms.contains(&mechanism) && certificate_only && mechanism != Mechanism::CramMd5
     }
 
-    /// What the mechanism needs and the account lacks; `None`: nothing.
+    /// The credential that the mechanism needs and the account lacks; `None`: it lacks none.
     fn lacks(&self, mechanism: Mechanism) -> Option<&'static str> {
         let is_ascii = is_usable(self.name.as_bytes()) && self.secret.as_ref().is_none_or(|secret| is_usable(secret));
         match mechanism {
@@ -396,7 +396,7 @@ fn secret_or_verifier(table: &mut Table<'_>) -> Result<(Option<Vec<u8>>, Option<
             return Err(other.line.error(text));
         }
     }
-    // With the verifier anybody can pose as the provider, and can try secrets.
+    // With the verifier an attacker can pose as the provider, and can try secrets.
     check_private(source.mode, &source.file).map_err(|text| scram.source.error(text))?;
     Ok((None, Some(scram.value)))
 }

@@ -11,8 +11,8 @@
 //! @example.net: alice               # all recipients there that have no other rule
 //! ```
 //!
-//! `/dev/null` discards mail. A program, another file, `:include:` and the like are for other mail servers that read the
-//! same file. Mail for such an alias is deferred; all other aliases hold.
+//! `/dev/null` discards mail. A program, another file, `:include:` and the like are for other mail servers that read
+//! the same file. Mail for such an alias is deferred; all other aliases are in effect.
 
 use std::path::Path;
 use std::sync::Arc;

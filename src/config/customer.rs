@@ -51,8 +51,8 @@ impl CustomerConfig {
         Source::examine(path, CustomerConfig::of).0
     }
 
-    /// Reads a customer's file for a user who submits mail, without the files of `secret-file`, which that user often may
-    /// not read. Their secrets are empty.
+    /// Reads a customer's file for a user that submits mail, without the files of `secret-file`, which that user often
+    /// may not read. Their secrets are empty.
     ///
     /// # Errors
     ///
@@ -138,7 +138,7 @@ impl ProviderAccount {
                 file_error(&self.certificate_line, error.key, &own.certificate, &error.text)
             }
             ("key", _, Some(own)) => file_error(&self.key_line, error.key, &own.key, &error.text),
-            // As in `file_error`: an error of another form says itself what to do.
+            // As in `file_error`: an error of another form has its own remedy.
             (_, Some(ca), _) if error.text.starts_with(&format!("{}: ", ca.display())) => {
                 self.ca_line.error(format!("{error}: put the certificates there, or name others in `ca`"))
             }
@@ -189,7 +189,7 @@ impl ProviderAccount {
             let same = |other: &RemoteSettings| (&other.address, other.login_name()) == (&remote.address, login);
             if providers.iter().any(|other| same(&other.remote)) {
                 return Err(line.error(format!(
-                    "{} is here a second time as {login}: one table for each provider and account, with all `domains`",
+                    "{} occurs twice as {login}: write one table for each provider and account, with all `domains`",
                     remote.address
                 )));
             }

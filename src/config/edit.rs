@@ -18,8 +18,8 @@ pub struct ChangedFile {
 }
 
 impl ChangedFile {
-    /// Checks that the changed file is valid. Otherwise the provider would skip it, and the old secret would hold. `tls`:
-    /// whether the provider has a certificate.
+    /// Checks that the changed file is valid. Otherwise the provider would skip it, and the old secret would still open
+    /// the account. `tls`: whether the provider has a certificate.
     ///
     /// # Errors
     ///
@@ -126,7 +126,7 @@ mod tests {
         );
         check(&format!("{domains}\nscram=\"old\""), &format!("{domains}\n{scram}"), None);
         check(&format!("  \"secret\"  =  \"\"\"\nx\"\"\"\n{domains}\n"), &format!("  {scram}\n{domains}\n"), None);
-        // Several are a mistake, which this corrects.
+        // Several secrets are a mistake, which this corrects.
         check(&format!("secret = 'x'\n{domains}\nscram = 'x'\n"), &format!("{scram}\n{domains}\n"), None);
         check(&format!("{domains}\nsecret = 'x'\nscram = 'x' # old\n"), &format!("{domains}\n{scram}\n # old\n"), None);
         // An account that opens by a certificate only.

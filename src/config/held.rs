@@ -26,19 +26,19 @@ pub struct HeldConfig {
     pub max_bytes: Option<u64>,
     /// Messages that may be held, from 1 on; `None`, the default: no limit.
     pub max_messages: Option<usize>,
-    /// What becomes of mail beyond `max_bytes` or `max_messages`. Default: it is deferred.
+    /// Whether mail beyond `max_bytes` or `max_messages` is deferred (the default) or rejected.
     pub over_quota: OverQuota,
-    /// Messages in one turned session; `None`, the default: as `[limits]` says; 0: no limit.
+    /// Messages in one turned session; `None`, the default: the value of `[limits]`; 0: no limit.
     pub messages_per_turn: Option<usize>,
-    /// Octets of content in one turned session; `None`, the default: as `[limits]` says; 0: no limit.
+    /// Octets of content in one turned session; `None`, the default: the value of `[limits]`; 0: no limit.
     pub octets_per_turn: Option<u64>,
-    /// The longest time of a turned session; `None`, the default: as `[timeouts]` says.
+    /// The longest time of a turned session; `None`, the default: the value of `[timeouts]`.
     pub turn: Option<Duration>,
     /// The shortest time from the end of a call without mail to the next ATRN. Default: zero.
     pub min_interval: Duration,
 }
 
-/// What becomes of mail for a customer whose quota is used up.
+/// Whether mail for a customer whose quota is used up is deferred or rejected.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum OverQuota {
     /// It is deferred: the client tries again.

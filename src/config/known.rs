@@ -1,11 +1,12 @@
 //! The recipients of a customer: `recipients` of its file at the provider, or the file that `recipients-file` names, which
 //! the customer may replace at any time.
 //!
-//! A process reads the named file at the first recipient of the customer, and again after it has changed. So a mistake in it
-//! does not stop a reload, and reading it does not delay other customers. The file may be replaced by rename or written in
-//! place, and a part of it may be a valid file. So a new list holds only after the file has not changed for two seconds.
-//! Until then the old list holds; a recipient that it lacks waits, and is deferred if the file continues to change. If the
-//! file has a mistake, the old list holds; without an old list all recipients are deferred.
+//! A process reads the named file at the first recipient of the customer, and again after it has changed. So a mistake
+//! in it does not stop a reload, and reading it does not delay other customers. The file may be replaced by rename or
+//! written in place, and a part of it may be a valid file. So a new list takes effect only after the file has not
+//! changed for two seconds. Until then the old list is used; the RCPT of a recipient that it lacks waits, and is
+//! deferred if the file continues to change. If the file has a mistake, the old list stays in use; without an old list
+//! all recipients are deferred.
 
 use std::fs::{self, OpenOptions};
 use std::io::{self, BufRead, BufReader, Read};
@@ -49,7 +50,7 @@ pub enum KnownRecipients {
     File(Arc<RecipientsFile>),
 }
 
-/// Whether a list has a recipient.
+/// The result of looking a recipient up in a list.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Knowledge {
     Known,
@@ -160,7 +161,7 @@ struct FileState {
     /// `None`: no list could be read so far.
     list: Option<Arc<RecipientList>>,
     /// The stamp of the file at the last reading, whether it succeeded or not; `None`: the file may have been written
-    /// meanwhile.
+    /// during the reading.
     read: Option<Option<FileStamp>>,
     /// The last change that was seen, and when.
     change: Option<(Option<FileStamp>, Instant)>,
@@ -194,7 +195,7 @@ impl RecipientsFile {
         let stamp = self.stamp();
         let is_quiet = stamp.is_some_and(|stamp| stamp.is_quiet(SystemTime::now()));
         if state.list.is_none() && state.read.is_none() {
-            // Other threads wait for the lock meanwhile, as there is no old list.
+            // Other threads wait for the lock during this, because there is no old list.
             let read = read(&self.path, &self.domains);
             let is_whole = read.is_err() || is_quiet && self.stamp() == stamp;
             state.read = is_whole.then_some(stamp);
@@ -216,7 +217,7 @@ impl RecipientsFile {
         }
         state.is_read = true;
         drop(state);
-        // Reading a long file takes a second. Other threads use the old list meanwhile.
+        // Reading a long file takes a second, in which other threads use the old list.
         let (read, after) = (read(&self.path, &self.domains), self.stamp());
         let mut state = self.lock();
         state.is_read = false;
@@ -243,7 +244,8 @@ impl RecipientsFile {
             Err(error) => {
                 let error = quoted(error.on(&SourceLine { file: self.path.as_path().into(), line: None }));
                 let has_list = state.list.is_some();
-                let consequence = if has_list { "the old list holds" } else { "mail for all recipients is deferred" };
+                let consequence =
+                    if has_list { "the old list stays in use" } else { "mail for all recipients is deferred" };
                 log::error!("event=recipients-unreadable account={account} error={error} consequence={consequence:?}");
             }
         }

@@ -76,7 +76,7 @@ pub(super) fn timeouts(file: &mut Table<'_>) -> Result<Timeouts, ConfigError> {
         *timeout = table.or(key, DURATION, *timeout).unwrap_or(*timeout);
     }
     if timeouts.atrn < ATRN_TIMEOUT {
-        let text = "RFC 2645 section 5.2.1 lets the provider take ten minutes for ATRN: write \"10m\" or more";
+        let text = "RFC 2645 section 5.2.1 permits the provider ten minutes for ATRN: write \"10m\" or more";
         return Err(atrn.error(text));
     }
     Ok(timeouts)

@@ -44,7 +44,7 @@ impl MailboxesConfig {
         self.aliases_line.error(text)
     }
 
-    /// Takes `root` and `umask` from `earlier`: a daemon has its locks in the root of its start, and the umask of its start.
+    /// Copies `root` and `umask` from `earlier`: a daemon does not change the directory of its locks and its umask.
     pub fn stay_in_place(&mut self, earlier: &MailboxesConfig) {
         (self.root, self.umask) = (earlier.root.clone(), earlier.umask);
         self.rules.set_root(&earlier.root);

@@ -10,7 +10,7 @@
 //! `source` reads the files, `table` returns their values by key, and `value` has the kinds of values. One file of this
 //! directory reads one table. The types of settings are in the modules that use them, such as
 //! [`crate::session::settings`]. This module does not open certificates and mail directories: the modules that use them
-//! report what is wrong with them.
+//! report their errors.
 
 mod accounts;
 mod aliases;

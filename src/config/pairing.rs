@@ -1,5 +1,5 @@
-//! Checks the files that set-up writes: a provider's, that of a customer at its provider, and the customer's own. The last
-//! one is made from the block that `odmr customer add` has printed at the provider.
+//! Checks the files that set-up writes: a provider's, that of a customer at its provider, and the customer's own. The
+//! customer's own file is made from the block that `odmr customer add` has printed at the provider.
 //!
 //! The operator of the provider writes a block, and root installs it at the customer. So a block may have the keys that a
 //! provider prints, and no key that names a file to read: the content of that file could go to the provider as a secret.

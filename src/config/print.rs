@@ -54,7 +54,7 @@ pub fn effective_account(file: &Path, account: &Account) -> Result<String, Confi
 const PATHS: [&str; 9] =
     ["spool", "customers", "certificate", "key", "root", "queue", "ca", "secret-file", "alias-file"];
 
-/// The keys of what a host is trusted by, and of the login there.
+/// The keys of the trust in a host, and of the login there.
 const LOGIN_KEYS: [&str; 7] = ["ca", "pin", "certificate", "key", "name", "secret", "secret-file"];
 
 /// Prints one file.
@@ -205,7 +205,7 @@ impl Printer {
         self.schedule(own.as_ref().unwrap_or(common), &provider.schedule);
     }
 
-    /// How TLS is used with a host, what it is trusted by, and the login there.
+    /// The TLS mode of a host, the trust in it, and the login there.
     fn remote(&mut self, table: &mut DeTable<'_>, tls_key: &str, remote: &RemoteSettings) {
         let tls = match remote.tls {
             TlsMode::StartTls => "\"starttls\"",
@@ -257,7 +257,7 @@ impl Printer {
         self.out += &format!("\n[{table}]\n");
     }
 
-    /// Takes a table from the file and prints its head; `None`: the file has no such table.
+    /// Removes a table from the file and prints its head; `None`: the file has no such table.
     fn table<'s>(&mut self, file: &mut DeTable<'s>, name: &str) -> Option<DeTable<'s>> {
         let table = take_table(file, name)?;
         self.head(name);

@@ -51,8 +51,8 @@ impl ProviderConfig {
         ProviderConfig::load_again(path, &Accounts::default())
     }
 
-    /// Reads the same files again; `earlier`: the accounts of the last reading. An account whose file has a mistake now
-    /// stays as it was, with its domains.
+    /// Reads the same files again; `earlier`: the accounts of the last reading. If an account's file has a mistake now,
+    /// the account and its domains are those of `earlier`.
     ///
     /// # Errors
     ///
@@ -218,8 +218,8 @@ pub struct OdmrConfig {
 }
 
 impl OdmrConfig {
-    /// Reads the rest of the table. `listen`, `listen_tls`: its lists, which were read before; `tls`: whether `[tls]` is
-    /// there.
+    /// Reads the rest of the table. `listen`, `listen_tls`: its lists, which were read before; `tls`: whether the file
+    /// has `[tls]`.
     fn build(
         mut table: Table<'_>, listen: ListenerList, listen_tls: ListenerList, tls: bool,
     ) -> Result<OdmrConfig, ConfigError> {

@@ -19,7 +19,7 @@ pub struct RelayConfig {
     /// The host that all mail is sent to, port 587 by default; `None`, the default: the MX hosts of each domain (RFC 5321
     /// section 5.1).
     pub smarthost: Option<RemoteSettings>,
-    /// TLS to MX hosts; a smarthost has a setting of its own. Default: if the host offers it.
+    /// TLS to MX hosts; a smarthost has its own setting. Default: if the host offers it.
     pub tls: TlsPolicy,
     /// TLS to the MX hosts of single domains; a subdomain is another domain.
     pub tls_for: HashMap<Domain, TlsPolicy>,

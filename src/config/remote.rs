@@ -12,7 +12,7 @@ use crate::recipients::{ConfigError, SourceLine};
 use crate::sasl::{Login, Mechanism, is_usable};
 use crate::session::{ClientIdentity, RemoteSettings, TlsMode};
 
-/// A change of keys does not need more pins.
+/// The most pins of a host: a change of keys does not need more.
 const MOST_PINS: usize = 8;
 
 /// Reads the settings of the host at an address, without its login: `ca`, `pin`, `certificate`, `key`, and the TLS mode at
@@ -168,7 +168,7 @@ pub(super) fn secret(table: &mut Table<'_>) -> Result<Option<Vec<u8>>, ConfigErr
     }
 }
 
-/// Reads `mechanisms`, all by default. `lacks` returns what a mechanism needs and the account lacks.
+/// Reads `mechanisms`, all by default. `lacks` returns the credential that a mechanism needs and the account lacks.
 pub(super) fn mechanisms(
     table: &mut Table<'_>, lacks: impl Fn(Mechanism) -> Option<&'static str>,
 ) -> Result<Vec<Mechanism>, ConfigError> {
@@ -188,14 +188,14 @@ pub(super) fn mechanisms(
     }
 }
 
-/// What a mechanism needs and the login lacks; `None`: nothing.
+/// The credential that a mechanism needs and the login lacks; `None`: it lacks none.
 pub(super) fn lacks(login: &Login, mechanism: Mechanism) -> Option<&'static str> {
     match (mechanism, &login.secret) {
         (Mechanism::External, _) => (!login.certificate).then_some("`certificate` and `key`"),
         (_, None) => Some("a `secret`"),
         (mechanism, Some(secret)) => {
             let is_ascii = is_usable(login.name.as_bytes()) && is_usable(secret);
-            // The secret is empty for a user who only submits mail and may not read it.
+            // The secret is empty for a user that only submits mail and may not read it.
             (mechanism.is_scram() && !is_ascii && !secret.is_empty()).then_some(ASCII_SECRET)
         }
     }

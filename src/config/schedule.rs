@@ -117,7 +117,9 @@ fn day(text: &str) -> Result<usize, String> {
 
 fn list(text: &str) -> Result<Times, String> {
     if text.contains('-') {
-        return Err(format!("{text:?} does not say how often: write \"{text} every 5m\", or times such as \"08:00\""));
+        return Err(format!(
+            "{text:?} is a window without a step: write \"{text} every 5m\", or times such as \"08:00\""
+        ));
     }
     let mut minutes = Vec::new();
     for part in text.split(',') {
@@ -142,7 +144,7 @@ fn window(text: &str, step: &str) -> Result<Times, String> {
         return Err(format!("{text:?} ends before it begins: write \"{first}-24:00\" for up to the end of the day"));
     }
     if from == to {
-        return Err(format!("{text:?} is empty: write \"{first}\" without `every` for one call, or a later end"));
+        return Err(format!("{text:?} is empty: write \"{first}\" without `every` for one call, or a larger end"));
     }
     if from > to {
         return Err(format!(
@@ -278,7 +280,7 @@ mod tests {
         check("mon 08:00,", "\"\" is not a valid time of day", "two digits each");
         check("mon 24:00", "24:00 is the end of a day", "write 00:00, and the day after");
         check("mon 08:00,09:00,08:00", "08:00 is twice", "write each time once");
-        check("mon 08:00-18:00", "does not say how often", "write \"08:00-18:00 every 5m\"");
+        check("mon 08:00-18:00", "is a window without a step", "write \"08:00-18:00 every 5m\"");
         check("mon 08:00 every 5m", "\"08:00\" is not a valid window", "such as \"08:00-18:00\"");
         check("mon 08:00-18:0 every 5m", "\"18:0\" is not a valid time of day", "two digits each");
         check("mon 24:00-24:00 every 5m", "24:00 is the end of a day", "write 00:00");
@@ -314,7 +316,7 @@ mod tests {
         let all = format!("{table}\njitter = \"10m\"\nretry-first = \"2m\"\nretry-max = \"4m\"");
         assert_eq!(read(&all), schedule(at, 10 * MINUTE, 2 * MINUTE, 4 * MINUTE));
         assert_eq!(read("jitter = \"none\"").unwrap().jitter, Duration::ZERO);
-        // What is not written gives way.
+        // A default adapts to the values that are written.
         let retry = |text| read(text).map(|schedule| (schedule.retry_first, schedule.retry_max));
         assert_eq!(retry("retry-max = \"30s\""), Ok((half_minute, half_minute)));
         assert_eq!(retry("retry-first = \"2h\""), Ok((2 * hour, 2 * hour)));

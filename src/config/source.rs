@@ -22,13 +22,13 @@ pub(super) fn read_remedy(error: &Error) -> &'static str {
     }
 }
 
-/// Whose file it is.
+/// The side that a file is for.
 pub(super) enum FileKind {
     Provider,
     Customer,
 }
 
-/// What is found in the files of a configuration.
+/// The findings in the files of a configuration.
 #[derive(Clone, Debug, Default)]
 pub struct Findings {
     /// The mistakes, in the order in which they were found.
@@ -56,8 +56,8 @@ pub(super) struct Source {
     pub(super) mode: u32,
     /// Mistakes and warnings so far. `odmr check` reports all of them, so reading does not stop at the first mistake.
     findings: RefCell<Findings>,
-    /// Whether to read the files of `secret-file`. A user who only submits mail does not need the secrets, and often may not
-    /// read them.
+    /// Whether to read the files of `secret-file`. A user that only submits mail does not need the secrets, and often
+    /// may not read them.
     pub(super) reads_secrets: bool,
 }
 
@@ -179,7 +179,7 @@ impl Source {
         line
     }
 
-    /// Whose file it is; `None`: it has no key by which to decide.
+    /// The side that the file is for; `None`: it has no key that decides it.
     pub(super) fn kind(&self) -> Result<Option<FileKind>, ConfigError> {
         let document = self.parse()?;
         let provider = document.contains_key("spool") || document.contains_key("customers");

@@ -15,7 +15,7 @@ use super::value::{ValueKind, wrong_type};
 use crate::nearest::nearest;
 use crate::recipients::{ConfigError, Located, SourceLine};
 
-/// Keys that had another name in earlier versions, whose files are still read.
+/// Keys that had another name in earlier versions: files with the former name are still read.
 const FORMER_NAMES: [(&str, &str); 1] = [("delay-notice", "delay-warning")];
 
 /// A table, whose unknown keys have been noted as errors.

@@ -1399,7 +1399,7 @@ mail = "x"
     assert_found(&warnings, &[("odmr.toml:5", "the secret has 5 octets")]);
 }
 
-/// Files of earlier versions are read, and `check` says what to write.
+/// Files of earlier versions are read, and `check` warns with the new key.
 #[test]
 fn a_key_by_its_former_name_is_read_with_a_warning() {
     let old = "delay-notice = \"3h\"\n";

@@ -166,7 +166,7 @@ pub(super) const SECRET: Text<Vec<u8>> = Text::new("a secret in quotes", |text| 
 /// Rejects a secret that is empty, or not one line of text.
 pub(super) fn check_secret(secret: &[u8]) -> Result<(), &'static str> {
     if secret.is_empty() {
-        return Err("is empty, and anybody could log in: write the secret that both sides agreed on");
+        return Err("is empty, so that any client could log in: write the secret that both sides agreed on");
     }
     if secret.iter().any(u8::is_ascii_control) {
         return Err("has more than one line, or a control character, in it: a secret is one line of text");
@@ -380,7 +380,7 @@ pub(super) fn address_with_domain(text: &str) -> Option<Mailbox> {
 
 const WITHOUT_8BITMIME_EXPECTED: &str = "\"send\" or \"bounce\"";
 
-/// What to do with 8-bit content if a peer does not offer 8BITMIME.
+/// The value of `without-8bitmime`: what to do with 8-bit content if a peer does not offer 8BITMIME.
 pub(super) const WITHOUT_8BITMIME: Text<Without8BitMime> = Text::new(WITHOUT_8BITMIME_EXPECTED, |text| match text {
     "send" => Ok(Without8BitMime::Send),
     "bounce" => Ok(Without8BitMime::Bounce),

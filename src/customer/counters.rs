@@ -1,8 +1,8 @@
 //! Counts what one call receives and sends, for the progress line during the call and the summary after it.
 //!
-//! A recipient that we defer may be accepted later in the same call, for instance if there were too many for one
-//! transaction. So the counters remember which recipients are deferred: the mail of those that are left at the end of
-//! the call stays with the provider.
+//! A recipient that we defer may be accepted when the provider offers the message again in the same call, for instance
+//! if there were too many for one transaction. So the counters store which recipients are deferred: the mail of those
+//! that are left at the end of the call stays with the provider.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -34,8 +34,8 @@ struct Counts {
     /// Messages with the same size, sender, recipient and ENVID have the same key. The keys are hashes, to save memory:
     /// if the disk is full, all mail of the provider is deferred.
     deferred: Deferred,
-    /// The recipients that were deferred in a call that followed another at once. It may bring mail again that the call
-    /// before has deferred, or not.
+    /// The recipients that were deferred in a call that followed another at once. The provider may offer mail that was
+    /// deferred in the call before again, or not.
     again: Option<Deferred>,
     hasher: RandomState,
     /// The first failures as lines of the summary, each with the key of the recipient if that is deferred.
@@ -155,7 +155,7 @@ impl CallCounters {
         self.lock().outgoing_failure.get_or_insert(error);
     }
 
-    /// Takes the failure of the outgoing queue out.
+    /// Removes and returns the failure of the outgoing queue.
     pub fn take_outgoing_failure(&self) -> Option<io::Error> {
         self.lock().outgoing_failure.take()
     }
@@ -248,7 +248,7 @@ pub struct Summary {
     pub octets: u64,
     /// Recipients that were rejected, of incoming and outgoing mail.
     pub rejected: u64,
-    /// Recipients of incoming mail that we deferred and did not accept later: their mail stays with the provider.
+    /// Recipients of incoming mail that we deferred and did not accept after that: their mail stays with the provider.
     pub deferred: u64,
     /// The first of the rejected and deferred recipients, a line for each, at most 50.
     pub failures: Vec<String>,
@@ -369,7 +369,7 @@ mod tests {
         assert_eq!((summary.deferred, summary.rejected, summary.failures.len()), (0, 1, 1));
     }
 
-    /// In the next call the provider may send deferred mail again, or wait with it.
+    /// In the next call the provider may offer deferred mail again, or not.
     #[test]
     fn a_recipient_that_the_next_call_defers_again_counts_once() {
         let counters = CallCounters::default();
@@ -381,7 +381,7 @@ mod tests {
         counters.accepted(&to("ann@example.org"));
         let summary = counters.summary(0.0);
         assert_eq!((summary.deferred, summary.failures.len()), (4, 4), "{:?}", summary.failures);
-        // Another provider has messages of its own.
+        // Another provider has other messages.
         counters.begin_call(false);
         defer(&["joe@example.org"]);
         assert_eq!(counters.summary(0.0).deferred, 5);

@@ -56,7 +56,7 @@ pub enum DaemonEvent {
     RetryQueued,
     /// The thread that retries the messages of the retry queue has ended.
     RetryEnded,
-    /// A call has ended. `result`: how many recipients were deferred here, or why it failed.
+    /// A call has ended. `result`: the number of recipients that were deferred here, or the error.
     CallEnded { key: AccountKey, begun: Clocks, result: Result<u64, CallError> },
 }
 
@@ -102,7 +102,8 @@ impl BoundDaemon {
         let passed = sockets.take(submission::PLAIN_NAME);
         let inherited = !passed.is_empty();
         if inherited && config.outgoing.is_none() {
-            let text = "the supervisor passes a socket local, and there is no [outgoing]: add it, with `queue`";
+            let text =
+                "the supervisor passes a socket local, and the configuration has no [outgoing]: add it, with `queue`";
             return Err(CallError::Config(text.to_owned()));
         }
         let listeners = match inherited {
@@ -127,7 +128,7 @@ pub fn run(
     let outbox = customer.outbox.clone();
     let listeners = SubmissionListeners::start(listeners, inherited, &customer.mailboxes, outbox, cancel)?;
     let (watcher, waker, mailboxes) = (events.clone(), events.clone(), &customer.config().mailboxes);
-    // All users who may store mail for next hops may wake the daemon.
+    // All users that may store mail for next hops may wake the daemon.
     let (mode, woken) = (0o666 & !mailboxes.umask, Box::new(move |_| waker.send(DaemonEvent::RetryQueued)));
     let wakes = receive_wakes(&mailboxes.root, mode, cancel, woken);
     network::watch(move || watcher.send(DaemonEvent::Network), cancel);
@@ -143,7 +144,7 @@ pub fn run(
         cancel: cancel.clone(),
         events,
         retrying: false,
-        queued_meanwhile: false,
+        queued_since: false,
         calls: 0,
         retry_pause_until: None,
         epoch: Instant::now(),
@@ -228,7 +229,7 @@ struct Daemon<'a> {
     /// A thread is retrying the messages of the retry queue.
     retrying: bool,
     /// Mail was stored in the retry queue after that thread began. The thread may have missed it.
-    queued_meanwhile: bool,
+    queued_since: bool,
     /// The number of calls that have not ended, including those to providers that are no longer configured.
     calls: usize,
     /// No retries before then: messages were still due after the last retries, because another process has locked the
@@ -246,7 +247,7 @@ struct ProviderState {
     calling: bool,
     /// Call now, without regard to the schedule.
     at_once: bool,
-    /// The last call has failed, and a later one may succeed.
+    /// The last call has failed, and the next one may succeed.
     unreachable: bool,
     /// There is a new address or route, for which no call has begun yet.
     network: bool,
@@ -286,10 +287,10 @@ impl Daemon<'_> {
                 self.readiness.ready();
             }
             DaemonEvent::Reload | DaemonEvent::Stop => {}
-            DaemonEvent::RetryQueued => (self.queued_meanwhile, self.retry_pause_until) = (true, None),
+            DaemonEvent::RetryQueued => (self.queued_since, self.retry_pause_until) = (true, None),
             DaemonEvent::RetryEnded => {
                 (self.retrying, self.retry_pause_until) = (false, None);
-                if !self.queued_meanwhile && self.until_retry() == Some(Duration::ZERO) {
+                if !self.queued_since && self.until_retry() == Some(Duration::ZERO) {
                     self.retry_pause_until = Some(Instant::now() + CLOCK_CHECK_INTERVAL);
                 }
             }
@@ -307,8 +308,8 @@ impl Daemon<'_> {
         self.customer = customer;
     }
 
-    /// Makes the list of providers from the configuration. The next call of a provider stays when it was, unless its
-    /// schedule has changed.
+    /// Makes the list of providers from the configuration. The time of a provider's next call does not change, unless
+    /// its schedule has changed.
     fn update_providers(&mut self) {
         let (now, ids) = (self.now(), self.customer.mailboxes.ids.clone());
         let mut before = std::mem::take(&mut self.providers);
@@ -346,7 +347,7 @@ impl Daemon<'_> {
             }
         }
         if self.until_retry() == Some(Duration::ZERO) {
-            (self.retrying, self.queued_meanwhile) = (true, false);
+            (self.retrying, self.queued_since) = (true, false);
             let (customer, cancel) = (self.customer.clone(), self.cancel.clone());
             self.spawn("retry", DaemonEvent::RetryEnded, move || {
                 // `retry` logs a failure.
@@ -390,7 +391,7 @@ impl Daemon<'_> {
                 log::info!("event=call-skipped provider={provider} account={account} reason={}", quoted(reason));
             }
             Err(_) if self.cancel.is_cancelled() => return,
-            // The provider is down or busy (450, 451): a later call may succeed.
+            // The provider is down or busy (450, 451): the next call may succeed.
             Err(error @ (CallError::NoHost(_) | CallError::Unavailable(_) | CallError::Temporary(_))) => {
                 log::warn!("event=call-failed provider={provider} account={account} error={}", quoted(error));
                 state.unreachable = true;
@@ -443,14 +444,14 @@ impl Daemon<'_> {
         let customer = match loaded {
             Ok(customer) => Arc::new(customer),
             Err(error) => {
-                let consequence = "the old configuration holds";
+                let consequence = "the old configuration stays in effect";
                 self.record_reload(Some(&error));
                 return log::error!("event=reload-failed error={} consequence={consequence:?}", quoted(error));
             }
         };
         if !changed.is_empty() {
             let keys: Vec<_> = changed.iter().map(|(key, _)| *key).collect();
-            let what = format!("{} changed, and stays as it was until then", keys.join(", "));
+            let what = format!("{} changed, which takes effect after a restart", keys.join(", "));
             log::warn!("event=restart-needed reason={what:?}");
         }
         self.adopt(customer);

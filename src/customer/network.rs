@@ -4,8 +4,8 @@
 
 use crate::net::cancel::CancelToken;
 
-/// Calls `notify` after new addresses or routes, in a thread of its own, until it is cancelled. If the kernel does not
-/// report them, that is logged.
+/// Calls `notify` after new addresses or routes, in a new thread, until it is cancelled. If the kernel does not report
+/// them, that is logged.
 #[cfg(target_os = "linux")]
 pub fn watch(notify: impl Fn() + Send + 'static, cancel: &CancelToken) {
     let cancel = cancel.clone();

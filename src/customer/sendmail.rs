@@ -1,4 +1,4 @@
-//! `odmr send`: sendmail(8) of the customer. It writes a message from stdin into the outgoing queue, or submits it to
+//! `odmr send`: the customer's sendmail(8). It writes a message from stdin into the outgoing queue, or submits it to
 //! the daemon if this user may not write into the queue ([`route`]).
 //!
 //! The message is read into memory and a file without a name. It is queued or submitted only if its size, its header
@@ -7,7 +7,7 @@
 //!
 //! - Lines end in LF or CRLF. Several CRs before an LF are part of one line end: one program wrote CRLF, and another
 //!   replaced its LF by CRLF. A bare CR ends a line too: many programs write one, no message may contain one (RFC 5321
-//!   section 2.3.8), and rejecting the message would lose it.
+//!   section 2.3.8), and the rejection of the message would lose it.
 //! - Without `-i` a line with a single dot ends the message. Other lines that begin with a dot are content.
 //! - `From ` and `>From ` lines before the header are removed, and `Bcc` fields; `Date`, `Message-ID` and `From` are
 //!   added if they are missing; [`Header::complete`] does the rest.
@@ -76,7 +76,7 @@ pub struct SendmailOptions {
     pub ret: Option<String>,
     /// Each argument may hold several addresses.
     pub recipients: Vec<String>,
-    /// The user who runs the program.
+    /// The user of this process.
     pub user: LoginUser,
 }
 
@@ -91,8 +91,7 @@ pub enum SendmailErrorKind {
     UnknownMailbox,
     /// The message is too large or in a loop.
     Rejected,
-    /// The disk or a quota is full, or the daemon defers the message or cannot be reached. The user may try again
-    /// later.
+    /// The disk or a quota is full, or the daemon defers the message or cannot be reached. Another attempt may succeed.
     Deferred,
     /// No file can be created in the queue.
     CannotCreate,
@@ -170,9 +169,9 @@ fn open_outbox(config: &CustomerConfig, ids: &Ids) -> Result<Arc<Outbox>, Sendma
     Outbox::new(&Arc::new(Mailboxes::new(config, ids))).map(Arc::new).ok_or_else(no_outgoing)
 }
 
-/// Where the mail of this user goes: into the queue, or to the daemon if this user has no permission to write there. If
+/// The route for the mail of this user: into the queue, or to the daemon if this user may not write into the queue. If
 /// the queue fails for another reason, for instance because the disk is full, mail does not go to the daemon. `owner`:
-/// the user of the mail, if it is another one, who could not read what this user queues.
+/// the owner of the mail, if that is another user, which could not read the files of this user.
 ///
 /// # Errors
 /// This user may not write into a queue, and there is no listener on loopback.
@@ -197,7 +196,7 @@ pub fn route(config: &CustomerConfig, owner: Option<&str>) -> Result<SubmissionR
 ///
 /// # Errors
 /// An option, an address, the header or the size is wrong, the message could not be stored, or the daemon has not
-/// accepted it. No recipient gets the message, unless the text reports that some do.
+/// accepted it. No recipient gets the message, unless the text of the error names some that do.
 pub fn send(
     config: &CustomerConfig, ids: &Ids, options: &SendmailOptions, route: SubmissionRoute, input: &mut impl Read,
 ) -> Result<(), SendmailError> {
@@ -431,7 +430,7 @@ pub fn list(config: &CustomerConfig, ids: &Ids, out: &mut impl Write) -> Result<
     Ok(out.write_all(listing.as_bytes())?)
 }
 
-/// When a message that is due at `due` is sent, for the list.
+/// The time of the next attempt in the list, for a message that is due at `due`.
 fn next_try(due: Timestamp, now: Timestamp) -> String {
     if due > now { format!("next try {}", due.rfc3339()) } else { "with the next call".to_owned() }
 }

@@ -1,7 +1,7 @@
 //! The paths of a customer's files.
 //!
 //! ```text
-//! ROOT/<domain>/<local part>/    Maildirs of the mailboxes (the rules in `recipients` say which)
+//! ROOT/<domain>/<local part>/    Maildirs of the mailboxes (see the rules in `recipients`)
 //! ROOT/.handover/                the retry queue: mail for next hops and full mailboxes that no other host stores
 //! ROOT/.odmr/                    the locks of the daemon and of each provider account, and
 //!      last-NAME                 the last call of an account, for `odmr status`

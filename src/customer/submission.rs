@@ -44,7 +44,7 @@ pub struct SubmissionListeners {
 
 impl SubmissionListeners {
     /// Begins to accept connections. Their messages go to `outbox`; `None`: connections are rejected. `inherited`: a
-    /// supervisor has opened the listeners. `cancel` ends the listeners, and each session between two commands.
+    /// supervisor has opened the listeners. `cancel` ends the listeners, and each session after the command under way.
     ///
     /// # Errors
     /// The system has no descriptors or threads.

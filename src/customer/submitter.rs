@@ -1,4 +1,4 @@
-//! `odmr send` by a user who may not write into the outgoing queue: it submits by SMTP to the listener of the daemon.
+//! `odmr send` for a user that may not write into the outgoing queue: it submits by SMTP to the listener of the daemon.
 //!
 //! The message is the same as it would be in the queue: its header is completed. After its 250 the daemon is
 //! responsible for the message. No content is sent before the daemon has accepted all recipients. If they need several
@@ -29,8 +29,8 @@ use crate::smtp::command::Envelope;
 use crate::smtp::reply::Reply;
 use crate::smtp::status::RecipientStatus;
 
-/// Where the mail of this user goes. It is decided once, before the message is read, so that no message takes both
-/// routes.
+/// The route for the mail of this user. It is chosen once, before the message is read, so that no message goes both
+/// ways.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SubmissionRoute {
     /// Into the outgoing queue.
@@ -71,7 +71,7 @@ pub fn temporary_directory() -> PathBuf {
 ///
 /// # Errors
 /// Why the listener has not accepted the message, and the number of recipients for whom it has accepted it before that:
-/// more than 0 only if the recipients need several transactions, and the content of the second or a later one failed.
+/// more than 0 only if the recipients need several transactions, and the content of one after the first failed.
 pub fn submit(
     config: &CustomerConfig, ids: &Ids, listener: SocketAddr, message: &OutgoingMessage, content: &mut dyn Content,
 ) -> Result<Reply, (usize, SubmitError)> {

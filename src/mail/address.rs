@@ -563,8 +563,8 @@ fn a_labels(text: &str, deny: AsciiDenyList) -> Option<String> {
 
 #[cfg(test)]
 thread_local! {
-    /// How often a mailbox was compared or hashed in this thread: a test sees whether it grows with the square of the
-    /// recipients.
+    /// How often a mailbox was compared or hashed in this thread: a test checks that it does not grow with the square
+    /// of the recipients.
     pub static COMPARED: std::cell::Cell<usize> = const { std::cell::Cell::new(0) };
 }
 

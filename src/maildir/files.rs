@@ -157,7 +157,7 @@ const NOT_SYNCED: [io::ErrorKind; 4] = [
     io::ErrorKind::Unsupported,
 ];
 
-/// The number of ids at which all are forgotten, to bound the memory; the directories are fsynced once more.
+/// When there are this many ids, all are removed, to bound the memory; the directories are then fsynced once more.
 const DURABLE_LIMIT: usize = 100_000;
 
 /// Fsyncs the names of a directory and of all above it, each once in this process. Another thread may have made one of
@@ -229,7 +229,7 @@ fn same_file(one: &Path, other: &Path) -> bool {
     matches!((FileId::of_path(one), FileId::of_path(other)), (Ok(one), Ok(other)) if one == other)
 }
 
-/// Removes a file. If it is gone already, that is not an error.
+/// Removes a file. It is not an error if there is none.
 ///
 /// # Errors
 /// The file cannot be removed.
@@ -240,7 +240,7 @@ pub fn remove_if_there(path: &Path) -> io::Result<()> {
     }
 }
 
-/// Sets the times of access and modification of a file of any type. If it is gone already, that is not an error.
+/// Sets the times of access and modification of a file of any type. It is not an error if there is none.
 pub(super) fn set_times(path: &Path, time: SystemTime) -> io::Result<()> {
     use rustix::fs::{AtFlags, CWD, Timespec, Timestamps, utimensat};
     let since = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
@@ -264,9 +264,9 @@ pub fn unnamed_file_in(directory: &Path, unique: &str) -> io::Result<File> {
 }
 
 /// Returns why this user may not write into a directory, or may not make it: its rights, or a read-only file system.
-/// `None`: the user may, or there is another obstacle.
+/// `None`: the user may, or writing would fail for another reason.
 pub fn write_denial(directory: &Path) -> Option<io::Error> {
-    // EACCESS: a setgid program has the rights of its own group.
+    // EACCESS checks the effective ids: a setgid program has the rights of its group.
     let access = |path| rustix::fs::accessat(CWD, path, Access::WRITE_OK | Access::EXEC_OK, AtFlags::EACCESS);
     let mut above = directory.ancestors().map(|path| (path, access(path)));
     match above.find(|(_, found)| *found != Err(Errno::NOENT)) {
@@ -364,7 +364,7 @@ pub fn make_tree(path: &Path, below: &[PathBuf], mode: u32, owner: Option<(u32, 
     };
     if let Err(error) = make() {
         let _ = fs::remove_dir_all(&temporary);
-        // Another process has made it meanwhile.
+        // Another process has just made it.
         return if path.is_dir() { Ok(false) } else { Err(with_path(path, error)) };
     }
     sync_names(path).map(|()| true)
@@ -383,7 +383,7 @@ fn replace(path: &Path, text: &str, complete: &dyn Fn(&File) -> io::Result<()>) 
     write_beside(path, text, complete, &|from, to| fs::rename(from, to))
 }
 
-/// Writes a file beside `path`; then `complete` does its work on it, and `name` moves it to `path`.
+/// Writes a file in the directory of `path`; then `complete` does its work on it, and `name` moves it to `path`.
 fn write_beside(
     path: &Path, text: &str, complete: &dyn Fn(&File) -> io::Result<()>, name: &dyn Fn(&Path, &Path) -> io::Result<()>,
 ) -> io::Result<()> {

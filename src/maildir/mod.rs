@@ -11,7 +11,7 @@
 //! A Maildir is either a queue or a mailbox. Only a mailbox has sub-folders (`.name` within it) and a quota
 //! (`maildirsize`), as Maildir++ defines them.
 //!
-//! The system's errors have the path in their text.
+//! Errors of the system have the path in their text.
 
 mod entry;
 mod files;
@@ -52,7 +52,7 @@ pub const IN_DOUBT: char = 'F';
 /// The flag of a message for which a delay DSN was sent.
 pub const DELAY_REPORTED: char = 'R';
 
-/// The error of the times that a file system records, at most.
+/// The most by which the times that a file system records are wrong.
 const CLOCK_STEP: Duration = Duration::from_secs(1);
 
 /// How often the directories are read for a message that a mail reader has moved.
@@ -131,8 +131,8 @@ impl Maildir {
         Ok(())
     }
 
-    /// Calls `operation`, which uses the directories. If one of them is missing, or another process removes it
-    /// meanwhile, makes it and calls `operation` again.
+    /// Calls `operation`, which uses the directories. If one of them is missing, or another process removes it during
+    /// the call, makes it and calls `operation` again.
     fn remade<T>(&self, operation: impl Fn() -> io::Result<T>) -> io::Result<T> {
         for _ in 0..MAKE_ATTEMPTS {
             match operation() {
@@ -232,7 +232,7 @@ impl Maildir {
     }
 
     /// Finds a message that a mail reader has moved or flagged: a name with the same unique part, which belongs to
-    /// `file` if that is known. `None`: the message is gone.
+    /// `file` if that is known. `None`: the message was removed.
     ///
     /// # Errors
     /// A directory cannot be read.
@@ -360,7 +360,7 @@ impl Maildir {
     /// so that a power cut leaves one of the two. Returns the copy.
     ///
     /// # Errors
-    /// `NotFound` if a mail reader has moved the original meanwhile; the system's, if the copy cannot be made.
+    /// `NotFound` if a mail reader has moved the original; the system's, if the copy cannot be made.
     pub fn replace_by_copy(&self, entry: &Entry, original: &File, unique: &str) -> io::Result<File> {
         let (path, temporary) = (self.file(entry), self.temporary(unique));
         let copy = || {
@@ -391,7 +391,7 @@ impl Maildir {
 
     /// Removes the Maildir if it has no messages and, if `stale`, was not used for 36 hours. `others`: the names of
     /// other files, and of a Maildir within it, that are removed with it; anything else keeps it. The caller has its
-    /// lock. A writer that needs the Maildir meanwhile makes it again. Returns whether it was removed.
+    /// lock. A writer that still needs the Maildir makes it again. Returns whether it was removed.
     ///
     /// # Errors
     /// A directory cannot be read, or a file cannot be removed.
@@ -421,13 +421,14 @@ pub fn for_each_block(content: &mut dyn Read, mut each: impl FnMut(&[u8]) -> io:
 }
 
 /// Returns whether the disk of a directory has room for this many octets and a reserve, so that a message is deferred
-/// at MAIL (RFC 1870 section 6.1) and does not fail in the middle of its content. If the system does not know, returns
-/// true: the directory may be missing until the first message, and otherwise the write reports the error.
+/// at MAIL (RFC 1870 section 6.1) and does not fail in the middle of its content. Returns true if the system does not
+/// report the free space: the directory may be missing until the first message, and otherwise the write reports the
+/// error.
 pub fn has_room(directory: &Path, octets: u64, reserve: u64) -> bool {
     free_octets(directory).is_none_or(|free| free >= octets.saturating_add(reserve))
 }
 
-/// The octets that are free on the disk of a directory; `None`: the system does not know.
+/// The octets that are free on the disk of a directory; `None`: the system does not report them.
 pub fn free_octets(directory: &Path) -> Option<u64> {
     rustix::fs::statvfs(directory).ok().map(|disk| disk.f_bavail.saturating_mul(disk.f_frsize))
 }

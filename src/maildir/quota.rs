@@ -36,7 +36,7 @@ const FILE_LIMIT: u64 = 5120;
 /// mailbox would count it again.
 const COUNT_LIFETIME: Duration = Duration::from_secs(15 * 60);
 
-/// How often a mailbox is counted if it changes meanwhile.
+/// How often a mailbox is counted at most, if it changes during the count.
 const COUNT_ATTEMPTS: usize = 3;
 
 /// The quotas of the mailboxes of one message, and what the message adds to them.
@@ -47,8 +47,8 @@ pub struct QuotaCheck {
 }
 
 impl QuotaCheck {
-    /// Reserves room for one more message of this many octets in a mailbox or sub-folder, beside those admitted before.
-    /// `unique` returns a new file name, which is used for a new count.
+    /// Reserves room for one more message of this many octets in a mailbox or sub-folder, in addition to those admitted
+    /// before. `unique` returns a new file name, which is used for a new count.
     ///
     /// # Errors
     /// `QuotaExceeded` with the mailbox that has no room; the system's, if the quota cannot be read or the mailbox
@@ -179,7 +179,7 @@ impl Quota {
         Ok(used)
     }
 
-    /// Replaces the file by one with a new sum. A program that reads meanwhile finds the old file or the new one.
+    /// Replaces the file by one with a new sum. A program that reads at that time finds the old file or the new one.
     fn replace(&self, unique: &str, used: Usage) -> io::Result<()> {
         let temporary = self.mailbox.join("tmp").join(format!("{unique}.{NAME}"));
         let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&temporary);
@@ -206,7 +206,7 @@ impl Quota {
         }
         let path = self.mailbox.join(NAME);
         match open(OpenOptions::new().append(true), &path) {
-            // The quota was removed meanwhile.
+            // The quota was removed.
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
             file => {
                 file?.write_all(format!("{octets} {messages}\n").as_bytes()).map_err(|error| with_path(&path, error))

@@ -106,7 +106,7 @@ pub fn wait_for_state_file(root: &Path, name: &str, late: Instant) -> io::Result
     loop {
         let file = open_state_file(root, name)?;
         match file.try_lock() {
-            // A file that was removed meanwhile may have a successor, which others lock: try again.
+            // If the file was removed, it may have a successor, which other processes lock: try again.
             Ok(()) if FileId::of_path(&path).ok() == FileId::of_file(&file).ok() => return Ok(file),
             Ok(()) | Err(TryLockError::WouldBlock) => {}
             Err(TryLockError::Error(error)) => return Err(with_path(&path, error)),
@@ -155,14 +155,14 @@ pub fn state_key(root: &Path, name: &str, new: [u8; 32]) -> io::Result<[u8; 32]>
     Ok(new)
 }
 
-/// Calls `work`, which removes what is left over in ROOT, once a day in one of all processes. A failure is logged.
+/// Calls `work`, which removes left-over files in ROOT, once a day in one of all processes. A failure is logged.
 pub fn tidy_daily(root: &Path, work: impl FnOnce() -> io::Result<()>) {
     let tidied = begin_daily(root).and_then(|lock| if lock.is_some() { work() } else { Ok(()) });
     tidied.unwrap_or_else(|error| log_sweep_failed("-", &error));
 }
 
 /// Locks the file `ROOT/.odmr/tidy`, whose time of modification is that of the last work. `None`: it was less than a
-/// day ago, or another process is at it.
+/// day ago, or another process is doing it.
 fn begin_daily(root: &Path) -> io::Result<Option<File>> {
     let Some(mut file) = lock_state_file(root, "tidy")? else { return Ok(None) };
     let (metadata, now) = (file.metadata()?, SystemTime::now());

@@ -1,4 +1,4 @@
-//! Removes what is left over after 36 hours: files of dead writers, and directories that are not used.
+//! Removes files of dead writers, and unused directories, after 36 hours.
 
 use std::fmt;
 use std::fs;
@@ -39,8 +39,8 @@ pub(super) fn sweep(directory: &Path, is_left: &dyn Fn(&str) -> bool) -> io::Res
 
 /// See [`Maildir::remove_unused`](super::Maildir::remove_unused).
 ///
-/// A writer may begin a message meanwhile, and makes the directories that are missing. So `tmp` is removed first: if a
-/// writer has a file in it, that fails, and the Maildir stays.
+/// A writer may begin a message at the same time, and makes missing directories. So `tmp` is removed first: if it
+/// contains a file of a writer, that fails, and the Maildir stays.
 pub(super) fn remove_unused(path: &Path, others: &[&str], stale: bool) -> io::Result<bool> {
     // An administrator may have replaced the Maildir by a symbolic link: it stays.
     let is_directory = |path: &Path| fs::symlink_metadata(path).is_ok_and(|metadata| metadata.is_dir());

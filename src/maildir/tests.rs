@@ -252,7 +252,7 @@ fn entries_are_sorted_by_name_without_hidden_files() {
         assert!(!maildir.is_empty().unwrap());
         maildir.remove(entry).unwrap();
         let error = maildir.remove(entry).unwrap_err();
-        assert_eq!(error.kind(), io::ErrorKind::NotFound, "it is gone");
+        assert_eq!(error.kind(), io::ErrorKind::NotFound, "it was removed");
     }
     assert!(maildir.is_empty().unwrap());
 }
@@ -374,7 +374,7 @@ fn a_message_is_stored_even_if_its_queue_is_removed_while_it_is_written() {
     }
     maildir.remove_unused(&[], true).unwrap();
     assert!(maildir.exists(), "a writer has a file in it");
-    // In another order of events `new` is gone.
+    // In another order of events `new` does not exist.
     fs::remove_dir(maildir.path().join("new")).unwrap();
     writer.commit().unwrap();
     assert_eq!(maildir.entries().unwrap().len(), 1);
@@ -431,7 +431,7 @@ fn a_file_and_a_tree_that_exist_are_not_changed() {
     assert_eq!(make_tree(&file, &[], 0o700, None).unwrap_err().kind(), io::ErrorKind::NotADirectory);
     remove_file_durably(&file).unwrap();
     assert!(remove_file_durably(&file).unwrap_err().to_string().contains("/file: "));
-    // No temporary file is left beside them.
+    // No temporary file is left in the same directory.
     assert_eq!(std::fs::read_dir(root.path()).unwrap().count(), 1);
     assert_eq!(std::fs::read_dir(root.path().join("above")).unwrap().count(), 1);
 }

@@ -41,8 +41,8 @@ use crate::platform::boot_id;
 /// How long a bound is valid. Other agents add files without changing it.
 const BOUND_LIFETIME: Duration = Duration::from_secs(10 * 60);
 
-/// How often the directories are read if they change meanwhile. A file that is renamed may be missed under both names,
-/// but is found the next time.
+/// How often the directories are read at most, if they change during the reading: a file that is renamed may be missed
+/// under both names, but is found the next time.
 const COUNT_ATTEMPTS: usize = 3;
 
 /// How long a count is valid at most after the directories have changed.
@@ -77,8 +77,8 @@ pub struct UsageLimit {
 #[derive(Debug, Default)]
 struct LockTurn {
     taken: bool,
-    /// The last thread has waited for long without getting the lock. So the next ones do not wait: otherwise all
-    /// threads would wait for one disk that hangs.
+    /// The last thread did not get the lock in time, so the next ones do not wait: otherwise all threads would wait for
+    /// one disk that hangs.
     in_vain: bool,
 }
 
@@ -275,8 +275,8 @@ impl LockedUsage<'_> {
         }
     }
 
-    /// Adds this much to the bound, if there is one. If the bound cannot be written, on a full disk say, invalidates
-    /// it: the files are counted next time.
+    /// Adds this much to the bound, if there is one. If the bound cannot be written, for instance on a full disk,
+    /// invalidates it: the files are counted next time.
     pub(super) fn add(&mut self, more: Usage) -> io::Result<()> {
         let Some(bound) = self.bound else { return Ok(()) };
         let recorded = self.record(Bound { used: bound.used.plus(more), changes: None, ..bound });

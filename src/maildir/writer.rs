@@ -183,10 +183,11 @@ impl MessageWriter {
         self.copies.is_empty()
     }
 
-    /// Begins one more copy with `head`. Begin all copies before content is written: a later one would lack it.
+    /// Begins one more copy with `head`. Begin all copies before content is written: a copy that is begun after that
+    /// would lack it.
     ///
     /// # Errors
-    /// The file of the first copy cannot be created, or `tmp` of a later one cannot be written to.
+    /// The file of the first copy cannot be created, or `tmp` of a further copy cannot be written to.
     pub fn begin(&mut self, maildir: &Maildir, unique: &str, head: &[u8]) -> io::Result<()> {
         let mut copy = MessageCopy::new(maildir, unique, head);
         match &mut self.copies[..] {
@@ -293,7 +294,7 @@ impl MessageWriter {
             let octets = self.content.octets + copy.head.len() as u64;
             quotas.admit(&copy.maildir.path, || copy.unique.clone(), octets)?;
         }
-        // Other messages may have used up the disk meanwhile.
+        // Other messages may have filled the disk.
         self.check_room(0)?;
         if let (Some(file), [first, others @ ..]) = (self.file.take(), &mut self.copies[..]) {
             let flushed = file.into_inner().map_err(|error| with_path(&first.temporary, error.into_error()));

@@ -13,7 +13,7 @@ use rustix::io::Errno;
 
 use crate::platform;
 
-/// Tells all threads that hold a clone to stop. It cannot be undone.
+/// A request to stop, for all threads that hold a clone. It cannot be undone.
 #[derive(Clone, Debug)]
 pub struct CancelToken(Arc<State>);
 

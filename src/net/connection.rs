@@ -343,7 +343,7 @@ impl Connection {
             0 if self.at_end()? => Ok(Filled::End),
             0 => Ok(Filled::Nothing),
             count => {
-                // A close_notify may have arrived with these octets: no poller will report it later.
+                // A close_notify may have arrived with these octets: the poller will not report it again.
                 let _ = self.at_end();
                 Ok(Filled::Bytes(count))
             }
@@ -531,8 +531,8 @@ impl Connection {
         interest
     }
 
-    /// Waits until `fill` has something to report, and flushes meanwhile. Take all lines first: this function does not look
-    /// at octets that `fill` has already reported.
+    /// Waits until `fill` has something to report, and flushes during the wait. Take all lines first: this function
+    /// does not look at octets that `fill` has already reported.
     ///
     /// If the deadline has passed, the result is `Deadline`, even if octets have arrived: a peer that sends slowly cannot
     /// extend it.
@@ -565,8 +565,8 @@ impl Connection {
         }
     }
 
-    /// Waits until all octets were given to the system. Reads meanwhile, so that two peers that both send do not wait
-    /// for each other (RFC 2920 section 3.1).
+    /// Waits until all octets were given to the system. Reads during the wait, so that two peers that both send do not
+    /// wait for each other (RFC 2920 section 3.1).
     ///
     /// # Errors
     ///

@@ -65,7 +65,7 @@ fn duplicate(number: RawFd, (sender, receiver): &(UnixDatagram, UnixDatagram)) -
 pub enum TakeError {
     /// The descriptor of `--ready-fd`.
     ReadyFd(io::Error),
-    /// The variables `LISTEN_…` or the sockets that they count; the text says what is wrong.
+    /// The variables `LISTEN_…` or the sockets that they count; the text has the cause.
     Sockets(String),
 }
 
@@ -112,7 +112,7 @@ impl PassedSockets {
     ///
     /// # Errors
     ///
-    /// A text that says what to change: in a name, or in the kind of a socket.
+    /// A name is missing or unknown, or a socket is of the wrong kind; the text has the remedy.
     pub fn into_listeners(self, known: &[&str], only: Option<&str>) -> Result<InheritedListeners, String> {
         let known_names = match known {
             [one] => (*one).to_owned(),

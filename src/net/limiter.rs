@@ -179,7 +179,7 @@ fn make_room(here: &[&AcceptedConnection], known: Option<bool>, limits: &Connect
     let mut ending = cut_ending(here, limits, now);
     let (reserved, is_known) = (known.map_or(0, |_| limits.all / 8), known == Some(true));
     loop {
-        // Counted anew each time: a connection may have become trusted meanwhile.
+        // Count again each time: a connection may have become trusted.
         let (mut places, mut untrusted_unknown, mut untrusted_known) = (0, 0, 0);
         for other in here {
             match (other.state.load(Ordering::SeqCst), other.is_known) {
@@ -284,7 +284,7 @@ impl AcceptedConnection {
         }
     }
 
-    /// Whether the session must end, with 421 4.3.2, because another connection has its place.
+    /// Whether the session must end, with 421 4.3.2, because another connection has displaced it.
     pub fn is_displaced(&self) -> bool {
         self.state.load(Ordering::SeqCst) >= DISPLACED
     }

@@ -23,14 +23,14 @@ use crate::smtp::reply::Reply;
 /// The pause after accept(2) has failed, usually because the system has no descriptors left.
 const ACCEPT_RETRY_PAUSE: Duration = Duration::from_millis(100);
 
-/// Serves one connection in a thread of its own.
+/// Serves one connection, in its own thread.
 pub type Service = Arc<dyn Fn(&Arc<AcceptedConnection>) + Send + Sync>;
 
 /// Whether an account has authenticated from the network of this address before.
 pub type KnownNetworks = Box<dyn Fn(IpAddr) -> bool + Send + Sync>;
 
-/// Connections that may wait for accept(2). The system reduces it to its own limit (somaxconn). With fewer, the clients of a
-/// burst would have to send their SYN again, 1, 3, 7 and 15 s later.
+/// Connections that may wait for accept(2). The system reduces it to its own limit (somaxconn). With fewer, the clients
+/// of a burst would have to send their SYN again, after 1, 3, 7 and 15 s.
 const BACKLOG: i32 = i32::MAX;
 
 /// Opens the listening sockets for these addresses, for [`Acceptor::accept`]. `name`: the listener's name in the log.
@@ -269,7 +269,7 @@ mod tests {
                     let both = [format!("[::]:{port}"), format!("{ipv4}:{port}")];
                     bind("test", &addresses(&order.map(|at| both[at].as_str()))).map(|listeners| (port, listeners))
                 };
-                // Another test may get the port meanwhile.
+                // Another test may get the port first.
                 let tries: Vec<_> = (0..10).map(|_| any_port()).collect();
                 let (port, listeners) = tries.into_iter().find_map(|port| bind_both(port).ok()).expect("two sockets");
                 assert!(listeners.len() == 2 || TcpListener::bind("[::]:0").is_err(), "{ipv4} {order:?}");

@@ -1,6 +1,6 @@
-//! The network: the cancellation token, the trace of dialogues, TLS, descriptors, connections, the poller, listeners within
-//! limits, the sockets that a supervisor passes, the reports to it, the socket that wakes a daemon, the resolver, and the
-//! addresses that no public host has.
+//! The network: the cancellation token, the trace of dialogues, TLS, descriptors, connections, the poller, listeners
+//! and their limits, the sockets of a supervisor and the reports to it, the socket that wakes a daemon, the resolver,
+//! and addresses that no public host has.
 
 pub mod cancel;
 pub mod trace;

@@ -1,8 +1,8 @@
-//! Where the mail of a domain goes: its MX records, and the addresses of a host (RFC 5321 section 5.1).
+//! The hosts for the mail of a domain: its MX records, and the addresses of a host (RFC 5321 section 5.1).
 //!
-//! The result is either definite (also if the domain does not exist) or a [`ResolveError`]: try again later. Each query ends
-//! at an absolute deadline, even if octets keep arriving. [`Resolver::within`] sets one deadline for all queries, and a token
-//! that cancels them. There is no cache: the name server has one.
+//! The result is either definite (also if the domain does not exist) or a [`ResolveError`], which is temporary. Each
+//! query ends at an absolute deadline, even if octets keep arriving. [`Resolver::within`] sets one deadline for all
+//! queries, and a token that cancels them. There is no cache: the name server has one.
 //!
 //! ```text
 //! route("example.org")                          each query, to each server in turn, then again:
@@ -106,7 +106,7 @@ pub struct MxHost {
     pub host: Domain,
 }
 
-/// No server gave a usable reply: try again later.
+/// No server gave a usable reply. Another attempt may succeed.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct ResolveError {
     /// The name that was queried, and the error of each server.
@@ -148,7 +148,7 @@ impl Resolver {
         Resolver { deadline: Some(deadline), cancel: Some(cancel.clone()), ..self }
     }
 
-    /// The same resolver, for a command whose user waits: all queries end at this deadline, and each takes `timeout` at most
+    /// The same resolver, for a command whose user waits: all queries end at this deadline; each ends after `timeout`,
     /// and is sent twice at most.
     pub fn hurried(self, timeout: Duration, deadline: Instant) -> Resolver {
         let (timeout, attempts) = (self.timeout.min(timeout), self.attempts.min(2));
@@ -408,7 +408,7 @@ impl Resolver {
         Ok(())
     }
 
-    /// A socket on a random port (RFC 5452 section 9.2): not all systems choose ports at random, and an attacker who
+    /// A socket on a random port (RFC 5452 section 9.2): not all systems choose ports at random, and an attacker that
     /// guesses the port can forge replies.
     fn socket(&self, server: SocketAddr) -> io::Result<UdpSocket> {
         const FIRST: u16 = 16 * 1024;
@@ -451,7 +451,7 @@ pub fn system_addresses(address: &str, deadline: Instant, cancel: &CancelToken) 
     }
 }
 
-/// Calls getaddrinfo(3) in a thread of its own, which may run on after the deadline, because it cannot be interrupted.
+/// Calls getaddrinfo(3) in a new thread, which may run on after the deadline, because the call cannot be interrupted.
 fn look_up_by_system(address: &str, deadline: Instant, cancel: &CancelToken) -> io::Result<Vec<SocketAddr>> {
     let late = || io::Error::new(io::ErrorKind::TimedOut, "the system's resolver does not answer");
     let slot = loop {

@@ -161,7 +161,7 @@ impl ServerTls {
 /// A certificate of our own with its key.
 fn certified_key(certificate: &PemText, key: &PemText) -> Result<Arc<CertifiedKey>, String> {
     let chain = certificate.certificates()?;
-    // The error of rustls does not say why it cannot read the key.
+    // The error of rustls does not have the reason why it cannot read the key.
     let signing = PROVIDER.key_provider.load_private_key(key.private_key()?).map_err(|_| key.unusable_key())?;
     // rustls would compare them only if the certificate is of version 3.
     let public = signing.public_key();
@@ -264,8 +264,8 @@ impl ClientTls {
         ClientTls::with(Verification::new(trust)?, rustls::DEFAULT_VERSIONS)
     }
 
-    /// The same configuration with a certificate of its own, for a server that asks for one: the first of a PEM file, with its
-    /// key in another file. Its names and its dates do not matter here.
+    /// The same configuration with a client certificate, for a server that asks for one: the first of a PEM file, with
+    /// its key in another file. Its names and its dates do not matter here.
     ///
     /// # Errors
     ///
@@ -441,7 +441,7 @@ impl TlsSession {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(false),
             Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Err(io::Error::new(
                 io::ErrorKind::UnexpectedEof,
-                "the peer ended the connection without a TLS close_notify: what it sent may be cut short",
+                "the peer ended the connection without a TLS close_notify: its data may be incomplete",
             )),
             Err(error) => Err(error),
         }
@@ -725,7 +725,7 @@ impl ClientCertVerifier for AnyClient {
         &[]
     }
 
-    /// The dates do not matter either: a pin is trusted until the configuration has it no longer.
+    /// The dates do not matter: a pin is trusted as long as the configuration has it.
     fn verify_client_cert(
         &self, certificate: &CertificateDer<'_>, _intermediates: &[CertificateDer<'_>], _now: UnixTime,
     ) -> Result<ClientCertVerified, Error> {

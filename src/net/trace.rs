@@ -1,4 +1,4 @@
-//! How text from a peer is written into the log: the dialogue, line by line at debug level, and the values of events.
+//! Text from a peer in the log: the dialogue, line by line at debug level, and the values of events.
 //!
 //! Control characters are escaped, so that no peer can forge a log line or send commands to an operator's terminal.
 

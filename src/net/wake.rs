@@ -1,8 +1,9 @@
 //! The socket `ROOT/.wake`, by which other processes wake the daemon that works in a directory of mail.
 //!
 //! A process that has stored mail for the daemon to send, has made mail due, or has changed the configuration, sends a
-//! datagram of one word. It is a hint only: without it, the daemon finds the mail at its next scan. So a process does not wait
-//! until it can send one, any process may send one, and a flood of them causes one scan each 100 ms.
+//! datagram of one word. It is only a hint: without it, the daemon finds the mail at its next scan. So a process does
+//! not wait until it can send a datagram, any process may send one, and a flood of datagrams causes one scan each 100
+//! ms.
 
 use std::fs::{self, File, Permissions};
 use std::io;
@@ -20,7 +21,7 @@ use crate::net::trace::quoted;
 
 const NAME: &str = ".wake";
 
-/// The pause after datagrams have arrived: equal ones that arrive meanwhile count as one.
+/// The pause after datagrams have arrived: equal ones that arrive during the pause count as one.
 const WAKE_PAUSE: Duration = Duration::from_millis(100);
 
 /// Datagrams that are read at once. Linux has room for eleven by default.
@@ -205,9 +206,9 @@ mod tests {
                 assert_eq!(receiver.recv_timeout(patience), Ok(reason));
             }
             // Datagrams of other programs.
-            let stranger = UnixDatagram::unbound().unwrap();
+            let program = UnixDatagram::unbound().unwrap();
             for text in [&b""[..], b"outgoing ", b"OUTGOING", &[0xff; 5000]] {
-                let send = || with_path_of(&root, &mut |path| stranger.send_to(text, path).map(drop));
+                let send = || with_path_of(&root, &mut |path| program.send_to(text, path).map(drop));
                 while send().is_err() {
                     std::thread::sleep(ATTEMPT_PAUSE);
                 }
@@ -226,9 +227,9 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let wake = WakeSocket::bind(root.path(), 0o600).unwrap();
         assert_eq!(wake.words(), []);
-        let stranger = UnixDatagram::unbound().unwrap();
-        stranger.set_nonblocking(true).unwrap();
-        while stranger.send_to(b"held", root.path().join(NAME)).is_ok() {}
+        let program = UnixDatagram::unbound().unwrap();
+        program.set_nonblocking(true).unwrap();
+        while program.send_to(b"held", root.path().join(NAME)).is_ok() {}
         WakeReason::Outgoing.send(root.path());
         assert_eq!(wake.words(), [WakeReason::Outgoing]);
     }

@@ -1,10 +1,11 @@
 //! Expires held mail, and warns its senders of the delay, without a call of the customer: `serve` makes a pass once a minute,
 //! `odmr expire` makes one.
 //!
-//! The plan has the time at which each domain is due. A pass lists only the domains that are, so that a million messages
-//! cost nothing while they wait; but it lists each domain once an hour, to find files of other agents. It lists without a
-//! lock, then locks the queue, unless a session has it, for a few messages at a time, and releases it to a session that
-//! requests it. A domain whose disk hangs blocks one thread; `serve` starts another for the other domains.
+//! The plan has the time at which each domain is due. A pass lists only due domains, so that a million messages cost
+//! nothing while they wait; but it lists each domain at least once an hour, to find files of other agents. It lists
+//! without a lock. Then it locks the queue for a few messages at a time, unless a session has the lock, and releases
+//! the lock to a session that requests it. A domain whose disk hangs blocks one thread; `serve` starts another thread
+//! for the other domains.
 
 use std::collections::{HashMap, HashSet};
 use std::io;
@@ -34,7 +35,8 @@ const LOOK_INTERVAL: Duration = Duration::from_secs(60 * 60);
 /// If a pass makes no progress in a domain for this time, the domain's disk hangs.
 const STUCK_AFTER: Duration = Duration::from_secs(50);
 
-/// After this many failures in a row, the pass leaves the domain. A few unreadable messages must not delay the others.
+/// After this many failures in a row the pass leaves the domain. After fewer it goes on: a few unreadable messages must
+/// not delay the others.
 const FAILURES_LIMIT: usize = 100;
 
 /// How long a pass leaves a domain alone whose disk has failed.
@@ -54,9 +56,10 @@ struct DomainPlan {
     looked: Timestamp,
     /// When a message expires or is to be reported next; `None`: never.
     due: Option<Timestamp>,
-    /// When the domain is listed at the latest.
+    /// The domain is listed again at this time at the latest.
     look: Instant,
-    /// If the last pass has not handled all messages: the last one that it has, and when one of those before is due.
+    /// If the last pass has not handled all messages: the last message that it has handled, and when a message before
+    /// that is due.
     rest: Option<(Entry, Option<Timestamp>)>,
     /// A pass is in this domain, and made progress at this time.
     under_way: Option<Instant>,
@@ -67,7 +70,8 @@ pub struct ExpiryPass<'a> {
     pub accounts: &'a Accounts,
     pub spool: &'a Spool,
     pub reporter: &'a Reporter,
-    /// Whether the pass must end after the message under way: the process ends, or there was a reload.
+    /// Whether the pass must end after the message under way, because the process ends or the configuration was
+    /// reloaded.
     pub is_over: &'a dyn Fn() -> bool,
     /// How long the pass waits for a session that has a queue.
     pub wait: Duration,
@@ -99,7 +103,7 @@ impl LeftFor {
         match self {
             LeftFor::Session => "a session has its mail",
             LeftFor::Dsns => "there are too many DSNs for now",
-            LeftFor::Failure => "it failed",
+            LeftFor::Failure => "an operation failed, see the log",
         }
     }
 }
@@ -165,7 +169,7 @@ impl DomainUnderWay<'_> {
         }
     }
 
-    /// Where the last pass has ended, and when one of the messages before is due.
+    /// The last message that the last pass has handled, and when a message before that is due.
     fn rest(&self) -> (Option<Entry>, Option<Timestamp>) {
         let plans = self.plan.lock();
         let rest = plans.get(self.domain).and_then(|plan| plan.rest.clone());
@@ -248,7 +252,7 @@ impl ExpiryPass<'_> {
         let (mut due, mut failures, mut suppressed) = (due.into_iter().peekable(), 0, HashSet::new());
         while due.peek().is_some() {
             let mut lock = self.lock(&name)?;
-            // Read again under the lock: the customer may have called meanwhile.
+            // Read again under the lock: the customer may have called since the listing.
             held.last_call = last_call();
             for entry in due.by_ref().take(MESSAGES_AT_ONCE) {
                 if (self.is_over)() || lock.takeover_requested() {

@@ -1,5 +1,4 @@
-//! How long an attempt to authenticate waits, so that clients cannot guess secrets: the rules, without a clock and without
-//! files.
+//! The rules for how long an attempt to authenticate waits, so that clients cannot guess secrets. No clock, no files.
 //!
 //! The table counts the failures of each network (IPv4 /24, IPv6 /64) and of each account. After three, an attempt waits
 //! one second, and twice as long after each further failure, up to 30 seconds. The greater count decides: a client that
@@ -13,7 +12,8 @@
 //!   come first, then those from networks with fewer failures, then those from an address (IPv6: a /48) with fewer waiting
 //!   attempts. So a customer is locked out neither by guesses from its own network nor by guesses from many. Only an
 //!   attacker with thousands of networks can lock out a customer, while the attack lasts, in a network that is not known.
-//! - Many customers may call at once from one network: eight attempts are decided at a time, the others wait for their ends.
+//! - Many customers may call at once from one network: eight attempts are decided at a time, the others wait until one
+//!   of these has ended.
 //!
 //! ```text
 //! failed 1795689600 12 network 192.0.2.0/24     time of the last failure, failures
@@ -101,7 +101,7 @@ fn parse_address(text: &str) -> Option<Option<IpAddr>> {
     if text == UNKNOWN { Some(None) } else { Some(Some(text.parse().ok()?)) }
 }
 
-/// The digest of a name that a client has given, whether there is such an account or not. The file must not have names, nor
+/// The digest of a name that a client has sent, of an existing account or not. The file must contain neither names nor
 /// secrets that were typed in place of names.
 pub type AccountDigest = [u8; 16];
 
@@ -118,8 +118,8 @@ pub enum Subject {
     Account(AccountDigest),
     /// The failures of an account in a known network since its last login there.
     Known(AccountDigest, ClientNetwork),
-    /// The attempts of a network that were rejected or displaced because too many wait. Not in the file, which each would
-    /// change.
+    /// The attempts of a network that were rejected or displaced because too many wait. They are not in the file: each
+    /// would have to write it.
     Rejected(ClientNetwork),
 }
 
@@ -142,7 +142,7 @@ struct Count {
 }
 
 impl Count {
-    /// What is left of the count after the time that has passed.
+    /// The count at `now`: halved for each [`HALVED_AFTER`] that has passed.
     fn left(&self, now: i64) -> u32 {
         let halvings = now.saturating_sub(self.at).max(0) / HALVED_AFTER;
         self.count.checked_shr(u32::try_from(halvings).unwrap_or(u32::MAX)).unwrap_or(0)
@@ -157,7 +157,7 @@ struct WaitingAttempt {
     until: i64,
     /// The failures of its network plus 1; 0: the network is known.
     failures: u32,
-    /// Another attempt has its place.
+    /// Another attempt has displaced it.
     displaced: bool,
 }
 
@@ -207,7 +207,7 @@ pub enum AttemptEnd {
     Withdrawn,
 }
 
-/// How many seconds an attempt waits that would be failure number `failures`.
+/// The delay, in seconds, of an attempt that would be failure number `failures`.
 fn delay(failures: u32) -> u32 {
     match failures.checked_sub(FREE_FAILURES + 1) {
         None => 0,
@@ -273,7 +273,7 @@ impl LoginTable {
         }
     }
 
-    /// The failures before an attempt, and the other open attempts: each the most that one of its subjects has.
+    /// The failures before an attempt, and the number of other open attempts: for each, the highest of its subjects.
     fn counts_before(&self, attempt: &AttemptOrigin, now: i64) -> (u32, u32) {
         let is_other_of = |subject, (id, open): &(String, Vec<Subject>)| *id != attempt.id && open.contains(subject);
         let others = |subject| self.open.iter().filter(|open| is_other_of(subject, open)).count();
@@ -324,7 +324,7 @@ impl LoginTable {
         self.find(subject).map_or(0, |at| self.counts[at].left(now))
     }
 
-    /// If there is no room for one more count of this kind, the one that a new one replaces: the lowest.
+    /// The lowest count of this kind, which a new one replaces; `None`: there is room for one more.
     fn least(&self, kind: &Subject, now: i64) -> Option<usize> {
         let alike = || self.counts.iter().enumerate().filter(|(_, count)| count.subject.is_like(kind));
         let is_full = !kind.is_known() && alike().count() >= COUNTED_LIMIT;
@@ -332,14 +332,15 @@ impl LoginTable {
         least.map(|(at, _)| at)
     }
 
-    /// The count of a subject. One that is not in a full table may have had as many failures as the lowest there.
+    /// The count of a subject. If the table is full and does not have the subject: the lowest count in the table,
+    /// because the subject may have had as many failures.
     fn most(&self, subject: &Subject, now: i64) -> u32 {
         let found = self.find(subject).or_else(|| self.least(subject, now));
         found.map_or(0, |at| self.counts[at].left(now))
     }
 
-    /// Counts one more, up to `limit`. If there is no room, the subject replaces the lowest, and continues its count. So a
-    /// client with many invented names can neither clear a high count nor prevent that others are counted.
+    /// Counts one more, up to `limit`. If there is no room, the subject replaces the lowest, and continues its count.
+    /// So a client that invents names can neither clear a high count nor prevent the counting of others.
     fn add(&mut self, subject: Subject, limit: u32, now: i64) {
         let count = Count { subject, count: self.most(&subject, now).saturating_add(1).min(limit), at: now };
         match self.find(&subject).or_else(|| self.least(&subject, now)) {
@@ -354,7 +355,7 @@ impl LoginTable {
         attempt.subjects().into_iter().chain(known).for_each(|subject| self.add(subject, MOST_FAILURES, now));
     }
 
-    /// Takes back what [`LoginTable::count`] has counted.
+    /// Reverses [`LoginTable::count`].
     fn uncount(&mut self, attempt: &AttemptOrigin, now: i64) {
         for subject in attempt.subjects().into_iter().chain([attempt.known()]) {
             if let Some(at) = self.find(&subject) {
@@ -374,7 +375,7 @@ impl LoginTable {
             // Displace the least urgent attempt: otherwise an attacker that has all places would lock out all customers in
             // unknown networks. Among equals, an attempt from a network without rejected attempts comes first.
             let order = |failures: u32, address, more| {
-                // Within one network, a later attempt has more failures only because it came later.
+                // Within one network, the newer of two attempts has more failures only because it is newer.
                 let failures = if is_full_near { failures.min(1) } else { failures };
                 let places = there().filter(|(_, waiting)| site(waiting.address) == site(address)).count() + more;
                 (failures, places, self.left(&Subject::Rejected(ClientNetwork::of(address)), now))
@@ -425,7 +426,8 @@ impl LoginTable {
         let oldest = if own().count() >= KNOWN_LIMIT_EACH {
             own().min()
         } else if known().count() >= KNOWN_LIMIT {
-            // Replace none that is less than a day old: with too many customers, each login would write the file.
+            // Do not replace a network that was recorded within the last day: with too many customers, each login would
+            // write the file.
             let all = known().map(|(at, count)| (count.at, at));
             all.min().filter(|(seconds, _)| now - seconds >= KNOWN_RENEWED_AFTER)
         } else {

@@ -1,9 +1,9 @@
 //! Slows clients that guess secrets, across all processes of a spool.
 //!
-//! Each AUTH that tries a secret is an attempt under the rules of [`LoginTable`]. The table is in memory and in the file
-//! `SPOOL/.odmr/logins`, which `serve` and each process of `serve --inetd` read and replace while they lock `logins.lock`.
-//! Only a separate thread uses the disk, and ends when it has nothing to do: if the disk hangs, attempts go on with the
-//! table in memory. The file is not fsynced: if a power cut loses it, the counts begin anew.
+//! Each AUTH that tries a secret is an attempt under the rules of [`LoginTable`]. The table is in memory and in the
+//! file `SPOOL/.odmr/logins`, which `serve` and each process of `serve --inetd` read and replace while they lock
+//! `logins.lock`. Only a separate thread uses the disk, and ends when it has nothing to do: if the disk hangs, attempts
+//! use the table in memory. The file is not fsynced: if a power cut loses it, the counts begin anew.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -27,7 +27,7 @@ use crate::net::trace::quoted;
 /// How long an attempt waits for the file, and the thread for the lock.
 const FILE_WAIT: Duration = Duration::from_millis(250);
 
-/// How often a waiting attempt checks whether it still has its place.
+/// How often a waiting attempt checks whether another has displaced it.
 const LOOK_INTERVAL: Duration = Duration::from_secs(1);
 
 /// The maximum size of the file in octets: more than any table has.
@@ -68,7 +68,7 @@ struct LoginState {
     /// The file as it was read or written last.
     stamp: Option<FileStamp>,
     text: String,
-    /// The number of the last request to the thread, and of the last one that is done.
+    /// The number of the last request to the thread, and of the last request that is done.
     asked: u64,
     done: u64,
     /// Since when the thread works on a request; `None`: it does not run.
@@ -122,13 +122,14 @@ impl Logins {
         self.lock().table.knows(ClientNetwork::of(Some(address)))
     }
 
-    /// Reads the file, and writes the changes that it does not have. Returns when that is done, or after [`FILE_WAIT`].
+    /// Reads the file, and writes the changes that it does not have. Returns when that is done, but after 250 ms at the
+    /// latest.
     pub fn synchronise(self: &Arc<Self>) {
         let asked = self.ask(&mut self.lock());
         drop(self.wait(asked, FILE_WAIT));
     }
 
-    /// Makes a client's network known that has authenticated by a mechanism without a secret, and so without a wait.
+    /// Makes the network of a client known that has authenticated by a certificate, and so without a wait.
     pub fn learn(self: &Arc<Self>, attempt: AttemptOrigin) {
         self.change(Change::End { attempt, counted: false, end: AttemptEnd::Succeeded });
     }
@@ -173,7 +174,7 @@ impl Logins {
         state.asked += 1;
         if state.running.is_none() {
             let logins = self.clone();
-            // If the system has no thread, attempts go on with the table in memory.
+            // If the system has no thread, attempts use the table in memory.
             if thread::Builder::new().name("logins".to_owned()).spawn(move || logins.run()).is_ok() {
                 state.running = Some(Instant::now());
             }
@@ -183,7 +184,7 @@ impl Logins {
 
     fn wait(&self, asked: u64, limit: Duration) -> MutexGuard<'_, LoginState> {
         let state = self.lock();
-        // If the disk hangs, do not wait for it again: only the first attempt does.
+        // If the disk hangs, only the first attempt waits for it.
         let left = state.running.map_or(Duration::ZERO, |since| limit.saturating_sub(since.elapsed()));
         let waiting = self.synchronised.wait_timeout_while(state, left, |state| state.done < asked);
         let mut state = waiting.unwrap_or_else(PoisonError::into_inner).0;
@@ -239,7 +240,7 @@ impl Logins {
         }
         let stamp = path.metadata().ok().map(|found| FileStamp::of(&found));
         let mut state = self.lock();
-        // There may be new changes by now, and the oldest may have been dropped because there were too many.
+        // While the file was written, changes may have been added, and the oldest dropped because there were too many.
         let written = written.min(state.changes.len());
         state.changes.drain(..written);
         state.stamp = stamp;
@@ -289,7 +290,7 @@ fn log_failure(state: &mut LoginState, error: &io::Error) {
 /// Why the server does not decide an attempt.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Undecided {
-    /// Too many attempts wait, or another attempt has its place.
+    /// Too many attempts wait, or another attempt has displaced this one.
     TooMany,
     /// The process is shutting down.
     Stopping,
@@ -473,7 +474,7 @@ mod tests {
         assert_eq!(wait(10, &cancel), Some(Undecided::Stopping));
         drop(client);
         assert_eq!(wait(11, &CancelToken::new().unwrap()), Some(Undecided::ClientGone));
-        // Neither has a place any more: of eight, two are left.
+        // Both have left: of eight places, two are free.
         logins.begin(&attempt(12));
         logins.begin(&attempt(13));
         assert_eq!(wait(14, &CancelToken::new().unwrap()), Some(Undecided::TooMany));

@@ -142,7 +142,8 @@ impl Provider {
     }
 }
 
-/// A provider before it drops its privileges: its configuration is usable. It has no thread yet, and has touched no mail.
+/// A provider whose configuration is usable, before it drops its privileges. It has no threads yet, and has not read or
+/// written mail.
 pub struct PreparedProvider {
     shared: Arc<Shared>,
     delivery: DeliveryThread,
@@ -183,8 +184,7 @@ impl PreparedProvider {
         }
         let config = &self.shared.config;
         if sockets.has(Listener::OdmrTls.name()) && config.tls.is_none() {
-            let text =
-                "the supervisor passes a socket odmr-tls, and there is no [tls]: add it, with `certificate` and `key`";
+            let text = "the supervisor passes a socket odmr-tls, and the configuration has no [tls]: add it, with `certificate` and `key`";
             return Err(StartError::Config(text.to_owned()));
         }
         for (kind, addresses) in Listener::ALL.into_iter().zip(config.listen()) {
@@ -214,7 +214,7 @@ impl PreparedProvider {
         log_skipped(&shared.config);
         let (reloader, listening, threads) = (Reloader::new(shared.clone()), Vec::new(), Vec::new());
         let mut running = RunningProvider { reloader: reloader.clone(), listening, threads, _lock: lock };
-        // Begin before the relay reads the spool: mail that is stored later wakes it.
+        // Begin before the relay reads the spool: mail that is stored after that wakes it.
         let (cancel, relay_handle) = (&shared.lasting.cancel, shared.lasting.relay.clone());
         let woken = Box::new(move |reason| match reason {
             WakeReason::Reload => reload(),
@@ -374,8 +374,8 @@ fn trace(shared: &Shared, listener: Listener) -> Trace {
     Trace { id: shared.lasting.ids.session_id(), us: if listener == Listener::Inbound { 'S' } else { 'P' }, them: 'C' }
 }
 
-/// The networks for which a listener reserves a part of its connections: on port 366, those of customers. Otherwise a crowd of
-/// strangers could keep customers from their mail.
+/// The networks for which a listener reserves a part of its connections: on port 366, those of customers. Otherwise
+/// many untrusted clients could prevent customers from connecting.
 fn known_networks(shared: &Shared, listener: Listener) -> Option<KnownNetworks> {
     let logins = shared.lasting.logins.clone();
     (listener != Listener::Inbound).then(|| Box::new(move |address| logins.knows(address)) as KnownNetworks)
@@ -420,8 +420,10 @@ fn begin_session(
         tls = tls.map(|tls| tls.asking());
     }
     if listener == Listener::OdmrTls {
-        // A reload may have removed [tls]. The listener stays, and must not serve its clients without TLS.
-        let tls = tls.take().ok_or_else(|| io::Error::other("there is no certificate any more: restart odmr"))?;
+        // A reload may have removed [tls]. The listener still runs, and must not serve clients without TLS.
+        let tls = tls
+            .take()
+            .ok_or_else(|| io::Error::other("the configuration has no certificate any more: restart odmr"))?;
         connection.start_tls_server(&tls, Instant::now() + config.timeouts.handshake)?;
         accepted.inspect(|accepted| accepted.note_command(Instant::now()));
     }

@@ -29,7 +29,7 @@ pub struct Quotas {
 impl Quotas {
     /// The quotas that the accounts have. `root`: the spool; `directory` returns the queue of a domain.
     pub fn new(root: &Path, accounts: &Accounts, directory: impl Fn(&Domain) -> Maildir) -> Quotas {
-        // Read it now: once confined, this process cannot read it any more.
+        // Read it now: after the sandbox has begun, this process cannot read it.
         boot_id();
         let limited = accounts.iter().filter_map(|account| {
             let (octets, messages) = (account.held.max_bytes, account.held.max_messages);
@@ -51,7 +51,7 @@ impl Quotas {
         self.limits.get(account)
     }
 
-    /// Has all files counted again before the next message: a process with another configuration may have added files without
+    /// Makes the next message count all files again: a process with another configuration may have added files without
     /// counting them.
     pub fn recount(&self) {
         for limit in self.limits.values() {
@@ -62,7 +62,7 @@ impl Quotas {
     /// Checks that the account's quota permits `more` mail.
     ///
     /// # Errors
-    /// The reply to RCPT: 452 or 552, as the account's `over-quota` says; or that of a failed disk.
+    /// The reply to RCPT: 452 or 552, depending on `over-quota`; 451 or 452 if the disk fails.
     pub fn check(&self, account: &Account, more: Usage) -> Result<(), Reply> {
         let checked = self.of(&account.name).map_or(Ok(()), |limit| limit.check(more));
         checked.map_err(|error| self.reply(&error, Some(account)))

@@ -1,8 +1,9 @@
 //! The number of messages that each account with a `rate` submits in an hour, exact across all threads and processes.
 //!
-//! A message counts from the begin of its content, and no longer if it is not accepted. So a client that repeats MAIL, gets
-//! rejections or loses its connection uses up nothing, and one with many connections gets no more than one with a single one.
-//! The count is checked at MAIL too, so that the client need not send content that would be rejected.
+//! A message counts from the beginning of its content; if it is not accepted, it stops counting. So a client that
+//! repeats MAIL, is rejected or loses its connection uses up nothing, and many connections of one account together get
+//! no more than one connection. The count is checked at MAIL too, so that the client need not send content that would
+//! be rejected.
 //!
 //! The file `SPOOL/.odmr/rate-ACCOUNT` is locked while it is read and written:
 //!
@@ -33,8 +34,8 @@ use crate::smtp::reply::Reply;
 /// The prefix of the files in `SPOOL/.odmr`.
 pub const RATE_FILE: &str = "rate-";
 
-/// How long a session waits for the lock. Others have it for a moment only, but a process that was stopped may have it for
-/// ever.
+/// How long a session waits for the lock. Other processes hold it for a moment only, but a stopped process (SIGSTOP)
+/// holds it for ever.
 const LOCK_TIMEOUT: Duration = Duration::from_millis(250);
 
 /// The maximum size of the file in octets.
@@ -269,7 +270,7 @@ mod tests {
             drop(permits);
         }
         let late = rates.admit("acme", 2).unwrap();
-        // Another hour has begun meanwhile.
+        // Another hour has begun since.
         fs::write(&file, "1767323040 2 .\n").unwrap();
         drop(late);
         assert_eq!(fs::read_to_string(&file).unwrap(), "1767323040 2 .\n");
@@ -311,7 +312,7 @@ mod tests {
         assert_eq!(fill(&rates, 3), 2);
         assert!(begun.elapsed() >= LOCK_TIMEOUT && begun.elapsed() < LOCK_TIMEOUT * 8, "{:?}", begun.elapsed());
         drop(lock);
-        // The count in memory is written later.
+        // The count in memory is written when the lock is free again.
         assert_eq!((fill(&rates, 3), fill(&rates, 4)), (0, 1));
         fs::remove_file(&file).unwrap();
         fs::create_dir(&file).unwrap();

@@ -59,7 +59,7 @@ struct ReloaderState {
     current: RwLock<Arc<Shared>>,
     /// The settings that only a restart changes.
     fixed: Fixed,
-    /// Held during a reload: the certificate may change while the configuration is read.
+    /// Locked during a reload: the certificate may change while the configuration is read.
     one_at_a_time: Mutex<()>,
 }
 
@@ -79,9 +79,9 @@ impl Reloader {
         *self.0.current.write().unwrap_or_else(PoisonError::into_inner) = shared.clone();
     }
 
-    /// Reads the configuration anew. Listeners and sessions stay, but turned sessions of a removed account end after the
-    /// message under way. If a customer's file has a mistake, its account stays as it was; if any other file has one,
-    /// everything stays as it was. The result is logged.
+    /// Reads the configuration anew. Listeners and sessions continue, but turned sessions of a removed account end
+    /// after the message under way. If a customer's file has a mistake, its account is not changed; if any other file
+    /// has one, nothing is changed. The result is logged.
     pub fn reload(&self, file: &Path) {
         let _one = self.0.one_at_a_time.lock().unwrap_or_else(PoisonError::into_inner);
         let old = self.current();
@@ -97,18 +97,19 @@ impl Reloader {
                 shared.record_reload(None);
                 log_reload(&old, &shared);
                 if !changed.is_empty() {
-                    let what = format!("{} changed, and stays as it was until then", changed.join(", "));
+                    let what = format!("{} changed, which takes effect after a restart", changed.join(", "));
                     log::warn!("event=restart-needed reason={what:?}");
                 }
             }
             Err(error) => {
                 old.record_reload(Some(&error));
-                log_failure(&error, "the old configuration holds");
+                log_failure(&error, "the old configuration stays in effect");
             }
         }
     }
 
-    /// Reads the certificate and its key anew. If they cannot be used, the old ones stay, and the log has the error.
+    /// Reads the certificate and its key anew. If they cannot be used, the old ones stay in use, and the error is
+    /// logged.
     fn reload_certificate(&self) {
         let _one = self.0.one_at_a_time.lock().unwrap_or_else(PoisonError::into_inner);
         let old = self.current();
@@ -119,7 +120,7 @@ impl Reloader {
                 self.replace(&Arc::new(Shared { tls: Some(tls), ..Shared::clone(&old) }));
                 log::info!("event=certificate-reloaded certificate-until={until}");
             }
-            Err(error) => log_failure(&error.to_string(), "the old certificate holds"),
+            Err(error) => log_failure(&error.to_string(), "the old certificate stays in use"),
         }
     }
 
@@ -140,7 +141,7 @@ impl Reloader {
         loop {
             log_end();
             expiring.retain(|pass| !pass.is_finished());
-            // If a pass hangs in one domain, another pass goes on with the others.
+            // If a pass hangs in one domain, another pass handles the others.
             if expiring.len() <= plan.stuck().min(STUCK_PASSES_LIMIT) {
                 expiring.extend(self.expire(&plan, cancel));
             }

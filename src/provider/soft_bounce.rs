@@ -1,4 +1,4 @@
-//! Rejections that look like a mistake on the customer's side: for the time of `soft-bounce` they are deferrals.
+//! Rejections that look like a mistake on the customer's side count as deferrals for the time of `soft-bounce`.
 //!
 //! A customer's server that is set up wrongly may reject all its mail, and the senders would get DSNs within minutes. So a 5yz
 //! reply is a rejection at once only if it is about the message or the recipient:
@@ -81,7 +81,7 @@ impl SoftBounces {
         }
     }
 
-    /// Whether the status of a recipient depends on the replies to later messages.
+    /// Whether the status of a recipient depends on the replies to messages after this one.
     pub fn is_undecided(&self, message: RejectedMessage<'_>, result: &DeliveryResult) -> bool {
         let about_mailbox =
             |status: &RecipientStatus| rejection(status).is_some_and(|reply| Cause::of(reply) == Cause::Mailbox);
@@ -131,7 +131,8 @@ impl SoftBounces {
     }
 }
 
-/// The customer's reply that rejects a recipient. `None` also if the provider itself has decided, because of a size say.
+/// The customer's reply that rejects a recipient. `None` also if the provider itself has decided, for instance because
+/// of the size.
 fn rejection(status: &RecipientStatus) -> Option<&Reply> {
     match status {
         RecipientStatus::Rejected(reply) => Some(reply).filter(|reply| reply.is_from_peer()),
@@ -194,7 +195,7 @@ mod tests {
                 let domain = domain();
                 let mut soft = SoftBounces::new(2 * DAY);
                 if accepting {
-                    soft.note(&domain, &result(&["250 2.6.0 taken"]));
+                    soft.note(&domain, &result(&["250 2.6.0 accepted"]));
                 }
                 let now = Timestamp::from_seconds(1_767_323_045);
                 let message = RejectedMessage { domain: &domain, first: now, age: Duration::ZERO };

@@ -34,7 +34,7 @@ pub struct ProviderStatus {
 /// The mail that is held for a customer.
 pub struct AccountStatus {
     pub name: String,
-    /// The summary of all its domains.
+    /// The sum over all its domains.
     pub held: QueueSummary,
     pub domains: Vec<DomainStatus>,
     /// Whether these are all its domains.
@@ -56,7 +56,7 @@ pub struct AccountStatus {
 }
 
 impl AccountStatus {
-    /// How much of the quota is used, in percent of octets or of messages, whichever is more. `None`: the account has none.
+    /// How much of the quota is used, in percent: the higher of octets and messages. `None`: the account has no quota.
     pub fn quota_used(&self) -> Option<u64> {
         let (bytes, messages) = (self.held.bytes, self.held.messages);
         let percent = |used: u64, limit: u64| {

@@ -13,14 +13,15 @@
 //!
 //! A disk may be slow, or a network file system may hang, for some lanes only. They must not delay the others:
 //!
-//! - A lane whose next job is slow waits in `slow`, which half of the threads serve. So does, for a second, a lane after a job
-//!   that took longer than expected. So customers that cause fsyncs, because they reject their mail, do not delay the others.
-//! - [`StoragePool::tend`] adds a thread for each one whose job is blocked for longer than a second, up to 32 threads. While
-//!   one is, 100 ms are enough. [`StoragePool::blocked`] counts the blocked jobs: if there are too many, no more turns are
-//!   accepted.
+//! - A lane whose next job is slow waits in `slow`, which half of the threads serve. For a second after a job of more
+//!   than 50 ms, the lane waits there too. So customers that cause fsyncs, because they reject their mail, do not delay
+//!   the others.
+//! - [`StoragePool::tend`] adds a thread for each thread whose job is blocked for longer than a second, up to 32
+//!   threads. While any job is blocked, 100 ms are enough for that. [`StoragePool::blocked`] counts the blocked jobs:
+//!   if there are too many, no more turns are accepted.
 //!
-//! A panic ends its lane only. Threads start when they are needed; those above four end after 10 s without work. The thread of
-//! a job that never ends, ends with the process.
+//! A panic ends its lane only. Threads start when they are needed; those above four end after 10 s without work. A
+//! thread whose job never ends is left when the process ends.
 
 use std::cell::Cell;
 use std::collections::VecDeque;
@@ -42,13 +43,13 @@ const THREADS_PER_ROLE: usize = 2;
 /// The maximum of all threads.
 const THREADS_LIMIT: usize = 32;
 
-/// A job that takes longer than this makes its lane a slow one.
+/// A job longer than this makes its lane slow.
 const SLOW_JOB: Duration = Duration::from_millis(50);
 
 /// How long a lane is slow after that.
 const SLOW_TIME: Duration = Duration::from_secs(1);
 
-/// Jobs of a lane that a thread does before it is the next lane's turn.
+/// A thread does at most this many jobs of a lane, then those of the next lane.
 const JOBS_PER_TURN: usize = 16;
 
 /// The times of a pool.
@@ -263,12 +264,12 @@ impl ThreadState {
         self.lock().is_none()
     }
 
-    /// When its job will have taken this time; `None`: it is idle.
+    /// When its job will have run for this time; `None`: it is idle.
     fn overdue(&self, time: Duration) -> Option<Instant> {
         self.lock().map(|since| since + time)
     }
 
-    /// Whether it is idle, or its job has taken less than this time.
+    /// Whether it is idle, or its job has run for less than this time.
     fn works(&self, now: Instant, time: Duration) -> bool {
         self.overdue(time).is_none_or(|overdue| now < overdue)
     }

@@ -1,4 +1,4 @@
-//! The settings that all turned sessions share which begin under one configuration.
+//! The settings of all turned sessions that begin under one configuration.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};

@@ -1,10 +1,11 @@
 //! `recipients = "learn"`: the provider learns from a customer's calls which recipients its server does not know.
 //!
-//! A recipient that was rejected with 5.1.1 in two calls, at least an hour apart, is *learned*: RCPT gets 550 5.1.1. So the
-//! sender's own server reports the rejection, and no DSN goes to a forged sender. The provider forgets a recipient when the
-//! customer accepts it, with any spelling of its local part, and a day after its last rejection, so that a new mailbox gets
-//! its mail soon. Only the rejected spelling is learned: RFC 5321 section 2.4 permits `BOB` and `bob` to be two mailboxes,
-//! and a stranger who writes to one that does not exist must not get the other rejected. The postmaster is never learned.
+//! A recipient that was rejected with 5.1.1 in two calls, at least an hour apart, is *learned*: RCPT gets 550 5.1.1. So
+//! the sender's own server reports the rejection, and no DSN goes to a forged sender. The provider forgets a recipient
+//! when the customer accepts it, with any spelling of its local part, and a day after its last rejection, so that a new
+//! mailbox gets its mail soon. Only the rejected spelling is learned: RFC 5321 section 2.4 permits `BOB` and `bob` to
+//! be two mailboxes, and an untrusted client that sends to a missing one must not cause rejections of the other. The
+//! postmaster is never learned.
 //!
 //! Each account has one file, `SPOOL/.odmr/unknown-ACCOUNT`. A turned session replaces it at its end, while it has the lock of
 //! the account:
@@ -44,7 +45,7 @@ const FILE_LIMIT: u64 = 400 * RECIPIENTS_LIMIT as u64;
 /// The maximum of accounts whose files are cached; after it, the cache is emptied.
 const ACCOUNTS_LIMIT: usize = 100;
 
-/// The recipients of an account that were rejected lately, each by its [`key`].
+/// The recipients of an account that were rejected lately, each by one key for all spellings.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct UnknownRecipients(HashMap<String, UnknownRecipient>);
 
@@ -136,8 +137,8 @@ pub struct Learning {
     begun: Timestamp,
     /// `None`: the file was not read yet.
     recipients: Option<UnknownRecipients>,
-    /// Keys of the recipients that the session has accepted. They are not learned even if a rejection is recorded later: its
-    /// settlement may have been postponed.
+    /// Keys of the recipients that the session has accepted. They are not learned even if a rejection is recorded after
+    /// that: its settlement may have been postponed.
     accepted: HashSet<String>,
     changed: bool,
 }
@@ -202,8 +203,8 @@ impl Learning {
     }
 }
 
-/// Removes the file of an account that does not learn. Otherwise, if it learned again, recipients that its server has accepted
-/// meanwhile would be rejected. A failure is logged.
+/// Removes the file of an account that does not learn. Otherwise, if the account learned again, recipients that its
+/// server has accepted since then would be rejected. A failure is logged.
 pub fn forget(path: &Path, account: &str) {
     log_not_recorded(remove_if_there(path), account);
 }
@@ -297,7 +298,8 @@ mod tests {
         assert_eq!(UnknownRecipients::read(&path).learned(time(93_600)), 1);
     }
 
-    /// RFC 5321 section 2.4: BOB and bob may be two mailboxes. A stranger who writes to one must not get the other rejected.
+    /// RFC 5321 section 2.4: BOB and bob may be two mailboxes. Mail to a missing one must not cause rejections of the
+    /// other.
     #[test]
     fn only_the_rejected_spelling_is_learned() {
         let directory = tempfile::tempdir().unwrap();

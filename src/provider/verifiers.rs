@@ -37,7 +37,7 @@ impl Drop for WorkPermit<'_> {
 }
 
 impl Verifiers {
-    /// As [`CredentialStore::verifier`](crate::sasl::CredentialStore::verifier).
+    /// See [`CredentialStore::verifier`](crate::sasl::CredentialStore::verifier).
     ///
     /// # Errors
     /// The customer's file has a mistake, the key was not set, or too many sessions compute for too long.

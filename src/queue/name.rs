@@ -22,7 +22,7 @@ pub struct QueueName {
     /// The lock file of the account, which may have several queues. The directory is locked too, but it is neither made
     /// nor locked while it has no mail.
     pub account_lock: Option<PathBuf>,
-    /// The directory has mail for other domains too, and each message its own lock: see [`shared`](super::shared).
+    /// The directory has mail for other domains too, and each message its own lock: see `shared`.
     pub shared: bool,
     /// The limit in which the queue's messages count, together with those of other queues.
     pub limit: Option<Arc<UsageLimit>>,

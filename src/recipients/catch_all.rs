@@ -1,8 +1,8 @@
-//! Where mail for names without a mailbox goes, in the domains that are in `accept` as a whole (rule 9).
+//! The address that gets mail for names without a mailbox, in the domains that are in `accept` as a whole (rule 9).
 //!
 //! A name has a mailbox if its Maildir exists, or if the configuration mentions it: as the target of an alias, as
 //! `postmaster`, in `catch-all` or in `deliver`. Without this rule, a sender could make a Maildir of each word of a
-//! dictionary. Mail with a next hop always goes there: the next hop knows its own names.
+//! dictionary. Mail with a next hop always goes there: the next hop has its own list of names.
 
 use super::input::{
     AddressPattern, CatchAll, CatchAllRule, ConfigError, Located, Route, SourceLine, TargetKind, address,
@@ -45,7 +45,7 @@ impl RecipientRules {
         }
     }
 
-    /// Whether the names of a domain have Maildirs, not counting names with a route of their own.
+    /// Whether the names of a domain have Maildirs, not counting names with their own route.
     fn has_maildirs(&self, domain: &Domain) -> bool {
         let route = self.routes.get(&AddressPattern::Domain(domain.clone())).unwrap_or(&self.route);
         matches!(route, Route::Maildir(_))

@@ -104,7 +104,7 @@ impl RecipientRules {
         }
     }
 
-    /// Adds the other names of domains. Such a name must have no rules of its own, and its domain must have some.
+    /// Adds the other names of domains. Such a name must have no rules, and its domain must have some.
     fn add_domain_aliases(&mut self, aliases: Vec<DomainAlias>) -> Result<(), ConfigError> {
         let known: HashSet<_> = self.domains.iter().cloned().collect();
         for DomainAlias { name, domain, source } in &aliases {

@@ -139,7 +139,7 @@ pub struct DomainAlias {
 /// Where the mail of some recipients is delivered to.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct RouteRule {
-    /// An address or a domain; `None`: all recipients without a route of their own.
+    /// An address or a domain; `None`: all recipients without their own route.
     pub pattern: Option<AddressPattern>,
     pub route: Route,
     pub source: SourceLine,
@@ -148,7 +148,7 @@ pub struct RouteRule {
 /// The catch-all of a domain that is in `accept` as a whole, or of all such domains.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct CatchAllRule {
-    /// `None`: each domain without a rule of its own.
+    /// `None`: each domain without its own catch-all.
     pub domain: Option<Domain>,
     pub catch_all: CatchAll,
     pub source: SourceLine,
@@ -230,9 +230,9 @@ impl SourceLine {
         ConfigError { source: self.clone(), text: text.into() }
     }
 
-    /// An error about a name that is there twice. This is the place of the second one.
+    /// An error about a name that occurs twice. This is the place of the second one.
     pub fn duplicate(&self, name: impl fmt::Display) -> ConfigError {
-        self.error(format!("{name} is here a second time: remove one of the two"))
+        self.error(format!("{name} occurs a second time here: remove one of the two"))
     }
 }
 

@@ -14,8 +14,8 @@
 //!    postmaster is a mailbox by default, which also gets mail for abuse.
 //! 7. *alias of the domain*: `@example.org`.
 //! 8. *exception*: rejected, with or without detail.
-//! 9. *catch-all*: the mailbox of the local part without its detail, if there is one; otherwise the domain's `catch-all`
-//!    address, by default postmaster (see [`catch_all`]).
+//! 9. *catch-all*: the mailbox of the local part without its detail, if there is one; otherwise the domain's
+//!    `catch-all` address, by default postmaster (see `catch_all`).
 //! 10. *no rule*: rejected.
 //!
 //! A target of an alias may also be `/dev/null`, which discards the message, or an address elsewhere, for mail that is
@@ -189,9 +189,9 @@ impl NoMailbox {
         match self {
             NoMailbox::Foreign => "foreign: no rule for that domain",
             NoMailbox::Exception => "exception",
-            NoMailbox::NoRule => "no rule takes it",
+            NoMailbox::NoRule => "no rule matches it",
             NoMailbox::Nameless => "a local part that is empty, or too long for a folder",
-            NoMailbox::Unserved => "odmr check says what to write",
+            NoMailbox::Unserved => "odmr check shows the remedy",
         }
     }
 }

@@ -38,7 +38,7 @@ fn domain(text: &str) -> Domain {
     Domain::parse(text).unwrap()
 }
 
-/// Two domains with a catch-all each, one of them with a route of its own.
+/// Two domains with a catch-all each, one of them with its own route.
 fn open() -> RecipientRules {
     let source = SourceLine { file: Path::new("odmr.toml").into(), line: Some(1) };
     let (home, other) = (domain("example.org"), AddressPattern::Domain(domain("example.com")));

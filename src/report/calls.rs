@@ -15,7 +15,7 @@
 //! count sent=3                  the counters of this call, a line each
 //! ```
 //!
-//! The file is replaced in one step. If it is lost, no mail is lost: only the status does not know of the call.
+//! The file is replaced in one step. If it is lost, no mail is lost: only the status lacks the call.
 
 use std::fmt::Write as _;
 use std::io;
@@ -98,7 +98,7 @@ pub struct CallWithoutMail {
     pub domains: Vec<String>,
 }
 
-/// The number of calls without mail that are remembered; then the oldest are forgotten.
+/// The most calls without mail in a record; then the oldest are removed.
 const WITHOUT_MAIL_LIMIT: usize = 1000;
 
 impl CallWithoutMail {
@@ -210,7 +210,7 @@ impl CallRecord {
         })
     }
 
-    /// Replaces the record before by this one, whose numbers of calls include that one's. A failure is logged.
+    /// Replaces the record in the file by this one, and adds its numbers of calls. A failure is logged.
     pub fn write(mut self, path: &Path, account: &str) {
         let before = CallRecord::read(path);
         let failed = self.result == CallResult::Failed;

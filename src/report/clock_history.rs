@@ -1,5 +1,5 @@
-//! The age of mail, by the time that has passed, even if the clock was set. If a clock that was set forward by years
-//! made all mail older, the whole queue would expire at once.
+//! The age of mail, even if the clock was set. If a clock that was set forward by years made all mail older, the whole
+//! queue would expire at once.
 //!
 //! The history has the time at the last look, and the jumps of the clock. Between two looks, a step of up to 100 days
 //! counts as passed: the machine was off, or only a weekly cron job looks. Two kinds of steps forward do not count for
@@ -13,8 +13,8 @@
 //! So a clock that is set by years makes no message older. If the clock is set back, jumps of the same length are
 //! undone, and no more, because the clock may still be fast. A message that arrives in the future has the age zero; the
 //! queue records when it was first seen ([`queue`](crate::queue)), and its age counts from then. `expire-after` is 90
-//! days at most, so that a shorter downtime does not look like a clock that was set. A longer downtime makes mail
-//! expire later, never sooner.
+//! days at most, so that a shorter downtime does not look like a clock that was set. A longer downtime delays expiry,
+//! and never advances it.
 
 use std::fmt::Write as _;
 use std::time::Duration;
@@ -29,11 +29,10 @@ const LONGEST_STEP: i64 = 100 * DAY;
 /// Seconds of a step that are not a jump: the clock was adjusted, or not looked at for some time.
 const TOLERANCE: i64 = 2 * 60 * 60;
 
-/// The number of jumps that are remembered; then the smallest is forgotten. Each has more than two hours, most have
-/// years.
+/// The most jumps in a history; then the smallest is removed. Each is longer than two hours, most are years.
 const JUMPS_LIMIT: usize = 16;
 
-/// The number of fast clocks that are remembered; then the fastest is forgotten.
+/// The most fast clocks in a history; then the fastest is removed.
 const LEFT_LIMIT: usize = 16;
 
 /// The clock was set forward, between the looks at these times.
@@ -62,7 +61,7 @@ impl ClockJump {
 pub struct ClockHistory {
     /// The time at the last look.
     pub seen: Timestamp,
-    /// The clocks that were left, because they were fast: the times that they would show now, in order.
+    /// The fast clocks that were set back: the times that they would show now, in order.
     left: Vec<Timestamp>,
     /// The jumps, in order.
     jumps: Vec<ClockJump>,

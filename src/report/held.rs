@@ -1,5 +1,4 @@
-//! Held mail expires, or its sender is warned, without an attempt: it waits for a call of its customer, which may never
-//! come.
+//! Held mail expires, or its sender is warned, without an attempt: it waits for its customer, which may never call.
 
 use std::collections::HashSet;
 use std::io;

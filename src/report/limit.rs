@@ -1,4 +1,5 @@
-//! Limits the DSNs that are sent. Strangers could otherwise flood any domain with them, by mail with forged senders.
+//! Limits the DSNs that are sent. Otherwise untrusted clients could flood any domain with DSNs, by mail with forged
+//! senders.
 //!
 //! At most [`DOMAIN_RATE`] DSNs a minute are sent to one domain, and [`TOTAL_RATE`] to all; those of one minute may be
 //! sent at once. More DSNs of failure wait; those that would wait longer than [`LONGEST_WAIT`] are dropped, which is
@@ -22,7 +23,7 @@ const LONGEST_WAIT: Duration = Duration::from_secs(60 * 60);
 
 const MINUTE: Duration = Duration::from_secs(60);
 
-/// The number of domains at which those without a backlog are forgotten, to bound the memory.
+/// When this many domains are counted, those without a backlog are removed, to bound the memory.
 const DOMAINS_LIMIT: usize = 1000;
 
 /// Counts the DSNs of one process.
@@ -86,7 +87,7 @@ mod tests {
             (0..).take_while(|n| admit(Action::Failed, &format!("{n}.example")) == Ok(Duration::ZERO)).count();
         assert_eq!(domains, 600 - 123);
         assert_eq!(admit(Action::Relayed, "c.example"), Err(TooMany));
-        // Two minutes later DSNs of success are sent again.
+        // After two minutes DSNs of success are sent again.
         let later = now + 2 * MINUTE;
         assert_eq!(limiter.admit(Action::Relayed, "a.example", later), Ok(Duration::ZERO));
     }

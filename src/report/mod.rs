@@ -1,5 +1,5 @@
-//! What follows an attempt to send a message: the next attempt or expiry, DSNs, and the settlement (RFC 5321 sections
-//! 4.5.4 and 6.1, RFC 3461 section 5).
+//! The steps after an attempt to send a message: the next attempt or expiry, DSNs, and the settlement (RFC 5321
+//! sections 4.5.4 and 6.1, RFC 3461 section 5).
 //!
 //! A DSN is committed before the message that it reports is removed. So after a crash a sender may receive the DSN
 //! twice, but it is never missing, except under load (see `limit`). There is no DSN to the null sender. If outgoing
@@ -81,7 +81,7 @@ pub trait DsnSink: Send + Sync {
 pub enum Via {
     /// The provider to its customer, after the turn.
     Atrn,
-    /// The relay, into the queue of a customer that has the domain by now.
+    /// The relay, into the queue of a customer to which the domain now belongs.
     Held,
     /// The relay, by MX.
     Mx,
@@ -209,7 +209,7 @@ pub struct Reporter {
 /// The outcome of [`Reporter::report`].
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum DsnOutcome {
-    /// There is no sender who could receive a DSN.
+    /// The message has no sender, so there is no recipient for a DSN.
     NoSender,
     /// The DSN was not stored, because there are too many.
     Suppressed,
@@ -444,8 +444,8 @@ impl Reporter {
     /// How long a DSN waits before it is sent; `None`: it is dropped, which is logged. `is_ours`: see
     /// [`DsnSink::is_ours`].
     ///
-    /// Customers and users here get every DSN, with one exception: strangers may forge their addresses as senders of
-    /// mail to a customer. The DSNs of success about such mail are limited.
+    /// Customers and users here get every DSN, except that DSNs of success are limited: untrusted clients may forge the
+    /// sender of mail to a customer.
     fn admit(
         &self, about: &QueuedEnvelope, to: &Mailbox, reports: &[RecipientReport<'_>], via: Via, is_ours: bool,
     ) -> Option<Duration> {

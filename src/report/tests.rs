@@ -149,7 +149,7 @@ fn each_status_is_reported_as_the_sender_asked() {
     check(own, "", 121, sent(), false, "", (0, 0));
 }
 
-/// Strangers may ask for any number of them.
+/// Untrusted clients may ask for any number of them.
 #[test]
 fn dsns_of_success_are_limited() {
     let case = Case::new("<a@b.example>", "SUCCESS", 0);

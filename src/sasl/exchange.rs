@@ -34,10 +34,11 @@ pub trait CredentialStore {
     /// The accounts cannot be read now, or too many verifiers are made at once.
     fn verifier(&self, name: &str) -> Result<(ScramVerifier, bool), Unavailable>;
 
-    /// Computes [`salted_password`]. It takes about 10 ms, so a store limits how many sessions do it at the same time.
+    /// Computes [`salted_password`]. It needs about 10 ms, so a store limits how many sessions compute at the same
+    /// time.
     ///
     /// # Errors
-    /// Too many sessions compute one now.
+    /// Too many sessions are computing one.
     fn salted_password(&self, secret: &[u8], verifier: &ScramVerifier) -> Result<[u8; 32], Unavailable> {
         Ok(salted_password(secret, &verifier.salt, verifier.iterations))
     }
@@ -79,7 +80,7 @@ pub struct AccountCredentials {
     pub verifier: Option<ScramVerifier>,
 }
 
-/// The accounts cannot be read now; the client may try later.
+/// The accounts cannot be read now; another attempt may succeed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Unavailable;
 
@@ -118,7 +119,8 @@ pub trait ClientExchange: Send {
     /// The response to a challenge; `None`: the challenge is not acceptable, and the exchange must be cancelled.
     fn step(&mut self, challenge: &[u8]) -> Option<Vec<u8>>;
 
-    /// Whether a success from the server is acceptable now. A server that reports success earlier has verified nothing.
+    /// Whether a success from the server is acceptable now. If a server reports success before that, it has not
+    /// verified the client.
     fn finished(&self) -> bool;
 
     /// Why the last challenge was not acceptable, as the predicate of a sentence about the server.

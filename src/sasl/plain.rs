@@ -57,8 +57,8 @@ impl ClientExchange for PlainClient {
     }
 }
 
-/// Parses three UTF-8 strings with NUL between them (RFC 4616 section 2). An empty name or password is rejected later, so that
-/// the time does not differ.
+/// Parses three UTF-8 strings with NUL between them (RFC 4616 section 2). An empty name or password is not rejected
+/// here, but after the check, so that the time does not differ.
 fn parse(response: &[u8]) -> Option<[&str; 3]> {
     let mut parts = std::str::from_utf8(response).ok()?.split('\0');
     let three = [parts.next()?, parts.next()?, parts.next()?];

@@ -7,9 +7,10 @@
 //!                        └───────────── call_ended(begun, ended, outcome, chance) ◀──────────────────────┘
 //! ```
 //!
-//! After a failed call there is a pause, whatever the schedule. After a call in which the customer deferred mail, for instance
-//! because a disk is full, the next call is due after such a pause, or by the schedule if that is earlier: one full mailbox
-//! must not delay the mail of the others. The pauses grow, so that the calls do not become a storm. Otherwise:
+//! After a failed call there is a pause, whatever the schedule. After a call in which the customer deferred mail, for
+//! instance because a disk is full, the next call is due after such a pause, or by the schedule if that is earlier: one
+//! full mailbox must not delay the mail of the others. The pauses grow, so that a customer that fails does not call all
+//! the time. Otherwise:
 //!
 //! - `every`: the first call is due at once. Each other call is due this time after the last one began, or at once if that
 //!   one took longer.
@@ -34,8 +35,8 @@ pub use self::timetable::{Schedule, Times, Timetable, TimetableEntry, When};
 pub struct Clocks {
     /// The time of day, which may be set back and forth.
     pub date: Timestamp,
-    /// A monotonic clock. If it counts while the machine sleeps, a call that was due meanwhile is made when it wakes; if it
-    /// stops, that call is skipped.
+    /// A monotonic clock. If it counts while the machine sleeps, a call that was due then is made when the machine
+    /// wakes; if it stops, that call is skipped.
     pub ticks: Duration,
 }
 
@@ -64,7 +65,7 @@ pub struct CallTimer {
     failures: u32,
 }
 
-/// A caller that asks at least this often misses no call. Callers ask each minute; on a busy machine they may be late.
+/// A caller that asks at least this often misses no call. Callers ask each minute, but may be late on a busy machine.
 const LATENESS_LIMIT: Duration = Duration::from_secs(120);
 
 /// While the two clocks agree within this many seconds, the time of day was not set.
@@ -109,7 +110,7 @@ impl CallTimer {
         }
     }
 
-    /// The time of day of the next call, if the clock is not set meanwhile; for the log.
+    /// The time of day of the next call, unless the clock is set before; for the log.
     pub fn next_call(&self, now: Clocks) -> Timestamp {
         later(now.date, self.time_left(now))
     }

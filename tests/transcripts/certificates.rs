@@ -81,7 +81,7 @@ pub fn identity() -> &'static Identity {
             ("renewed", ClientCertificate::new(&keys[0], false)),
             ("expired", ClientCertificate::new(&keys[0], true)),
             ("other", ClientCertificate::new(&keys[1], false)),
-            ("stranger", ClientCertificate::new(&keys[2], false)),
+            ("third", ClientCertificate::new(&keys[2], false)),
         ]);
         Identity { certificate, key, client: Arc::new(client), server, asking, clients }
     })

@@ -6,10 +6,10 @@ use crate::config::{ProviderConfig, quote};
 use crate::mail::address::Domain;
 use crate::net::tls::CertificateInfo;
 
-/// What opens the account.
+/// The credentials that open the account.
 pub(super) enum Opening<'a> {
     Secret(&'a str),
-    /// A secret, which is not known here.
+    /// A secret that this machine does not store.
     HiddenSecret,
     Certificate,
 }
@@ -40,7 +40,7 @@ root = \"/var/mail/odmr\"
 # All names of the domain, for the beginning. Better name the users, so that mail for others is rejected:
 # accept = [{example}, ...]
 accept = [{accept}]
-catch-all = \"postmaster\"      # who gets mail for names that have no mailbox
+catch-all = \"postmaster\"      # gets mail for names that have no mailbox
 {outgoing}",
         own = quote(own),
         address = quote(format!("{hostname}:{port}")),
@@ -87,7 +87,7 @@ fn entrance(config: &ProviderConfig) -> (u16, &'static str) {
     (port, tls)
 }
 
-/// What the customer trusts: the provider's key, if no authority has signed its certificate.
+/// The line about trust: the pin of the provider's key, in a comment if an authority has signed its certificate.
 fn pin(config: &ProviderConfig) -> String {
     let info = config.tls.as_ref().and_then(|files| CertificateInfo::load(&files.certificate).ok());
     let Some(CertificateInfo { pins: [_, pin], is_self_issued, .. }) = info else { return String::new() };

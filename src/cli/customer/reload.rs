@@ -19,7 +19,7 @@ const RELOAD_PAUSE: Duration = Duration::from_millis(20);
 /// The result of a request to reload.
 pub(super) enum ReloadResult {
     Done,
-    /// `serve` goes on with the old configuration.
+    /// `serve` keeps its old configuration, for this reason.
     Failed(String),
     NotRunning,
     /// There was no result within [`RELOAD_WAIT`].
@@ -40,7 +40,7 @@ pub(super) fn request(config: &ProviderConfig) -> ReloadResult {
         let Err(error) = WakeReason::Reload.send_surely(&config.spool) else { break before };
         match [io::ErrorKind::NotFound, io::ErrorKind::ConnectionRefused].contains(&error.kind()) {
             true if !matches!(spool.is_locked(), Ok(true)) => return ReloadResult::NotRunning,
-            // It starts; or it has been unable to make the socket.
+            // `serve` is starting, or could not make the socket.
             true if Instant::now() < late => thread::sleep(RELOAD_PAUSE),
             _ => return ReloadResult::Unreachable(error),
         }
@@ -64,7 +64,7 @@ impl fmt::Display for ReloadResult {
             ReloadResult::Done => f.write_str("the running `odmr serve` has read it"),
             ReloadResult::Failed(reason) => write!(
                 f,
-                "the running `odmr serve` goes on with the configuration that it has, because of another mistake: {reason}; \
+                "the running `odmr serve` keeps its old configuration, because of another mistake: {reason}; \
                  correct it, and send SIGHUP"
             ),
             ReloadResult::NotRunning => f.write_str("no `odmr serve` runs here now: the next one reads it"),
@@ -72,7 +72,7 @@ impl fmt::Display for ReloadResult {
                 "the running `odmr serve` has not reported within 10 s that it has read it: send SIGHUP, and look into its log",
             ),
             ReloadResult::Unreachable(error) => {
-                write!(f, "whether an `odmr serve` runs cannot be seen ({error}): if one does, send it SIGHUP as its user")
+                write!(f, "it is not known whether an `odmr serve` runs ({error}): if one does, send it SIGHUP as its user")
             }
         }
     }

@@ -49,7 +49,8 @@ impl DnsFinding {
         DnsFinding { is, should, ..self }
     }
 
-    /// Appends its lines, the records each on one of its own so that they can be copied. `colours`: for an error or a warning.
+    /// Appends its lines, each record on its own line so that it can be copied. `colours`: colours the words for an
+    /// error or a warning.
     pub fn write(&self, out: &mut String, colours: bool) {
         let start = out.len() + VERDICT_COLUMN;
         let verdict = match self.verdict {

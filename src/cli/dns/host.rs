@@ -93,7 +93,7 @@ pub(super) fn judge_pointer(host: &Domain, address: IpAddr, found: &Result<Answe
     });
     let names: Vec<Domain> = names.collect();
     let is = names.iter().map(line).collect();
-    let advice = "many receivers reject mail from it; whoever provides the address sets the record";
+    let advice = "many receivers reject mail from it; ask your Internet provider to set the record";
     match &names[..] {
         names if names.contains(host) => ptr(DnsVerdict::Good, &line(host)),
         [] => ptr(DnsVerdict::Warning, &format!("{address} has no name: {advice}")).with(is, vec![line(host)]),
@@ -117,7 +117,7 @@ pub(super) fn tlsa_line(at: &Domain, certificate: &CertificateInfo) -> Option<St
     Some(zone_line(at, "TLSA", &format!("3 1 1 {}", HEXLOWER.encode(&certificate.association(1, 1)?))))
 }
 
-/// Judges the TLSA records at `at`; `chain`: the certificates of [tls], its own first; empty: there is no TLS.
+/// Judges the TLSA records at `at`; `chain`: the certificates of `[tls]`, its own first; empty: there is no TLS.
 pub(super) fn judge_tlsa(at: &Domain, chain: &[CertificateInfo], found: &Result<Answer, ResolveError>) -> DnsFinding {
     use DnsVerdict::{Error, Good, Note, Warning};
     let tlsa = |verdict, text: &str| DnsFinding::new(verdict, "TLSA", text);

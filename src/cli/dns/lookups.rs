@@ -19,7 +19,7 @@ const KNOWN_LIMIT: usize = 256;
 pub struct DnsLookups {
     resolver: Result<Resolver, ResolveError>,
     deadline: Instant,
-    /// After so many questions in a row without a reply, nothing more is asked.
+    /// After this many questions in a row without a reply, no more are asked.
     most_unanswered: usize,
     /// Where the name servers are configured.
     configured: &'static str,
@@ -42,7 +42,7 @@ struct DnsQuestion {
 
 impl DnsLookups {
     /// Returns one that asks for 3 s from now on at most in all, and no more after the first question without a reply.
-    /// `resolver`: that of [relay]; `None`: those of /etc/resolv.conf.
+    /// `resolver`: that of `[relay]`; `None`: those of /etc/resolv.conf.
     pub fn brief(resolver: Option<SocketAddr>) -> DnsLookups {
         DnsLookups::new(resolver, Duration::from_secs(1), Duration::from_secs(3), 1)
     }

@@ -61,9 +61,9 @@ pub(super) fn judge_mx(domain: &Domain, expected: &ExpectedHost<'_>, facts: &MxF
     let wrong = |text| found(DnsVerdict::Error, text).with(Vec::new(), should.clone());
     match facts {
         MxFacts::Failed(text) => found(DnsVerdict::Warning, text).with(Vec::new(), should),
-        MxFacts::NoDomain => wrong("the domain does not exist (NXDOMAIN), so nobody can send mail to it"),
+        MxFacts::NoDomain => wrong("the domain does not exist (NXDOMAIN), so it cannot receive mail"),
         MxFacts::NoRecords(addresses) if addresses.is_empty() => {
-            wrong("there is no MX record, and the domain has no address either: nobody can send mail to it")
+            wrong("there is neither an MX record nor an address of the domain: it cannot receive mail")
         }
         MxFacts::NoRecords(addresses) => {
             let (verdict, end) = match addresses.iter().all(|address| expected.addresses.contains(address)) {
@@ -102,8 +102,10 @@ fn problems(expected: &ExpectedHost<'_>, records: &[MxFact]) -> Vec<(DnsVerdict,
     let best = records.iter().filter(|record| leads_to(record, expected)).map(|record| record.preference).min();
     for record in records {
         let Some(name) = &record.host else {
-            problems
-                .push((Error, "\".\" beside other records is a mistake: remove it (RFC 7505 section 3)".to_owned()));
+            problems.push((
+                Error,
+                "\".\" together with other records is a mistake: remove it (RFC 7505 section 3)".to_owned(),
+            ));
             continue;
         };
         if address_for_name(name).is_some() {
@@ -144,7 +146,7 @@ fn problems(expected: &ExpectedHost<'_>, records: &[MxFact]) -> Vec<(DnsVerdict,
         }
     }
     problems.append(&mut warnings);
-    // The domain may be a stranger's, with thousands of records.
+    // The domain may belong to an attacker, and have thousands of records.
     problems.truncate(PROBLEM_LIMIT);
     problems
 }
@@ -187,11 +189,11 @@ mod tests {
             (hosts(&["10 relay.example.net ?"]), (Good, "example.org. IN MX 10 relay.example.net."), None),
             (MxFacts::Failed("SERVFAIL".to_owned()), (Warning, "SERVFAIL"), None),
             (MxFacts::NoDomain, (Error, "does not exist (NXDOMAIN)"), None),
-            (MxFacts::NoRecords(vec![]), (Error, "nobody can send mail to it"), None),
+            (MxFacts::NoRecords(vec![]), (Error, "it cannot receive mail"), None),
             (MxFacts::NoRecords(own), (Warning, "section 5.1), 192.0.2.1, that of relay.example.net: name it"), None),
             (MxFacts::NoRecords(other), (Error, "section 5.1), 203.0.113.1, and not to relay.example.net"), None),
             (hosts(&["0 . -"]), (Error, "null MX: the domain accepts no mail at all (RFC 7505)"), None),
-            (hosts(&["0 . -", "10 relay.example.net ="]), (Error, "\".\" beside other records"), None),
+            (hosts(&["0 . -", "10 relay.example.net ="]), (Error, "\".\" together with other records"), None),
             (hosts(&["10 192.0.2.1 ="]), (Error, "192.0.2.1 is an address"), None),
             (
                 hosts(&["10 mx.example.org>relay.example.net ="]),

@@ -7,7 +7,7 @@ use super::spf::{SpfResult, spf_texts};
 use crate::mail::address::Domain;
 use crate::net::resolver::{Answer, Record, ResolveError};
 
-/// How mail of a domain is sent.
+/// The host that sends the mail of a domain.
 pub(super) enum SendingHost<'a> {
     /// By this host, with the SPF result of each of its addresses; empty: no address is known. The last: whether it is certain
     /// that this host sends. A customer knows only the name that it calls.
@@ -66,7 +66,7 @@ pub(super) fn judge_spf(
         }
         ([], SendingHost::Elsewhere(_)) => spf(DnsVerdict::Note, "there is no record"),
         ([], _) => {
-            let text = "there is no record, so anybody can send as this domain; add other senders";
+            let text = "there is no record, so any host can send as this domain; add other senders";
             spf(DnsVerdict::Warning, text).with(is, should(&[]))
         }
         ([_], SendingHost::Elsewhere(why)) => spf(DnsVerdict::Good, &format!("{}; {why}", is[0])),
@@ -265,7 +265,8 @@ mod tests {
                 "there are 2 records, and there must be one",
                 "v=spf1 a:relay.example.net mx ip4:192.0.2.9 -all",
             ),
-            // A record with two `redirect` is not valid, and beside `all` one has no effect (RFC 7208 section 6).
+            // A record with two `redirect` is not valid, and with `all` a `redirect` has no effect (RFC 7208 section
+            // 6).
             (&["v=spf1 redirect=a.example", "v=spf1 Redirect=b.example"], vec![], Error, "there are 2 records", ""),
         ];
         for (texts, results, verdict, text, should) in table {

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use getopts::{Matches, Options};
 
 use super::installer::{DirectoryOf, Installer, Readers};
-use super::{beside, check_missing, directory_of, name_beside, start_command};
+use super::{check_missing, directory_of, sibling, sibling_name, start_command};
 use crate::cli::exit::{ExitError, Sysexit};
 use crate::cli::process::print;
 use crate::config::{CustomerBlock, CustomerConfig, NamesOnDisk, check_text};
@@ -21,7 +21,7 @@ Makes of this machine a customer: the user odmr, directories, the mailbox of pos
 `odmr customer add` has printed at the provider; `-` reads it from the standard input. Prints what to type next. Nothing that
 exists is changed; a run that was interrupted can be repeated.
 
-Without root, for a trial: no user is made, `-c` names a file of your own, and all is beside it.";
+Without root, for a trial: no user is made, `-c` names a file of your own, and all files are in its directory.";
 
 const DEFAULT_FILE: &str = "/etc/odmr/customer.toml";
 const HINT: &str = "odmr setup customer -h";
@@ -56,21 +56,21 @@ pub fn run(matches: &Matches) -> Result<(), ExitError> {
     let block = CustomerBlock::read(name, &read(from)?)?;
     let mut installer = Installer::begin(matches.opt_str("user"))?;
     installer.directory(directory_of(&config), &[], 0o755, DirectoryOf::Root)?;
-    let secret_file = beside(&config, "secret");
+    let secret_file = sibling(&config, "secret");
     if let Some(secret) = &block.secret {
         make_secret(&mut installer, &secret_file, secret)?;
     }
     // An account without a secret is opened by a certificate. Its files are made here, whatever names the block has.
     let names_one = block.config.providers.iter().any(|provider| provider.remote.identity.is_some());
     let wants_certificate = matches.opt_present("certificate") || names_one;
-    let own = [beside(&config, "pem"), beside(&config, "key")];
+    let own = [sibling(&config, "pem"), sibling(&config, "key")];
     let [certificate, key] = &own;
     let info =
         wants_certificate.then(|| installer.certificate(certificate, key, &block.config.hostname)).transpose()?;
-    let own_names = [name_beside(&config, "pem"), name_beside(&config, "key")];
+    let own_names = [sibling_name(&config, "pem"), sibling_name(&config, "key")];
     let text = block.installed(&NamesOnDisk {
         user: installer.user(),
-        secret_file: &name_beside(&config, "secret"),
+        secret_file: &sibling_name(&config, "secret"),
         certificate: info.is_some().then(|| own_names.each_ref().map(String::as_str)),
         places: installer.owner.is_none().then_some(["mail", "outgoing", "127.0.0.1:5870"]),
     })?;
@@ -110,7 +110,7 @@ fn read(from: &str) -> Result<String, ExitError> {
     }
 }
 
-/// Writes the secret into a file of its own: the configuration may then be read by every user.
+/// Writes the secret into a separate file, so that every user may read the configuration.
 fn make_secret(installer: &mut Installer, file: &Path, secret: &str) -> Result<(), ExitError> {
     let text = format!("{secret}\n");
     if installer.file(file, &text, Readers::User)? || fs::read_to_string(file).is_ok_and(|found| found == text) {

@@ -1,5 +1,5 @@
-//! What set-up makes on this system: a user, directories and files, each durable and in one step, so that a run that was
-//! interrupted can be repeated. Nothing that exists is changed.
+//! Makes a user, directories and files on this system, each durable and in one step, so that a run that was interrupted
+//! can be repeated. Nothing that exists is changed.
 
 use std::fs;
 use std::io;
@@ -19,7 +19,7 @@ const DEFAULT_USER: &str = "odmr";
 
 /// Makes files and directories, and remembers which.
 pub(super) struct Installer {
-    /// The owner of the mail; `None`: this user, who is not root.
+    /// The owner of the mail; `None`: the user of this process, which is not root.
     pub owner: Option<SystemUser>,
     /// Lines for the user.
     pub made: Vec<String>,
@@ -35,13 +35,13 @@ pub(super) enum DirectoryOf {
 }
 
 impl Installer {
-    /// As root, finds the user or makes them; `named`: that of the option --user.
+    /// As root, finds or makes the user; `named`: the value of --user.
     ///
     /// # Errors
     ///
     /// The user cannot be made; --user without root.
     pub fn begin(named: Option<String>) -> Result<Installer, ExitError> {
-        // Each file and directory is made with a mode of its own.
+        // Each file and directory is made with its own mode.
         platform::set_umask(0o022);
         let mut made = Vec::new();
         if !rustix::process::geteuid().is_root() {
@@ -90,7 +90,7 @@ impl Installer {
         Ok(false)
     }
 
-    /// Makes a file, unless it exists. Returns whether it was made. `readers`: who may read it.
+    /// Makes a file, unless it exists. Returns whether it was made. `readers`: the users that may read it.
     ///
     /// # Errors
     ///
@@ -137,7 +137,7 @@ impl Installer {
     }
 }
 
-/// Who may read a file.
+/// The users that may read a file.
 #[derive(Clone, Copy)]
 pub(super) enum Readers {
     All,

@@ -9,7 +9,7 @@ use getopts::{Matches, Options};
 
 use super::installer::{DirectoryOf, Installer, Readers, checked_certificate};
 use super::names::typed_domain;
-use super::{beside, check_missing, directory_of, name_beside, start_command};
+use super::{check_missing, directory_of, sibling, sibling_name, start_command};
 use crate::cli::dns::provider_records;
 use crate::cli::exit::{ExitError, Sysexit};
 use crate::cli::process::print;
@@ -21,7 +21,7 @@ Makes of this machine a provider: the user odmr, directories, a self-signed cert
 Prints the records for the DNS, and what to type next. HOSTNAME is the name of this machine in the DNS, such as
 relay.example.net. Nothing that exists is changed; a run that was interrupted can be repeated.
 
-Without root, for a trial: no user is made, `-c FILE` names a file of your own, and all is beside it.";
+Without root, for a trial: no user is made, `-c FILE` names a file of your own, and all files are in its directory.";
 
 const DEFAULT_FILE: &str = "/etc/odmr/provider.toml";
 const DEFAULT_SPOOL: &str = "/var/spool/odmr";
@@ -30,7 +30,7 @@ const HINT: &str = "odmr setup provider -h";
 
 pub fn options(options: &mut Options) {
     options.optopt("c", "config", "the configuration to make; default: /etc/odmr/provider.toml", "FILE");
-    let help = "the directory for the mail that waits; default: /var/spool/odmr, without root `spool` beside FILE";
+    let help = "the directory for the mail that waits; default: /var/spool/odmr, without root `spool` in the directory of FILE";
     options.optopt("", "spool", help, "DIR");
     options.optopt("", "user", "the owner of the mail; is made if there is no such user; default: odmr", "NAME");
     options.optopt("", "certificate", "a certificate for HOSTNAME that exists, in PEM, in place of a new one", "FILE");
@@ -68,7 +68,7 @@ pub fn run(matches: &Matches) -> Result<(), ExitError> {
     installer.directory(&setup.spool, &[], 0o700, DirectoryOf::Mail)?;
     let (certificate, key) = match &setup.given {
         Some([certificate, key]) => (certificate.clone(), key.clone()),
-        None => (beside(&setup.config, "pem"), beside(&setup.config, "key")),
+        None => (sibling(&setup.config, "pem"), sibling(&setup.config, "key")),
     };
     let info = match &setup.given {
         Some(_) => checked_certificate(&certificate, &key)?,
@@ -138,7 +138,7 @@ impl ProviderSetup {
             let error = || ExitError::new(Sysexit::DataError, format!("{} is not UTF-8: name another", path.display()));
             text.ok_or_else(error)
         };
-        let names = [name_beside(&self.config, "pem"), name_beside(&self.config, "key")];
+        let names = [sibling_name(&self.config, "pem"), sibling_name(&self.config, "key")];
         let [certificate, key] = match &self.given {
             Some([certificate, key]) => [path(certificate)?, path(key)?],
             None => names.map(quote),
@@ -150,7 +150,7 @@ impl ProviderSetup {
             "\
 # A provider of On-Demand Mail Relay (RFC 2645).
 #
-#     odmr check -c {file}            says what is wrong here
+#     odmr check -c {file}            reports mistakes
 #     odmr check -c {file} --print    shows all settings
 
 hostname = {hostname}

@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 use crate::cli::exit::{ExitError, Sysexit};
 use crate::privileges::SystemUser;
 
-/// Where programs of administrators are, also if `su` has left them out of PATH.
+/// The directories with programs of administrators, which may not be in PATH after `su`.
 const SYSTEM_DIRECTORIES_OF_PROGRAMS: [&str; 5] = ["/usr/sbin", "/sbin", "/usr/local/sbin", "/usr/bin", "/bin"];
 
 /// Makes a user without a password, a home and a shell, and a group of the same name.
@@ -25,7 +25,7 @@ pub(super) fn make_user(name: &str) -> Result<(), ExitError> {
         // Its errors go to the user, on stderr.
         let done = Command::new(path).args(arguments).stdin(Stdio::null()).stdout(Stdio::null()).status();
         let done = done.map_err(|error| failed(name, &format!("{program}: {error}")))?;
-        // Another process may have made the user meanwhile.
+        // Another process may have made the user.
         if !done.success() && !SystemUser::is_known(name).0 {
             return Err(failed(name, &format!("`{}` has failed ({done})", step.join(" "))));
         }

@@ -65,7 +65,7 @@ fn mistakes_in_mailboxes_are_named() {
     toml("separator = \"a\"", 1, "'a' cannot separate a detail from a name");
     toml("separator = \"+@\"", 1, "'@' cannot separate");
     toml("separator = 1", 1, "expected a character such as \"+\"");
-    toml("postmaster = \"nobody@example.org\"", 1, "nobody@example.org has no mailbox here (no rule takes it), and `postmaster` must lead to");
+    toml("postmaster = \"nobody@example.org\"", 1, "nobody@example.org has no mailbox here (no rule matches it), and `postmaster` must lead to");
     toml("postmaster = \"alice@example.net\"", 1, "alice@example.net has no mailbox here (foreign");
     toml("postmaster = \"alice\"", 1, "is not a valid address");
     toml("umask = \"700\"", 1, "the owner of a mailbox could not use it");
@@ -108,7 +108,7 @@ fn mistakes_in_a_catch_all_are_named() {
     toml("[mailboxes.catch-all]\n\"Example.com\" = \"create\"\n\"example.com\" = \"create\"", 3, "example.com is here a second time");
     toml("domain-aliases = { \"a.example\" = \"example.com\" }\ncatch-all = { \"a.example\" = \"create\" }", 2, "a.example is another name of example.com only: write example.com");
     toml("catch-all = { \"example.com\" = \"create\" }\ndeliver = { \"example.com\" = \"lmtp:a\" }", 1, "a catch-all for example.com has no effect, as `deliver` gives all its names to a next hop");
-    toml("catch-all = \"carol@example.org\"", 1, "carol@example.org leads to no mailbox here (no rule takes it), and `catch-all` must: name another address");
+    toml("catch-all = \"carol@example.org\"", 1, "carol@example.org leads to no mailbox here (no rule matches it), and `catch-all` must: name another address");
     toml("catch-all = { \"*\" = \"create\", \"example.com\" = \"alice@example.net\" }", 1, "alice@example.net leads to no mailbox here (foreign");
     toml("except = [\"x@example.com\"]\ncatch-all = \"x@example.com\"", 2, "x@example.com leads to no mailbox here (exception)");
     toml("aliases = { all = [\"alice\", \"dave@w.example\"] }\ncatch-all = \"all@example.com\"", 2, "all@example.com leads to no mailbox here (an alias leads to dave@w.example)");
@@ -187,7 +187,7 @@ fn mistakes_in_aliases_are_named() {
     toml("\"a b\" = \"alice\"", 1, "\"a b\" is not a valid alias name");
     toml("info = []", 1, "the alias info leads nowhere");
     toml("info = 5", 1, "expected a string, or a list");
-    toml("info = [\n\"alice\",\n\"carol\"]", 3, "the alias info leads to carol@example.org, which has no mailbox here (no rule takes it): add it to `accept`");
+    toml("info = [\n\"alice\",\n\"carol\"]", 3, "the alias info leads to carol@example.org, which has no mailbox here (no rule matches it): add it to `accept`");
     toml("info = \"|/bin/cat\"", 1, "\"|/bin/cat\" is a program, and aliases lead to mailboxes here: remove that alias, accept the address itself, and send it to the local mail server");
     toml("info = [\"alice\",\n\"dave@localhost\"]", 2, "is an address at a host without a domain");
     toml("info = \"/var/mail/info\"", 1, "is a file");

@@ -172,7 +172,7 @@ fn a_mailbox_without_quota_gets_no_file() {
         deliver(&maildir, "1", 10).unwrap();
         assert_eq!(maildirsize(&maildir), content);
     }
-    // A quota without limits is kept up to date: mail readers show what is stored in the mailbox.
+    // A quota without limits is updated: mail readers show the size of the mailbox.
     let (_directory, maildir) = mailbox_with("0S\n70 7\n");
     deliver(&maildir, "1", 10).unwrap();
     assert_eq!(maildirsize(&maildir), "0S\n70 7\n10 1\n");

@@ -128,7 +128,7 @@ fn a_full_account_is_not_counted_for_each_recipient() {
             File::open(maildir.path().join(name)).unwrap().set_modified(long_ago).unwrap();
         }
     }
-    // If the first count had taken long, it would be valid for some time.
+    // If the first count had been slow, it would be valid for some time.
     place.limit.recount_next().unwrap();
     assert!(place.limit.check(more).is_err());
     let first = counted();
@@ -136,7 +136,7 @@ fn a_full_account_is_not_counted_for_each_recipient() {
     std::thread::sleep(Duration::from_millis(20));
     assert!(place.limit.check(more).is_err());
     assert_eq!(counted(), first);
-    // A count that has taken long is valid for longer, even after changes.
+    // A slow count is valid for longer, even after changes.
     let slow = Bound { counted: uptime(), took: Duration::from_secs(1), changes: None, ..first };
     std::fs::write(place.file(), slow.to_text()).unwrap();
     assert!(place.limit.check(more).is_err());

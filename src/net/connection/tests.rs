@@ -486,12 +486,12 @@ fn a_failed_handshake_reports_the_cause() {
 #[test]
 fn a_rejected_certificate_is_reported_on_both_sides() {
     let (accepting, _) = sides();
-    let (_, stranger) = sides();
+    let (_, other) = sides();
     let (a, b) = tcp();
     let (mut server, mut client) = (connection(a), connection(b));
     thread::scope(|scope| {
         scope.spawn(|| {
-            let error = client.start_tls_client(&stranger, NAME, soon(), None).unwrap_err();
+            let error = client.start_tls_client(&other, NAME, soon(), None).unwrap_err();
             assert!(error.to_string().contains("`pin`"), "{error}");
             client.shutdown();
         });
@@ -600,7 +600,7 @@ fn the_alert_about_a_broken_record_arrives_although_the_peer_still_sends() {
             let mut raw = raw;
             rustix::io::ioctl_fionbio(&raw, false).unwrap();
             for _ in 0..40 {
-                raw.write_all(b"\x17\x03\x03\x00\x20 a record that nobody has sealed..").unwrap();
+                raw.write_all(b"\x17\x03\x03\x00\x20 a record that is not sealed......").unwrap();
                 thread::sleep(Duration::from_millis(5));
             }
             raw.shutdown(std::net::Shutdown::Write).unwrap();

@@ -165,27 +165,27 @@ fn a_client_that_repeats_commands_becomes_old() {
 
 #[test]
 fn an_eighth_of_the_places_is_reserved_for_known_networks() {
-    let (mut crowd, stranger, customer) = (Crowd::new(80, 1), Some(false), Some(true));
-    let mut strangers = crowd.fill(70, stranger, 0);
+    let (mut crowd, unknown, customer) = (Crowd::new(80, 1), Some(false), Some(true));
+    let mut unknown_clients = crowd.fill(70, unknown, 0);
     // Unknown networks have seven eighths, and displace each other's connections.
-    strangers.push(crowd.admit(stranger, 10).unwrap());
-    assert_eq!(Member::count_displaced(&strangers), 1);
+    unknown_clients.push(crowd.admit(unknown, 10).unwrap());
+    assert_eq!(Member::count_displaced(&unknown_clients), 1);
     let mut customers = crowd.fill(10, customer, 20);
-    assert_eq!(Member::count_displaced(&strangers), 1);
-    strangers.push(crowd.admit(stranger, 30).unwrap());
-    assert_eq!((Member::count_displaced(&strangers), Member::count_displaced(&customers)), (2, 0));
+    assert_eq!(Member::count_displaced(&unknown_clients), 1);
+    unknown_clients.push(crowd.admit(unknown, 30).unwrap());
+    assert_eq!((Member::count_displaced(&unknown_clients), Member::count_displaced(&customers)), (2, 0));
     // More connections from known networks displace those of unknown ones, however new these are.
     customers.push(crowd.admit(customer, 40).unwrap());
-    assert_eq!((Member::count_displaced(&strangers), Member::count_displaced(&customers)), (3, 0));
+    assert_eq!((Member::count_displaced(&unknown_clients), Member::count_displaced(&customers)), (3, 0));
     // Beyond the eighth, the untrusted connections of known networks are displaced like all others.
-    strangers.iter().filter(|member| !member.is_displaced()).for_each(|member| member.permit.accepted.trust());
-    strangers.push(crowd.admit(stranger, 50).unwrap());
+    unknown_clients.iter().filter(|member| !member.is_displaced()).for_each(|member| member.permit.accepted.trust());
+    unknown_clients.push(crowd.admit(unknown, 50).unwrap());
     assert_eq!(Member::count_displaced(&customers), 1);
     // In the eighth, connections of known networks are displaced only by those of known networks.
-    strangers.push(crowd.admit(stranger, 51).unwrap());
-    assert!(strangers[strangers.len() - 2].is_displaced() && Member::count_displaced(&customers) == 1);
-    strangers.last().unwrap().permit.accepted.trust();
-    assert_eq!(crowd.admit(stranger, 52).err(), Some(NotAdmitted::Full));
+    unknown_clients.push(crowd.admit(unknown, 51).unwrap());
+    assert!(unknown_clients[unknown_clients.len() - 2].is_displaced() && Member::count_displaced(&customers) == 1);
+    unknown_clients.last().unwrap().permit.accepted.trust();
+    assert_eq!(crowd.admit(unknown, 52).err(), Some(NotAdmitted::Full));
     customers.push(crowd.admit(customer, 53).unwrap());
     assert_eq!(Member::count_displaced(&customers), 2);
 }

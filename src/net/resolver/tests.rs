@@ -415,11 +415,11 @@ fn a_server_that_truncates_over_tcp_or_has_no_tcp_is_an_error() {
 
 #[test]
 fn forged_replies_are_ignored() {
-    let stranger = UdpSocket::bind("127.0.0.1:0").unwrap();
+    let forger = UdpSocket::bind("127.0.0.1:0").unwrap();
     let server = FakeServer::start(move |asked| {
         let true_answer = reply(&asked.query, "ok", &["f.example MX 1 good"], &[]);
         let forged = reply(&asked.query, "ok", &["f.example MX 1 evil"], &[]);
-        stranger.send_to(&forged, asked.peer).unwrap();
+        forger.send_to(&forged, asked.peer).unwrap();
         let mut other_id = forged.clone();
         other_id[0] ^= 1;
         let other_name = replace(&forged, b"\x01f\x07example", b"\x01g\x07example");

@@ -258,12 +258,12 @@ fn a_pin_of_the_key_survives_a_renewal() {
 #[test]
 fn one_of_several_pins_is_enough() {
     let names = ["p256-v1", "rsa", "rsa-v1", "ed25519"].map(fixture);
-    let [shown, one, two, stranger] = &names;
+    let [shown, one, two, other] = &names;
     let of_whole = |pem: &str| Pin::Certificate(fingerprint(pem));
     for (pem, pins) in [
         (shown, vec![key_pin(one), key_pin(shown)]),
         (one, vec![of_whole(two), key_pin(one)]),
-        (one, vec![key_pin(two), of_whole(one), key_pin(stranger)]),
+        (one, vec![key_pin(two), of_whole(one), key_pin(other)]),
         (one, vec![of_whole(one), key_pin(one)]),
     ] {
         for client in both_versions(|| Verification::Pins(pins.clone())) {
@@ -275,12 +275,9 @@ fn one_of_several_pins_is_enough() {
     }
     let pins = vec![of_whole(one), key_pin(two)];
     for client in both_versions(|| Verification::Pins(pins.clone())) {
-        let (error, _) = handshake(&server_with(stranger, stranger), &client, NAME).err().unwrap();
-        let expected = format!(
-            "matches none of the pins in `pin`: it is {}, and its key is {};",
-            of_whole(stranger),
-            key_pin(stranger)
-        );
+        let (error, _) = handshake(&server_with(other, other), &client, NAME).err().unwrap();
+        let expected =
+            format!("matches none of the pins in `pin`: it is {}, and its key is {};", of_whole(other), key_pin(other));
         assert!(error.contains(&expected), "{error}");
     }
 }

@@ -1,7 +1,8 @@
-//! The attempts under way, and the rules that prevent strangers from using up all connections. A stranger who forges the
-//! senders of rejected mail chooses the hosts that the DSNs go to.
+//! The attempts under way, and the rules that prevent untrusted clients from using up all connections: a client that
+//! forges the sender of mail chooses the host to which the DSN is sent.
 //!
-//! - In a queue, DSNs come after mail with a sender, and wait for another attempt if such mail arrives meanwhile.
+//! - In a queue, DSNs come after mail with a sender. If such mail arrives during an attempt, its DSNs wait for the next
+//!   attempt.
 //! - Attempts with DSNs alone come last, and have at most a quarter of all connections. An eighth is reserved for them.
 //! - A destination is slow if an attempt had no session for 10 s, or if a host took as long for a message that is not large.
 //!   Attempts at slow destinations come after other mail, and have at most a quarter of all connections.
@@ -103,7 +104,7 @@ impl HostTable {
         self.lock().slow.get(destination).is_some_and(|until| *until > Instant::now())
     }
 
-    /// Removes a destination from the slow ones, when it has no mail any more.
+    /// Removes a destination that has no mail from the slow ones.
     pub(super) fn forget_slow(&self, destination: &str) {
         self.lock().slow.remove(destination);
     }
@@ -122,7 +123,7 @@ impl TableState {
             count(counts) - stalled.min(self.limit)
         };
         let reserved = if self.by_mx { self.limit / 8 } else { 0 };
-        let all = in_use(&|_| true) + self.beside;
+        let all = in_use(&|_| true) + self.additional;
         let without_dsns = in_use(&|attempt| attempt.kind != AttemptKind::Dsn);
         match all >= self.limit || kind != AttemptKind::Dsn && without_dsns >= self.limit - reserved {
             true => Err(NoAttempt::AllInUse),
@@ -160,7 +161,7 @@ impl AttemptPermit {
         &self.cancel
     }
 
-    /// When the attempt tries no other address any more.
+    /// After this time the attempt tries no further address.
     pub(super) fn deadline(&self) -> Instant {
         self.deadline
     }

@@ -18,8 +18,8 @@ pub(super) const RESCAN_INTERVAL: Duration = Duration::from_secs(300);
 /// How long new mail waits for more, so that one session sends all that arrives together.
 const GATHER_DELAY: Duration = Duration::from_millis(200);
 
-/// All destinations that have mail, as far as the relay knows. There may be very many, as strangers choose where DSNs go: no
-/// function that the scheduler calls for each attempt goes through all of them.
+/// The known destinations with mail. Their number has no limit, because untrusted clients choose where DSNs go: a
+/// function that the scheduler calls for each attempt must not iterate over all of them.
 #[derive(Default)]
 pub(super) struct DestinationTable {
     /// When each destination is due; of a busy one, only the mail that has arrived since its attempt began.
@@ -80,7 +80,7 @@ impl DestinationTable {
     }
 
     /// Records that a worker has finished its attempt at a destination. The attempt may have missed mail that was found
-    /// meanwhile.
+    /// while it ran.
     pub(super) fn done(&mut self, next: NextDue, spool: &Spool, index: &SharedIndex) {
         self.busy.remove(&next.destination);
         if self.news.remove(&next.destination) {
@@ -297,7 +297,7 @@ mod tests {
         assert_eq!(count(&table), [1, 1, 0]);
         assert_eq!(table.take_due(soon, AttemptKind::Mail, &slow), Some(a.clone()));
         assert_eq!(table.take_due(soon, AttemptKind::Slow, &slow), Some(b));
-        // Mail that is due later does not make the DSNs urgent.
+        // Mail that is not due yet does not make the DSNs urgent.
         let (directory, index) = (tempfile::tempdir().unwrap(), SharedIndex::default());
         let due = QueueDue { mail: Some(soon + RESCAN_INTERVAL), dsn: Some(now) };
         table.done(NextDue { destination: a, due }, &spool(directory.path()), &index);

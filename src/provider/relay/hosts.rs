@@ -8,8 +8,8 @@ use crate::mail::address::Domain;
 use crate::net::cancel::CancelToken;
 use crate::smtp::reply::Reply;
 
-/// After an attempt has found all connections to a host in use, no session is opened beside others for this time, so that the
-/// attempt finds a connection when it tries again.
+/// After an attempt has found all connections to a host in use, no additional session is opened for this time, so that
+/// the attempt finds a connection when it tries again.
 const YIELD_PAUSE: Duration = Duration::from_secs(5);
 
 /// The maximum of hosts and addresses in `passed` for one destination. Only an attacker has more; then the next attempt begins
@@ -63,7 +63,7 @@ pub(super) struct TableState {
     pub(super) limit: usize,
     /// The most connections to one host.
     limit_each: usize,
-    /// There is no smarthost: mail goes to hosts that strangers may choose.
+    /// There is no smarthost: mail goes to hosts that untrusted clients may choose.
     pub(super) by_mx: bool,
     /// By IP address and port; a smarthost by its name.
     hosts: HashMap<String, HostState>,
@@ -75,8 +75,8 @@ pub(super) struct TableState {
     pub(super) slow: HashMap<String, Instant>,
     /// The destinations for which mail has arrived since their attempt began: the DSNs of the attempt wait for the next one.
     mail_waits: HashSet<String>,
-    /// The number of sessions beside the first ones of all attempts.
-    pub(super) beside: usize,
+    /// The number of additional sessions (not the first one of an attempt) of all attempts.
+    pub(super) additional: usize,
     /// An attempt is due, and all connections are in use.
     attempt_waits: bool,
     /// That attempt has mail with a sender for the smarthost.
@@ -89,14 +89,14 @@ pub(super) struct TableState {
 #[derive(Default)]
 struct HostState {
     connections: usize,
-    /// How many of them are for sessions beside the first one of an attempt.
-    beside: usize,
+    /// How many of them are for additional sessions.
+    additional: usize,
     /// How many are for attempts with DSNs alone.
     dsns: usize,
     down_until: Option<Instant>,
     /// An attempt that found all connections in use tries again before this time.
     wanted_until: Option<Instant>,
-    /// The same for an attempt that had mail with a sender.
+    /// The same for attempts that had mail with a sender.
     mail_wanted_until: Option<Instant>,
 }
 
@@ -139,12 +139,12 @@ impl HostTable {
         (state.limit, state.limit_each, state.by_mx) = (limit, limit_each, by_mx);
     }
 
-    /// Sets whether an attempt waits for a connection. `for_mail`: it has mail with a sender. Returns whether a connection
-    /// will be free soon, because a session beside another one ends for it.
+    /// Sets whether an attempt waits for a connection. `for_mail`: it has mail with a sender. Returns whether a
+    /// connection will be free soon, because an additional session ends for it.
     pub(super) fn set_attempt_waits(&self, waits: bool, for_mail: bool) -> bool {
         let mut state = self.lock();
         (state.attempt_waits, state.smarthost_waits) = (waits, for_mail && !state.by_mx);
-        waits && state.beside > 0
+        waits && state.additional > 0
     }
 
     /// Sets whether mail has arrived for a destination since its attempt began; `false` at the end of the attempt.
@@ -165,8 +165,8 @@ impl HostTable {
             || !state.mail_waits.is_empty() && destinations.iter().any(|one| state.mail_waits.contains(one.as_str()))
     }
 
-    /// Counts one more connection to a host. Attempts with DSNs alone have at most half of the connections to a host, and none
-    /// while mail waits for one: strangers may have caused DSNs to many domains with this host.
+    /// Counts one more connection to a host. Attempts with DSNs alone have at most half of the connections to a host,
+    /// and none while mail waits for one: untrusted clients may have caused DSNs to many domains with this host.
     ///
     /// # Errors
     /// The host is busy.
@@ -193,13 +193,14 @@ impl HostTable {
         if !is_dsn {
             entry.mail_wanted_until = None;
         }
-        Ok(HostPermit { table: self, host: host.to_owned(), beside: false, is_dsn })
+        Ok(HostPermit { table: self, host: host.to_owned(), additional: false, is_dsn })
     }
 
-    /// Counts one more connection to a host that has one already. `None`: the limits or waiting attempts do not permit it.
-    pub(super) fn acquire_beside(&self, host: &str) -> Option<HostPermit<'_>> {
+    /// Counts a connection for an additional session with a host. `None`: the limits or waiting attempts do not permit
+    /// it.
+    pub(super) fn acquire_additional(&self, host: &str) -> Option<HostPermit<'_>> {
         let mut state = self.lock();
-        if state.attempt_waits || state.attempts.len() + state.beside >= state.limit {
+        if state.attempt_waits || state.attempts.len() + state.additional >= state.limit {
             return None;
         }
         let limit_each = state.limit_each;
@@ -208,20 +209,20 @@ impl HostTable {
             return None;
         }
         entry.connections += 1;
-        entry.beside += 1;
-        state.beside += 1;
-        Some(HostPermit { table: self, host: host.to_owned(), beside: true, is_dsn: false })
+        entry.additional += 1;
+        state.additional += 1;
+        Some(HostPermit { table: self, host: host.to_owned(), additional: true, is_dsn: false })
     }
 
-    /// Whether a session beside another one must end because an attempt waits for its connection.
+    /// Whether an additional session must end because an attempt waits for its connection.
     pub(super) fn must_yield(&self, host: &str) -> bool {
         let state = self.lock();
         state.attempt_waits || state.hosts.get(host).is_some_and(HostState::is_wanted)
     }
 
-    /// Whether a busy host will have a connection for another attempt soon, because a session beside another one ends for it.
+    /// Whether a busy host will soon have a connection for another attempt, because an additional session ends for it.
     pub(super) fn yields(&self, host: &str) -> bool {
-        self.lock().hosts.get(host).is_some_and(|host| host.beside > 0)
+        self.lock().hosts.get(host).is_some_and(|host| host.additional > 0)
     }
 
     /// Whether a host is down: no attempt connects to it now.
@@ -229,7 +230,8 @@ impl HostTable {
         self.lock().hosts.get(host).is_some_and(HostState::is_down)
     }
 
-    /// Marks all hosts as up and all destinations as not slow, so that the next attempts try them, as an administrator wants.
+    /// Marks all hosts as up and all destinations as not slow, so that the next attempts try them: for `odmr queue
+    /// retry`.
     pub(super) fn forget_down(&self) {
         let mut state = self.lock();
         state.hosts.values_mut().for_each(|host| host.down_until = None);
@@ -267,7 +269,7 @@ impl HostTable {
 pub(super) struct HostPermit<'a> {
     table: &'a HostTable,
     host: String,
-    beside: bool,
+    additional: bool,
     is_dsn: bool,
 }
 
@@ -281,10 +283,10 @@ impl HostPermit<'_> {
 impl Drop for HostPermit<'_> {
     fn drop(&mut self) {
         let mut state = self.table.lock();
-        state.beside -= usize::from(self.beside);
+        state.additional -= usize::from(self.additional);
         if let Some(host) = state.hosts.get_mut(&self.host) {
             host.connections -= 1;
-            host.beside -= usize::from(self.beside);
+            host.additional -= usize::from(self.additional);
             host.dsns -= usize::from(self.is_dsn);
             if !host.is_needed() {
                 state.hosts.remove(&self.host);
@@ -345,31 +347,31 @@ mod tests {
     }
 
     #[test]
-    fn sessions_beside_the_first_use_only_connections_that_no_attempt_waits_for() {
+    fn additional_sessions_use_only_connections_that_no_attempt_waits_for() {
         let hosts = Arc::new(HostTable::default());
         hosts.set_limits(4, 3, true);
         let begin = || hosts.begin_attempt(AttemptKind::Mail).ok();
         let one = begin().unwrap();
-        assert!(hosts.acquire_beside(ADDRESS).is_none(), "beside nothing");
+        assert!(hosts.acquire_additional(ADDRESS).is_none(), "there is no first session");
         let first = hosts.acquire(ADDRESS, AttemptKind::Mail).ok().unwrap();
-        let second = hosts.acquire_beside(ADDRESS).unwrap();
-        let _third = hosts.acquire_beside(ADDRESS).unwrap();
-        assert!(hosts.acquire_beside(ADDRESS).is_none(), "the limit of the host");
+        let second = hosts.acquire_additional(ADDRESS).unwrap();
+        let _third = hosts.acquire_additional(ADDRESS).unwrap();
+        assert!(hosts.acquire_additional(ADDRESS).is_none(), "the limit of the host");
         // An attempt at another destination needs the same host: a session ends for it.
         let _two = begin().unwrap();
         assert!(!hosts.must_yield(ADDRESS));
         assert!(matches!(hosts.acquire(ADDRESS, AttemptKind::Mail), Err(RouteError::Busy)));
         assert!(hosts.must_yield(ADDRESS) && hosts.yields(ADDRESS));
         drop(second);
-        assert!(hosts.acquire_beside(ADDRESS).is_none(), "it is for the attempt");
+        assert!(hosts.acquire_additional(ADDRESS).is_none(), "it is for the attempt");
         let _other = hosts.acquire(ADDRESS, AttemptKind::Mail).ok().unwrap();
         assert!(!hosts.must_yield(ADDRESS));
-        // Two attempts, one session beside them; then all connections are in use, and one more attempt is due.
+        // Two attempts and an additional session; then all connections are in use, and one more attempt is due.
         let _three = begin().unwrap();
         assert!(begin().is_none());
         assert!(hosts.set_attempt_waits(true, true) && hosts.must_yield(ADDRESS));
         drop(first);
-        assert!(hosts.acquire_beside(ADDRESS).is_none());
+        assert!(hosts.acquire_additional(ADDRESS).is_none());
         drop(one);
         assert!(begin().is_some() && !hosts.set_attempt_waits(false, false));
     }

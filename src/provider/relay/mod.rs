@@ -6,9 +6,9 @@
 //!                └──────────── done, due again at … ◀──────────────┘
 //! ```
 //!
-//! A destination is a domain. Its mail is in `SPOOL/outgoing/@all/`, indexed by [`SharedIndex`]; mail of earlier versions
-//! is in `SPOOL/outgoing/<domain>/`. A smarthost gets the mail of all destinations that are due in one attempt. The keys
-//! below are those of `[relay]`.
+//! A destination is a domain. Its mail is in `SPOOL/outgoing/@all/`, indexed by
+//! [`SharedIndex`](crate::queue::SharedIndex); mail of earlier versions is in `SPOOL/outgoing/<domain>/`. A smarthost
+//! gets the mail of all destinations that are due in one attempt. The keys below are those of `[relay]`.
 //!
 //! An attempt has one session, and more with the same host if more than 20 messages wait for each of them. There are at
 //! most `connections-per-host` connections to one address (or to a smarthost) and `connections` in all. An attempt that waits
@@ -28,18 +28,19 @@
 //!   to its hosts are in use, the next attempt is after 2 s, and the messages not tried yet are not deferred.
 //! - If an address of an MX host is not on the public Internet (loopback, private, ...) or is our own, the attempt skips
 //!   it, unless `allow-private` is set. If a destination has no other address, its mail is deferred.
-//! - If an address cannot be connected to, or three sessions with it are lost before a decision on any message, it is down:
-//!   no attempt connects to it for 0.8 `retry-first`; or, if that is more, for four times as long as the failure took, at
-//!   most `retry-max`. A smarthost is also down after any other failure before MAIL. Meanwhile attempts skip the address, or
-//!   are deferred without a connection.
-//! - If connections are short, DSNs and slow destinations come last, and attempts without a session give way: see `attempts`.
+//! - If an address cannot be connected to, or three sessions with it are lost before a decision on any message, it is
+//!   down: no attempt connects to it for 0.8 `retry-first`; or, if that is more, for four times as long as the failure
+//!   took, at most `retry-max`. A smarthost is also down after any other failure before MAIL. For this time attempts
+//!   skip the address, or defer the mail without a connection.
+//! - If all connections are in use, DSNs and slow destinations come last, and attempts without a session give way: see
+//!   `attempts`.
 //! - Expiry: if an attempt leaves a recipient deferred or in doubt and the message is older than `give-up` (5 days), the
 //!   recipient expires, and the sender gets a DSN. After the first such attempt at an age of more than `delay-warning` (4 h),
 //!   the sender gets a DSN about the delay.
 //!
-//! When another process has stored mail (inetd mode, `odmr expire`), it sends a datagram ([`crate::net::wake`]), and the relay
-//! reads the spool again. It also does so every 5 min, in case a datagram is lost. `odmr queue` sends one after its changes;
-//! then no host is down any more.
+//! When another process has stored mail (inetd mode, `odmr expire`), it sends a datagram ([`crate::net::wake`]), and
+//! the relay reads the spool again. It also does so every 5 min, in case a datagram is lost. `odmr queue` sends one
+//! after its changes, and the relay then marks all hosts as up.
 
 mod hosts;
 mod attempts;
@@ -72,7 +73,7 @@ const YIELD_POLL: Duration = Duration::from_millis(100);
 /// How often the scheduler reads the clock, which may be set, and asks again for a thread that the system denied.
 const CHECK_INTERVAL: Duration = Duration::from_secs(5);
 
-/// After the scheduler has read the spool, it handles no further datagram for this many times as long as the reading took.
+/// After the scheduler has read the spool, it does not read it again for this many times as long as the reading took.
 /// Otherwise frequent datagrams and a long queue would leave no time to send mail.
 const RESCAN_PAUSE_FACTOR: u32 = 4;
 
@@ -87,7 +88,7 @@ enum RelayEvent {
     Done(Vec<NextDue>),
     /// The relay may have been cancelled.
     Wake,
-    /// Another process has stored mail. `again`: it has changed the queue, and no host is to count as down.
+    /// Another process has stored mail. `again`: it has changed the queue, so all hosts are tried again.
     Look { again: bool },
     /// New attempts have this context; attempts under way keep theirs.
     Reload(Arc<WorkerContext>),
@@ -157,7 +158,7 @@ struct Rescan {
     /// When the spool was read last, and how long that took.
     read: Instant,
     took: Duration,
-    /// Since then a datagram has arrived; `again`: as in [`RelayEvent::Look`].
+    /// A datagram has arrived since then; `again`: as in [`RelayEvent::Look`].
     asked: bool,
     again: bool,
 }
@@ -283,7 +284,7 @@ struct Waits {
     any: bool,
     /// It has mail with a sender.
     for_mail: bool,
-    /// That mail goes by MX: an attempt without a session may give way to it, and sessions that stall may stop to count.
+    /// That mail goes by MX: an attempt without a session may give way to it, and stalled sessions may no longer count.
     ends_soon: bool,
 }
 

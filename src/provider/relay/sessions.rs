@@ -1,9 +1,9 @@
 //! The sessions of one attempt with one host. They share the queue's lock: each takes the next message, sends it and
 //! settles it, so that no message is in two sessions.
 //!
-//! If the queue is long, the attempt opens sessions beside the first one, as `connections-per-host` and `connections` permit.
-//! If one of them fails, its messages are deferred or in doubt, the others go on, and no more are opened: the host may not
-//! permit as many. A session beside the first ends when another attempt waits for a connection.
+//! If the queue is long, the attempt opens additional sessions, as `connections-per-host` and `connections` permit. If
+//! a session fails, its messages are deferred or in doubt, the others continue, and no more are opened: the host may
+//! not permit as many. An additional session ends when another attempt waits for a connection.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -39,7 +39,7 @@ struct SharedQueue<'a> {
     host: &'a str,
     /// The number of open sessions.
     sessions: AtomicUsize,
-    /// A session has failed: no more are opened.
+    /// A session has failed, so no more are opened.
     session_failed: AtomicBool,
     /// The result of a message could not be recorded on disk.
     unsettled: AtomicBool,
@@ -84,17 +84,17 @@ struct SessionQueue<'a, 'lock> {
 enum Role<'a> {
     /// The first session, and the function by which it opens another one.
     First(&'a dyn Fn()),
-    /// A session beside the first. It sends no more messages if another attempt needs its connection to this host.
-    Beside(&'a HostTable, &'a str),
+    /// An additional session. It sends no more messages if another attempt needs its connection to this host.
+    Additional(&'a HostTable, &'a str),
 }
 
 impl MessageSource for SessionQueue<'_, '_> {
     fn next_message(&mut self) -> Option<QueuedMessage> {
-        if matches!(self.role, Role::Beside(hosts, host) if hosts.must_yield(host)) {
+        if matches!(self.role, Role::Additional(hosts, host) if hosts.must_yield(host)) {
             return None;
         }
         let mut message = self.shared.lock().next_message();
-        // Leave DSNs to the next attempt if mail has arrived, which the next attempt sends first.
+        // If mail has arrived, leave the DSNs to the next attempt, which sends that mail first.
         if message.as_ref().is_some_and(|message| message.envelope.from == ReversePath::Null)
             && self.shared.hosts.mail_waits(self.shared.destinations, self.shared.host)
             && let Some(dsn) = message.take()
@@ -137,9 +137,9 @@ impl WorkerContext {
         let shared = &SharedQueue::new(lock, &self.hosts, route.destinations, &host);
         let sent = thread::scope(|scope| {
             let open = || {
-                let Some(permit) = self.hosts.acquire_beside(shared.host) else { return };
+                let Some(permit) = self.hosts.acquire_additional(shared.host) else { return };
                 shared.sessions.fetch_add(1, Ordering::Relaxed);
-                let session = move || self.send_beside(route, to, shared, permit);
+                let session = move || self.send_additional(route, to, shared, permit);
                 if let Err(error) = Builder::new().name("relay".to_owned()).spawn_scoped(scope, session) {
                     log::error!("event=no-thread error={}", quoted(error));
                     shared.session_failed.store(true, Ordering::Relaxed);
@@ -176,13 +176,13 @@ impl WorkerContext {
         }
     }
 
-    /// Sends in a session beside the first one. If there is none, the host is not down: it may just limit its connections.
-    fn send_beside(
+    /// Sends in an additional session. If it cannot be opened, the host is not down: it may just limit its connections.
+    fn send_additional(
         &self, route: &AttemptRoute<'_>, to: &HostAddress, shared: &SharedQueue<'_>, permit: HostPermit<'_>,
     ) {
         match (route.connect)(to) {
             Ok(session) => {
-                let role = Role::Beside(&self.hosts, permit.host());
+                let role = Role::Additional(&self.hosts, permit.host());
                 self.deliver(route, session, to, SessionQueue { shared, role });
             }
             Err(ConnectFailure { error, .. }) => {

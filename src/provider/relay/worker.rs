@@ -82,7 +82,7 @@ pub(super) struct ConnectFailure {
     pub(super) down: bool,
 }
 
-/// Why there was no session with one mail host, or none in which it decided on a message.
+/// Why there was no session with a mail host, or no session in which it decided on a message.
 pub(super) struct HostFailure {
     pub(super) host: String,
     /// IP address and port; `-`: the host could not be resolved.
@@ -225,8 +225,8 @@ impl WorkerContext {
         next.or_else(|| (!all_held).then(|| self.first_retry()))
     }
 
-    /// Moves the mail for a domain that a customer has meanwhile into the held queue of that domain: its mail host is this
-    /// one.
+    /// Moves the mail for a domain that now belongs to a customer into the held queue of that domain: this host is its
+    /// mail host.
     fn hold(&self, domain: &Domain) -> AllSettled {
         let names = self.spool.outgoing_names(domain);
         let Ok(mut lock) = self.spool.queue().lock_indexed(&names, &self.index) else { return false };
@@ -454,8 +454,8 @@ impl WorkerContext {
         }
     }
 
-    /// Why the relay does not connect to this address of an MX host; `None`: it does. A stranger who chooses the addresses
-    /// of a domain must not reach hosts in the networks of this machine.
+    /// Why the relay does not connect to this address of an MX host; `None`: it does. The owner of a domain, who
+    /// chooses its addresses, must not reach hosts in the networks of this machine.
     fn unusable(&self, address: IpAddr) -> Option<&'static str> {
         if self.config.allow_private {
             return reserved::no_host(address);
