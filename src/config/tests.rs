@@ -510,7 +510,7 @@ fn mistakes_in_relay_are_named() {
     relay("tls = true", 7, "expected \"may\", \"must\" or \"verify\"");
     relay("tls-for = { \"exa mple\" = \"must\" }", 7, "\"exa mple\" is not a valid domain");
     relay("tls-for = { \"a.example\" = \"no\" }", 7, "\"no\" is not a valid TLS policy");
-    relay("[relay.tls-for]\n\"A.example\" = \"may\"\n\"a.example\" = \"must\"", 9, "a.example is here a second time");
+    relay("[relay.tls-for]\n\"A.example\" = \"may\"\n\"a.example\" = \"must\"", 9, "a.example occurs a second time here");
     relay("tls-for = [\"a.example\"]", 7, "expected a table, such as { \"example.org\" = \"must\" }");
     relay("resolver = \"dns.example.net:53\"", 7, "is not a valid address of a DNS server");
     relay("resolver = \":53\"", 7, "is not a valid address of a DNS server");
@@ -580,7 +580,7 @@ fn mistakes_in_outgoing_and_schedule_are_named() {
     customer("hostname", "outgoing = true\nhostname", "odmr.toml:1", "expected a table");
     outgoing("queu = \"out\"", 11, "unknown key `queu`");
     outgoing("listen = [\"localhost:25\"]", 11, "a listener needs an address");
-    outgoing("listen = [\":25\",\n\":25\"]", 12, "[::]:25 is here a second time");
+    outgoing("listen = [\":25\",\n\":25\"]", 12, "[::]:25 occurs a second time here");
     outgoing("networks = [\"192.0.2.0/33\"]", 11, "is not a valid network");
     outgoing("networks = [\n\"192.0.2.1/24\"]", 12, "write \"192.0.2.0/24\" for the network");
     outgoing("networks = \"192.0.2.0/24\"", 11, "expected a list, in [ ]");
@@ -780,7 +780,7 @@ fn mistakes_with_several_providers_are_named() {
         );
         assert_error(&files(&[("odmr.toml", &text)]), place, phrase);
     };
-    check(ONE, "odmr.toml:6", "a.example.net:366 is here a second time as acme");
+    check(ONE, "odmr.toml:6", "a.example.net:366 occurs twice as acme");
     check("[[provider]]\nname = \"acme\"\n", "odmr.toml:6", "[provider] needs `address`");
     let other = ONE.replace("acme", "b");
     let both = format!("outgoing = true\n{other}outgoing = true\n");
@@ -811,7 +811,7 @@ fn mistakes_in_a_provider_s_file_are_named() {
     provider("\"spool\"", "\"\"", "odmr.toml:2", "is not a valid path");
     provider("customers = \"customers.d\"", "", "odmr.toml", "`customers` is missing: the directory");
     provider("customers.d", "clients.d", "odmr.toml:3", "clients.d cannot be read: No such file");
-    provider("customers = ", "spool = ", "odmr.toml:3", "`spool` is here a second time");
+    provider("customers = ", "spool = ", "odmr.toml:3", "`spool` occurs a second time here");
     provider("", "[odmr]\n", "odmr.toml:6", "second time");
     provider("", "[provider]\n", "odmr.toml:6", "make two files of this one");
     provider("", "[inbund]\n", "odmr.toml:6", "unknown key `inbund`");
@@ -820,7 +820,7 @@ fn mistakes_in_a_provider_s_file_are_named() {
     provider("", "listen = [\"localhost:366\"]", "odmr.toml:6", "is a name, and a listener needs an address");
     provider("", "listen = [\n \":0\",\n \"::\"]", "odmr.toml:8", "\"::\" has no port");
     provider("", "listen = \":366\"", "odmr.toml:6", "expected a list, in [ ]");
-    provider("", "listen = [\":25\"]\n[inbound]\nlisten = [\"[::]:25\"]", "odmr.toml:6", "[::]:25 is here a second time");
+    provider("", "listen = [\":25\"]\n[inbound]\nlisten = [\"[::]:25\"]", "odmr.toml:6", "[::]:25 occurs a second time here");
     provider("require-tls = false", "", "odmr.toml:4", "there is no [tls]: add [tls] with `certificate` and `key`");
     provider("false", "true", "odmr.toml:5", "or write require-tls = false");
     provider("[odmr]\nrequire-tls = false", "", "odmr.toml", "`require-tls` is true, which it is by default");
@@ -869,7 +869,7 @@ fn mistakes_in_the_directory_of_customers_are_named() {
     account("domains = [\"example.org\", \"example.com\"]", "", place, "`domains` is missing or empty");
     account("example.com", "localhost", &at(1), "\"localhost\" has no dot");
     account("example.com", "exa mple.com", &at(1), "\"exa mple.com\" is not a valid domain");
-    account("example.com", "Example.ORG", &at(1), "example.org is here a second time");
+    account("example.com", "Example.ORG", &at(1), "example.org occurs a second time here");
     account("open sesame", "", &at(2), "the secret is empty");
     account("open sesame", "a\\nb", &at(2), "more than one line");
     account("secret = \"open sesame\"", "", place, "`secret` is missing");
@@ -887,7 +887,7 @@ fn mistakes_in_the_directory_of_customers_are_named() {
     account("", "mechanisms = []", &at(3), "`mechanisms` is empty, so no login is possible");
     account("", "mechanisms = \"PLAIN\"", &at(3), "expected a list, in [ ]");
     account("", "mechanisms = [\"LOGIN\"]", &at(3), "\"LOGIN\" is not a mechanism of this program: write one or more of \"");
-    account("", "mechanisms = [\"PLAIN\", \"plain\"]", &at(3), "PLAIN is here a second time");
+    account("", "mechanisms = [\"PLAIN\", \"plain\"]", &at(3), "PLAIN occurs a second time here");
     account("secret = \"open sesame\"", &format!("{scram}\nmechanisms = [\"CRAM-MD5\"]"), &at(3), "CRAM-MD5 needs a `secret` in clear");
     account("sesame\"", "sésame\"\nmechanisms = [\"SCRAM-SHA-256\"]", &at(3), "needs a name and a secret in printable ASCII");
 }
@@ -1060,7 +1060,7 @@ fn mistakes_in_a_customer_s_file_are_named() {
     };
     customer_has("[]", "`mechanisms` is empty, so no login is possible");
     customer_has("[\"SCRAM-SHA-1\"]", "\"SCRAM-SHA-1\" is not a mechanism of this program: write one or more of \"");
-    customer_has("[\"PLAIN\", \"PLAIN\"]", "PLAIN is here a second time");
+    customer_has("[\"PLAIN\", \"PLAIN\"]", "PLAIN occurs a second time here");
     customer("open sesame\"", "sésame\"\nmechanisms = [\"SCRAM-SHA-256\"]", "odmr.toml:6", "in printable ASCII");
     customer("name = \"acme\"", "tls = \"ssl\"\nname = \"acme\"", "odmr.toml:4", "\"ssl\" is not a valid TLS mode: write \"starttls\", \"implicit\" or \"none\"");
     customer("name = \"acme\"", "tls = true\nname = \"acme\"", "odmr.toml:4", "expected \"starttls\", \"implicit\" or \"none\"");
@@ -1071,18 +1071,18 @@ fn mistakes_in_a_customer_s_file_are_named() {
     customer("name = \"acme\"", "pin = []\nname = \"acme\"", "odmr.toml:4", "`pin` is empty, so no certificate would be trusted: write a pin");
     customer("name = \"acme\"", "pin = [\n7]\nname = \"acme\"", "odmr.toml:5", "this is a number, expected a fingerprint");
     let list = |octets: &[u8]| octets.iter().map(|octet| format!("\"{}\",\n", Pin::Key([*octet; 32]))).collect::<String>();
-    customer("name = \"acme\"", &format!("pin = [{}]\nname = \"acme\"", list(&[1, 2, 1])), "odmr.toml:6", "is here a second time");
+    customer("name = \"acme\"", &format!("pin = [{}]\nname = \"acme\"", list(&[1, 2, 1])), "odmr.toml:6", "occurs a second time here");
     let many = format!("pin = [{}]\nname = \"acme\"", list(&[1, 2, 3, 4, 5, 6, 7, 8, 9]));
     customer("name = \"acme\"", &many, "odmr.toml:4", "`pin` has 9 pins: write 8 or less");
     customer("name = \"acme\"", "domains = [\"localhost\"]\nname = \"acme\"", "odmr.toml:4", "has no dot");
-    customer("name = \"acme\"", "domains = [\"a.example\",\n\"A.example\"]\nname = \"acme\"", "odmr.toml:5", "a.example is here a second time");
+    customer("name = \"acme\"", "domains = [\"a.example\",\n\"A.example\"]\nname = \"acme\"", "odmr.toml:5", "a.example occurs a second time here");
     customer("name = \"acme\"", "domains = [\"example.org\"]\nname = \"acme\"", "odmr.toml:9", "@example.com can get no mail");
     customer("root = \"mail\"", "", "odmr.toml:6", "[mailboxes] needs `root`");
     customer("accept = [\"alice@example.org\", \"@example.com\"]", "", "odmr.toml:6", "[mailboxes] needs `accept`");
     customer("\"alice@example.org\", \"@example.com\"", "", "odmr.toml:6", "[mailboxes] needs `accept`");
     customer("alice@example.org", "example.org", "odmr.toml:8", "\"example.org\" is not a valid address: write an address such as");
     customer("alice@example.org", "alice@[192.0.2.1]", "odmr.toml:8", "is not a valid address");
-    customer("@example.com", "\\\"Alice\\\"@EXAMPLE.org", "odmr.toml:8", "Alice@example.org is here a second time");
+    customer("@example.com", "\\\"Alice\\\"@EXAMPLE.org", "odmr.toml:8", "Alice@example.org occurs a second time here");
     customer("\"@example.com\"", "\"@localhost\"", "odmr.toml:8", "has no dot");
     customer("[mailboxes]", "[mailbox]", "odmr.toml:6", "unknown key `mailbox`, expected one of `hostname`, `user`, `group`, `provider`, `mailboxes`, `outgoing`, `schedule`, `limits`, `timeouts`; did you mean `mailboxes`?");
     customer("[mailboxes]\nroot = \"mail\"\naccept = [\"alice@example.org\", \"@example.com\"]", "", "odmr.toml", "[mailboxes] is missing");

@@ -1,7 +1,8 @@
-"""A disk that fails at each system call that accepts a message: on port 25, in the customer's receiver, in `odmr send`.
+"""The disk fails at each system call that accepts a message: on port 25, in the customer's receiver, in `odmr send`.
 
-What must hold: the sender gets 452 (no room) or 451, or an exit code; nothing is seen or left of what was not accepted, what
-was accepted is delivered once, and the next message goes well.
+What must hold: the sender gets 452 (disk full), 451, or an exit code; no reader sees a rejected message and no file of
+it is left; an
+accepted message is delivered once; the next message is accepted.
 """
 
 import collections
@@ -21,7 +22,7 @@ ROOM = ("ENOSPC", "EDQUOT")
 
 
 def injections(found):
-    """Each moment with one of the errors in turn: what to inject, the error, and words for it."""
+    """Each moment with one of the errors in turn: the injection, the error, and its description."""
     check(len(found) >= 4, f"hardly any moments: {found}")
     for number, (call, which, rest) in enumerate(found):
         error = ERRORS[number % len(ERRORS)]
@@ -34,7 +35,7 @@ def fits(reply, error):
 
 
 class Failures(list):
-    """What did not hold, all of it: one fault says more beside the others."""
+    """Collects all failures: several together explain more than the first."""
 
     def note(self, condition, text):
         if not condition:
@@ -46,7 +47,7 @@ class Failures(list):
 
 @scenario("inbound-disk-fails", needs=["strace"], root=True)
 def inbound_disk_fails(box):
-    """each call that accepts a message on port 25 fails, the directories are new: 451 or 452, and the next one is held"""
+    """Each system call that accepts a message on port 25 fails, with new directories: the client gets 451 or 452, and the next message is held"""
     provider = Provider(box, require_tls=False).start()
     customer = Customer(box, provider.odmr, tls="none")
 
@@ -86,7 +87,7 @@ def inbound_disk_fails(box):
 
 @scenario("receiver-disk-fails", needs=["strace"], root=True)
 def receiver_disk_fails(box):
-    """each call of the customer that accepts a message for two new mailboxes fails: 451 or 452, the call goes on"""
+    """Each system call of the customer that accepts a message for two new mailboxes fails: the provider gets 451 or 452, and the call continues"""
     provider = Provider(box, require_tls=False).start()
     customer = Customer(box, provider.odmr, tls="none")
     output = box.path / "strace.output"
@@ -110,7 +111,7 @@ def receiver_disk_fails(box):
         codes[code] += 1
         hit = injected(output)
         hits += bool(hit)
-        # How often it writes to the socket is not always the same. If that write fails, the call ends with a message in doubt.
+        # The number of its writes to the socket varies. If one of them fails, the call ends with a message in doubt.
         cut = any("<socket:" in one.rest or "<TCP" in one.rest for one in hit)
         turn_ended = lambda: events(provider.log()[before:], "turn-ended")
         cut or wait_until(turn_ended, f"{step}: the end of the turn")
@@ -140,7 +141,7 @@ def receiver_disk_fails(box):
 
 @scenario("send-disk-fails", needs=["strace"], root=True)
 def send_disk_fails(box):
-    """each call by which `odmr send` queues a message fails: exit 73 to 75 and nothing queued, or 0 and it goes out"""
+    """Each system call by which `odmr send` queues a message fails: it exits with 73 to 75 and queues nothing, or with 0 and the message is sent"""
     hop = Provides().start(box)
     hop.moody = False
     customer = Customer(box, hop.port, tls="none", more=outgoing_table(box))

@@ -1,4 +1,4 @@
-"""Delivery agents that fill the held Maildir, each in its own way, called by pipe(8) of a Postfix."""
+"""Three delivery agents store mail in the held Maildir, each called by pipe(8) of a Postfix."""
 
 import os
 import pwd
@@ -6,7 +6,7 @@ import pwd
 from harness import Certificates, Customer, Provider, check, field, scenario, wait_until
 from postfix import Postfix, message
 
-# The reverse paths that Postfix is given, and what the customer's mailbox must have. For <>, pipe(8) writes
+# The reverse paths that Postfix gets, and the Return-Path that the customer's mailbox must have. For <>, pipe(8) writes
 # <MAILER-DAEMON>.
 SENDERS = {
     "lester@sender.example": "<lester@sender.example>",
@@ -19,7 +19,7 @@ DOVECOT = "mail_location = maildir:{held}\nlog_path = /dev/stderr\nbase_dir = {b
 
 @scenario("agents", needs=["postfix", "sendmail", "maildrop", "procmail", "doveadm"], root=True)
 def agents(box):
-    """maildrop, procmail and Dovecot's LDA deliver into the held Maildir and pull fetches it"""
+    """maildrop, procmail and Dovecot's LDA deliver into the held Maildir, and pull fetches the mail"""
     certificates = Certificates(box)
     provider = Provider(box, certificates=certificates).start()
     held = provider.spool / "domains/example.org"

@@ -1,4 +1,5 @@
-"""`odmr serve` and processes of `odmr serve --inetd` beside each other: the rate of an account, and mail that wakes the other."""
+"""`odmr serve` and processes of `odmr serve --inetd` at the same time: the rate of an account, and the datagram that
+wakes the relay."""
 
 import contextlib
 import fcntl
@@ -21,7 +22,7 @@ RELAY = '[relay]\nsmarthost = "127.0.0.1:{port}"\nsmarthost-tls = "none"\n'
 
 
 def line_to(box, provider, listener, **options):
-    """A connection to a process of its own."""
+    """A connection to a new process."""
     near, far = socket.socketpair()
     command = [ODMR, "serve", "-c", provider.config, "--inetd", listener]
     options = {"env": provider.environment} | options
@@ -44,7 +45,7 @@ def line_to_serve(provider):
 
 
 def submit(line, to="u@elsewhere.example"):
-    """The reply to one message; that to MAIL or DATA, if it was rejected there."""
+    """The reply to one message; if MAIL or DATA was rejected, the reply to that."""
     for command in ("MAIL FROM:<eva@example.org>", f"RCPT TO:<{to}>", "DATA"):
         reply = line.say(command)
         if reply[0] not in "23":
@@ -55,7 +56,7 @@ def submit(line, to="u@elsewhere.example"):
 
 
 def fill(line):
-    """How many messages are accepted until one is too many."""
+    """The number of messages that are accepted before the first rejection."""
     with line:
         for accepted in range(10 * RATE):
             reply = submit(line, "eva@example.org")
@@ -66,7 +67,7 @@ def fill(line):
 
 
 def fill_all(lines):
-    """The same over several lines at once."""
+    """The same over several connections at once."""
     counts = [0] * len(lines)
 
     def one(number):
@@ -90,14 +91,14 @@ def new_hour(provider):
 
 @scenario("rate-processes")
 def rate_processes(box):
-    """A rate is exact for 1, 3 and 16 processes of inetd, and with serve beside, through reloads and damage of its file"""
+    """The rate of an account is exact for 1, 3 and 16 processes of inetd, also together with serve, after reloads and with a damaged file"""
     provider = with_rate(box, more="[limits]\nconnections-per-address = 100\n")
     facts = []
     for inetd, serve in ((1, 0), (3, 0), (16, 0), (1, 1), (16, 16)):
         if serve and not provider.process:
             provider.start()
         if (provider.spool / ".odmr/rate-acme").exists():
-            # A restart, so that the process does not know better.
+            # A restart: the new process has only the file.
             provider.process and provider.restart_by_force()
             new_hour(provider)
         lines = [line_to(box, provider, "odmr") for _ in range(inetd)] + [line_to_serve(provider) for _ in range(serve)]
@@ -113,7 +114,7 @@ def rate_processes(box):
         wait_until(lambda: len(events(provider.log(), "reloaded")) == number, "the reload")
         lines = [line_to(box, provider, "odmr") for _ in range(3)] + [line_to_serve(provider) for _ in range(3)]
         check((accepted := fill_all(lines)) == more, f"{accepted} more messages after the reload with {rate}")
-    # Nonsense in the file: serve knows what it has seen last, a new process begins anew, neither stops.
+    # The file is damaged: serve uses the last count that it has read, a new process begins a new hour, and both continue.
     (provider.spool / ".odmr/rate-acme").write_bytes(os.urandom(5000))
     check((accepted := fill(line_to_serve(provider))) == 0, f"{accepted} messages after damage")
     wait_until(lambda: events(provider.log(), "rate-not-recorded", account="acme"), "the damage in the log")
@@ -122,7 +123,7 @@ def rate_processes(box):
 
 @scenario("rate-not-accepted")
 def rate_not_accepted(box):
-    """What is not accepted does not count: MAIL and RSET, connections that are lost in the content; many at once do not get more"""
+    """A message that is not accepted does not count for the rate: after MAIL and RSET, or a connection lost in the content; parallel sessions get no more"""
     provider = with_rate(box, 3).start()
     for make in (lambda: line_to_serve(provider), lambda: line_to(box, provider, "odmr")):
         with make() as line:
@@ -135,7 +136,7 @@ def rate_not_accepted(box):
                 line.want("250", "RCPT TO:<eva@example.org>")
                 line.want("354", "DATA")
             wait_until(lambda: (provider.spool / ".odmr/rate-acme").read_text().split()[1] == "0", "the content given up")
-    # Five have passed MAIL before any message has come.
+    # Five sessions have passed MAIL before any message is complete.
     lines = [line_to_serve(provider) for _ in range(3)] + [line_to(box, provider, "odmr") for _ in range(2)]
     for line in lines:
         line.want("250", "MAIL FROM:<eva@example.org>")
@@ -148,7 +149,7 @@ def rate_not_accepted(box):
 
 @scenario("rate-clock", needs=["faketime"])
 def rate_clock(box):
-    """The clock is set by a year, forward and back, by an hour, by minutes and by a second: the rate frees nobody within an hour, and stops nobody for more than two"""
+    """The clock is set by a year, an hour, minutes and a second, forward and back: the rate is never exceeded within an hour, and never blocks for more than two"""
     clock = Clock(box)
     provider = with_rate(box, 3)
     provider.environment = clock.environment
@@ -158,11 +159,11 @@ def rate_clock(box):
     def both():
         line = line_to(box, provider, "odmr")
         accepted = fill(line_to_serve(provider)) + fill(line)
-        # At its end it tidies up, and by a clock that is a year ahead of that of the files all of them are old.
+        # At its end serve tidies the spool. By a clock that is a year ahead, all files there are old.
         line.process.wait(20)
         return accepted
 
-    # A little back, as NTP sets it, the hour goes on; an hour or more, and it is over.
+    # If the clock is set back a little, as by NTP, the hour goes on; if by an hour or more, the hour is over.
     steps = [(0, 3), (60, 0), (59, 0), (-1, 0), (-600, 0), (HOUR + 60, 3), (HOUR, 0), (600, 0), (-600, 3)]
     steps += [(YEAR, 3), (YEAR + 59 * 60, 0), (0, 3), (-YEAR, 3), (0, 3)]
     for offset, wanted in steps:
@@ -176,7 +177,7 @@ def rate_clock(box):
 
 @scenario("rate-stopped")
 def rate_stopped(box):
-    """A process that was stopped has the lock; the file is a directory: the account's sessions go on, alone, and others too"""
+    """A stopped process has the lock, or the file is a directory: sessions of the account continue and count in memory; other accounts are not affected"""
     provider = with_rate(box, 3).start()
     file = provider.spool / ".odmr/rate-acme"
     check(fill(line_to_serve(provider)) == 3, "the rate")
@@ -213,7 +214,7 @@ def relayed(house, count):
 
 @scenario("wake")
 def wake(box):
-    """100 times: mail from a process of inetd is sent by serve, or fetched, within a second; SIGKILL and restarts between"""
+    """100 times: serve sends the mail that a process of inetd has stored, or a call fetches it, within a second; with SIGKILL and restarts between"""
     house = Listener(box)
     provider = Provider(box, require_tls=False, more=RELAY.format(port=house.port)).start()
     took, sent = [], 0
@@ -231,7 +232,7 @@ def wake(box):
             took.append(relayed(house, sent) - begun)
         check(took[-1] < 1, f"message {number}: {took[-1]:.2f} s")
     check(wake_socket(provider).stat().st_mode & 0o777 == 0o600, "the mode of the socket")
-    # Held mail: a call right after the 250 has it.
+    # Held mail: a call directly after the 250 fetches it.
     for number in range(20):
         with line_to(box, provider, "inbound") as line:
             check((reply := line.send("a@b.example", ["eva@example.org"], MESSAGE)).startswith("250"), reply)
@@ -240,7 +241,7 @@ def wake(box):
             customer = Server(line.socket, received=bytes(line.received))
             check(customer.serve() and len(customer.messages) == 1, f"{customer.messages}")
         wait_until(lambda: not provider.held(), "the end of the call")
-    # A busy time: all at once.
+    # Under load: all at once.
     begun = time.monotonic()
 
     def many():
@@ -260,7 +261,7 @@ def wake(box):
 
 @scenario("wake-words")
 def wake_words(box):
-    """What is sent to .wake: for outgoing mail, by odmr queue and odmr expire, and no word for held mail; nobody waits for a serve that reads nothing"""
+    """A process writes one word to .wake for outgoing mail, as do odmr queue and odmr expire, and none for held mail. No process waits for a serve that does not read"""
     provider = Provider(box, require_tls=False, accounts={"acme": 'expire-after = "1s"'})
     provider.spool.mkdir()
     listener = box.keep(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
@@ -271,24 +272,24 @@ def wake_words(box):
         check(submit(line).startswith("250"), "outgoing mail")
         check((word := heard()) == "outgoing", word)
     with line_to(box, provider, "inbound") as line:
-        # No word: the next ATRN reads the queue.
+        # No word is written: the next ATRN reads the queue.
         check(line.send("a@b.example", ["eva@example.org"], MESSAGE).startswith("250"), "held mail")
     for words, wanted in ((["queue", "retry", "elsewhere.example"], "retry"), (["expire"], "outgoing")):
         time.sleep(1.1 if wanted == "outgoing" else 0)
         done = box.run(ODMR, words[0], "-c", provider.config, *words[1:])
         check(done.returncode == 0, f"{words}: {done.stderr}")
         check((word := heard()) == wanted, f"{words}: {word}")
-    # Nobody reads.
+    # The socket is not read.
     begun = time.monotonic()
     with line_to(box, provider, "odmr") as line:
         for _ in range(100):
             check((reply := submit(line)).startswith("250"), reply)
-    return f"100 messages in {time.monotonic() - begun:.1f} s while nobody reads"
+    return f"100 messages in {time.monotonic() - begun:.1f} s while the socket is not read"
 
 
 @scenario("wake-places")
 def wake_places(box):
-    """A spool of 150 octets, a directory in place of the socket, a second serve (75), datagrams of strangers and a flood"""
+    """Spool path of 150 octets, a directory in place of the socket, a second serve (exit code 75), datagrams of other programs, a flood of datagrams"""
     house = Listener(box)
     long = "a-spool-with-a-long-name-" * 5
     provider = Provider(box, require_tls=False, name=f"{long}x", more=RELAY.format(port=house.port))
@@ -309,17 +310,17 @@ def wake_places(box):
     second = box.run(ODMR, "serve", "-c", provider.config)
     check(second.returncode == 75 and wake_socket(provider).exists(), f"{second}")
     one("after a second serve")
-    # A flood by the same user, with nonsense in it.
+    # A flood by the same user, with invalid datagrams.
     os.chdir(provider.spool)
     stop = threading.Event()
 
     def flood():
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as stranger:
-            stranger.setblocking(False)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as program:
+            program.setblocking(False)
             while not stop.is_set():
                 for text in (b"outgoing", b"retry", b"held", b"", b"\0" * 60000):
                     with contextlib.suppress(BlockingIOError):
-                        stranger.sendto(text, ".wake")
+                        program.sendto(text, ".wake")
                 time.sleep(0.0005)
 
     spent = lambda: sum(map(int, pathlib.Path(f"/proc/{provider.process.pid}/stat").read_text().split()[13:15]))
@@ -332,7 +333,7 @@ def wake_places(box):
     stop.set()
     thread.join()
     check(busy < 0.1, f"a flood takes {busy:.0%} of a processor")
-    # Another user, if we can be one.
+    # Another user, if this process may change its user.
     if os.geteuid() == 0:
         code = "import socket,sys; socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM).sendto(b'retry', '.wake')"
         uid = pwd.getpwnam("nobody").pw_uid
@@ -340,7 +341,7 @@ def wake_places(box):
         done = box.run("python3", "-c", code, user=uid, group=uid, extra_groups=[])
         check("PermissionError" in done.stderr, f"another user: {done}")
     os.chdir("/")
-    # Without a socket it works as before, and says so once.
+    # Without a socket serve works as before, and logs the failure once.
     provider.stop()
     provider.box.children.remove(provider.process)
     wake_socket(provider).mkdir()
@@ -365,7 +366,7 @@ def daemon_before(box, hop):
 
 @scenario("wake-customer")
 def wake_customer(box):
-    """A user's mail for a next hop, stored by `odmr send` beside a daemon, is there within a second; so is what queue retry wants"""
+    """The daemon delivers mail that `odmr send` stores for a next hop within a second, and so after `odmr queue retry`"""
     hop = Listener(box)
     customer, daemon = daemon_before(box, hop)
     took = []
@@ -394,7 +395,7 @@ def wake_customer(box):
 
 @scenario("wake-crowd")
 def wake_crowd(box):
-    """Outgoing mail goes out within a second while processes of inetd store more held mail than the socket has room for"""
+    """The relay sends outgoing mail within a second, while processes of inetd store more held mail than the socket has room for datagrams"""
     house = Listener(box)
     provider = Provider(box, require_tls=False, more=RELAY.format(port=house.port)).start()
     stop = threading.Event()
@@ -423,7 +424,7 @@ def wake_crowd(box):
 
 
 class SlowToEnd(Listener):
-    """Answers QUIT late."""
+    """Replies to QUIT after a delay."""
 
     def session(self, sock):
         class Slow(Server):
@@ -441,7 +442,7 @@ class SlowToEnd(Listener):
 
 @scenario("wake-customer-busy")
 def wake_customer_busy(box):
-    """Mail that `odmr send` stores while the daemon is ending its session with the next hop follows at once"""
+    """The daemon delivers mail that `odmr send` stores while a session with the next hop is ending, at once after that session"""
     hop = SlowToEnd(box)
     customer, daemon = daemon_before(box, hop)
     took = []

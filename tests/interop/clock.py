@@ -1,4 +1,4 @@
-"""A clock that a scenario sets: libfaketime for the processes of odmr, their monotonic clock apart."""
+"""A clock that a scenario sets: libfaketime changes the time of odmr's processes, but not their monotonic clock."""
 
 import glob
 import os
@@ -11,14 +11,14 @@ YEAR = 365 * DAY
 
 
 class Clock:
-    """The time of the processes that are started with `environment`; it is that of the machine and `offset` seconds."""
+    """The time of the processes that are started with `environment`: the machine's time plus `offset` seconds."""
 
     def __init__(self, box):
         libraries = glob.glob("/usr/lib/*/faketime/libfaketime.so.1") + glob.glob("/usr/lib/faketime/libfaketime.so.1")
         if not libraries:
             raise Failed("needs libfaketime: see .ci/run for the packages")
         self.box = box
-        # Beside the configuration: Landlock lets a daemon read there.
+        # In the directory of the configuration, which Landlock permits a daemon to read.
         self.file = box.path / "clock"
         self.environment = os.environ | {
             "LD_PRELOAD": libraries[0],
@@ -35,5 +35,5 @@ class Clock:
         os.replace(new, self.file)
 
     def run(self, *words, **options):
-        """Runs odmr at this time, to its end."""
+        """Runs odmr at this time until it ends."""
         return self.box.run(ODMR, *words, env=self.environment, **options)

@@ -1,9 +1,9 @@
-"""Real messages, from the test data of Debian's packages, on every way through the program, octet for octet.
+"""Real messages, from the test data of Debian's packages, on each route through the program, octet for octet.
 
-    down      the world sends to port 25; the line turns; into a mailbox, and to a next hop by LMTP
-    relay     the customer's mail server sends to port 366, RET=FULL; to a host of the world; a DSN comes back
-    send      programs call `odmr send`, RET=HDRS; likewise
-    bs        programs speak SMTP to `odmr send -bs`; to a host of the world
+    down      a client sends to port 25; after the turn the customer delivers into a mailbox, and to a next hop by LMTP
+    relay     the customer's mail server sends to port 366, RET=FULL; the relay sends to a remote host; a DSN comes back
+    send      programs call `odmr send`, RET=HDRS; the same route
+    bs        programs speak SMTP to `odmr send -bs`; the mail goes to a remote host
 """
 
 import base64
@@ -55,7 +55,7 @@ def on_the_wire(octets):
 
 
 def corpus(box):
-    """The files, each content once; and what is to be said of packages that are not there."""
+    """The files, each content once; and a note about packages that are not available."""
     found, directories = {}, unpacked(box, *SOURCES)
     for package, directory in directories.items():
         for pattern in SOURCES[package]:
@@ -65,10 +65,10 @@ def corpus(box):
                     found.setdefault(on_the_wire(octets), octets)
     files = list(found.values())
     if files:
-        # Kinds that test data is short of, made of real messages.
+        # Kinds of messages that the test data lacks, made from real messages.
         long = max(files, key=len)
         files.append(b"X-Long: " + b"long " * 300 + b"\n" + files[0])
-        # An address in UTF-8 for which nobody has declared SMTPUTF8: what has come without it also goes on without it.
+        # An address in UTF-8 without SMTPUTF8 in MAIL: such a message is also relayed without SMTPUTF8.
         files.append(b"From: <j\xc3\xb6rg@sender.example>\nSubject: undeclared\n\nx\n")
         files += [long + b"NUL \0 here\n", long + b"a bare \r here\n", long + b"z" * 1500 + b"\n"]
     missing = sorted(set(SOURCES) - set(directories))
@@ -89,7 +89,7 @@ def fields(header):
 
 
 def after_trace(got, *names):
-    """What comes after the fields that we add in front, each of them as often as it is in `names`."""
+    """The content after the fields that odmr adds in front, each of them as often as it is in `names`."""
     at, left = 0, [name.lower().encode() for name in names]
     while (field := FIELD.match(got, at)) and field.group(1).lower() in left:
         left.remove(field.group(1).lower())
@@ -99,7 +99,7 @@ def after_trace(got, *names):
 
 
 def difference(got, wanted):
-    """Where two contents part; None if they do not."""
+    """The first difference of two contents; None: they are equal."""
     if got == wanted:
         return None
     at = next((at for at, (one, other) in enumerate(zip(got, wanted)) if one != other), min(len(got), len(wanted)))
@@ -108,8 +108,9 @@ def difference(got, wanted):
 
 
 def passed_on(file):
-    """What arrives of a message that is passed on: all of it. A first line that begins with white space is kept apart
-    from our fields by a blank line."""
+    """The content that arrives of a relayed message: all of it. If the first line begins with white space, a blank line
+    separates it
+    from our fields."""
     return b"\n" + file if file[:1] in (b" ", b"\t") else file
 
 
@@ -125,16 +126,17 @@ def ours(name):
 
 
 def read_by_send(octets):
-    """What `odmr send` reads: lines end in LF, CRLF or CR; lines of an mbox in front are dropped."""
+    """The content as `odmr send` reads it: lines end in LF, CRLF or CR; mbox separators at the beginning are dropped."""
     file = re.sub(rb"\r*\n", b"\n", octets).replace(b"\r", b"\n")
     file = file[SEPARATORS.match(file).end() :]
     return file if file.endswith(b"\n") else file + b"\n"
 
 
 def submitted(got, file, *, by_smtp=False):
-    """What is wrong with `got` as what `odmr send` makes of `file`, or None. By SMTP it adds no From and keeps Bcc."""
+    """The error in `got`, if it is not `file` as `odmr send` completes it; None: it is. Over SMTP odmr adds no From and
+    leaves Bcc."""
     (got_header, got_rest), (header, rest) = split(got), split(file)
-    # A header that ends without a blank line, or that is not there at all, gets one.
+    # A header that ends without a blank line, or that is missing, gets one.
     if not rest.startswith(b"\n"):
         rest = b"\n" + rest
     if wrong := difference(got_rest or b"\n", rest):
@@ -154,14 +156,14 @@ def submitted(got, file, *, by_smtp=False):
 
 
 def same_field(before, after, signed):
-    """Whether a field is as it was, or was completed: addresses by our domain, text by encoded words."""
+    """Whether a field is unchanged, or was completed: addresses by our domain, text by encoded words."""
     if before == after:
         return True
     return not signed and after.isascii() and plain(before) == plain(after)
 
 
 def plain(field):
-    """A field without what completing it may change: our domain, the form of its text, space and folding."""
+    """A field without the parts that completion may change: our domain, the form of its text, space and folding."""
     decoded = {b"b": base64.b64decode, b"q": lambda text: quopri.decodestring(text, header=True)}
     word = re.compile(rb"=\?[!->@-~]+\?([bqBQ])\?([!->@-~]*)\?=")
     field = word.sub(lambda found: decoded[found.group(1).lower()](found.group(2)), field)
@@ -169,7 +171,7 @@ def plain(field):
 
 
 class Picky(House):
-    """Has no users whose names begin with "bad"."""
+    """Has no users with names that begin with "bad"."""
 
     def rejection(self, verb, line):
         if verb == "RCPT" and b"<bad" in line:
@@ -186,7 +188,7 @@ class Piped(Smtp):
 
 
 class Ways:
-    """The corpus on its ways: down to a mailbox and a next hop, up by port 366 and by `odmr send`, and back in DSNs."""
+    """The corpus on its routes: down to a mailbox and a next hop, up by port 366 and by `odmr send`, and back in DSNs."""
 
     def __init__(self, box, files):
         self.box, self.files, self.contents = box, files, [on_the_wire(file) for file in files]
@@ -209,7 +211,7 @@ class Ways:
             self.faults.append(f"{way} {number}: {text}")
 
     def smtp(self, way, numbers, line, sender, recipients, parameters=""):
-        """Sends these messages in one session; notes what was rejected."""
+        """Sends these messages in one session; records the rejected ones."""
         with line:
             line.hello()
             if way == "relay":
@@ -246,7 +248,7 @@ class Ways:
             self.fault("send", number, done.returncode and f"exit {done.returncode}: {done.stderr.decode()}")
 
     def go(self):
-        """All of it, at the same time; gives how many seconds it took to hand it all in."""
+        """All routes at the same time. Returns the seconds until all messages were submitted."""
         every = range(len(self.files))
         with ThreadPoolExecutor(8) as pool:
             parts = [every[first::3] for first in range(3)]
@@ -268,7 +270,7 @@ class Ways:
         return sum(one == way for one, _ in self.rejected)
 
     def check_rejected(self):
-        """A bare CR is 554, and nothing else is rejected (RFC 5321 section 2.3.8)."""
+        """A bare CR gets 554, and no other message is rejected (RFC 5321 section 2.3.8)."""
         wanted = {number for number, content in enumerate(self.contents) if KINDS["with a bare CR"](content)}
         for way in ("down", "relay", "bs"):
             got = {number for one, number in self.rejected if one == way}
@@ -291,7 +293,7 @@ class Ways:
             self.fault("next hop", number, difference(after_trace(messages[f"m{number}"], "Received", "Received"), wanted))
 
     def check_up(self):
-        """The host of the world. Gives what it got, by the name of the recipient."""
+        """The remote host. Returns the messages that it has received, by the name of the recipient."""
         got = {message.recipients[0].split("@")[0]: at_rest(message.content) for message in self.house.messages}
         for number, content in enumerate(self.contents):
             if ("relay", number) not in self.rejected:
@@ -305,7 +307,7 @@ class Ways:
         return got
 
     def check_back(self, got):
-        """The DSNs. Gives how many have the whole message."""
+        """The DSNs. Returns the number of those with the whole message."""
         dsns = {}
         for path in self.acme.root.glob("example.org/adam/new/*"):
             dsn = path.read_bytes()
@@ -337,13 +339,13 @@ def returned(dsn):
 
 
 def squeezed(header):
-    """A header as a DSN returns it: what is not printable ASCII is ?, and lines are folded anew."""
+    """A header as a DSN returns it: each octet that is not printable ASCII is ?, and lines are folded anew."""
     return re.sub(rb"[^!->@-~]+", b"?", re.sub(rb"\s+", b"", header))
 
 
 @scenario("corpus", needs=["dnsmasq", "apt-get", "dpkg-deb"])
 def corpus_on_all_ways(box):
-    """Real messages of Debian's packages: inbound, turn, next hop, port 366, odmr send and DSN, octet for octet"""
+    """Real messages from Debian's packages on each route, octet for octet: port 25, turn, next hop, port 366, odmr send, DSN"""
     files, missing = corpus(box)
     if not files:
         return f"skipped{missing}"

@@ -1,4 +1,4 @@
-"""What many connections cost the provider: memory and descriptors of each, idle or in the middle of a message."""
+"""The cost of many connections to the provider: memory and descriptors of each, idle or in the middle of a message."""
 
 import os
 import resource
@@ -9,8 +9,8 @@ from world import outgoing_table
 
 IDLE = 200
 TURNED = 100
-WARM = 20  # connections before those that are counted: what is made once for all is made then
-# KiB of resident memory for each connection: what was measured, and a half more
+WARM = 20  # connections before those that are measured, so that buffers that are made only once are not counted
+# KiB of resident memory for each connection: the measured value, and a half more
 IDLE_CLEAR = 26
 IDLE_TLS = 60
 TURNED_CLEAR = 10
@@ -34,13 +34,13 @@ def directory_size(provider, name):
 
 
 class Costs:
-    """Memory in KiB, descriptors and threads of each of the connections that are made within it."""
+    """Memory in KiB, descriptors and threads of each of the connections that are opened within the block."""
 
     def __init__(self, provider, count):
         self.provider, self.count = provider, count
 
     def measure(self):
-        # What a connection does in the provider ends a little after its last reply.
+        # The provider releases the resources of a connection shortly after its last reply.
         time.sleep(0.5)
         return resident(self.provider), directory_size(self.provider, "fd"), directory_size(self.provider, "task")
 
@@ -61,7 +61,7 @@ def many_files():
 
 @scenario("idle")
 def idle(box):
-    """hundreds of idle connections, in clear and under TLS, before and after the turn: what each of them costs"""
+    """The cost of hundreds of idle connections, in clear and under TLS, before and after the turn: memory, descriptors and threads of each"""
     many_files()
     certificates, tls = Certificates(box), context()
     customers = {f"c{number}": [f"d{number}.example"] for number in range(2 * (WARM + TURNED))}
@@ -118,7 +118,7 @@ def idle(box):
 
 @scenario("copies")
 def copies(box):
-    """messages to ten held domains: one file while they arrive, all copies before the 250 or none, the rest gets 452"""
+    """Messages to ten held domains: one file while the content arrives, all copies before the 250 or none, and 452 for an eleventh domain"""
     domains = [f"d{number}.example" for number in range(DOMAINS)]
     customers = {"acme": ["example.org"], "many": domains}
     accounts = {"acme": "relay = true"}
@@ -153,7 +153,7 @@ def copies(box):
     for line, killed in ((lines[0], False), (lines[1], True)):
         if killed:
             provider.restart_by_force()
-            [file.unlink() for file in files("tmp")]  # left by the process that was killed, for 36 hours
+            [file.unlink() for file in files("tmp")]  # the killed process has left it for 36 hours
             line = begin(domains[HELD:], expected[: DOMAINS - HELD])
         line.socket.sendall(wire[100_000:])
         reply = line.reply()

@@ -1,4 +1,4 @@
-"""`odmr pull --daemon`: when it calls, what its signals do, two providers; and what a call shows of itself."""
+"""`odmr pull --daemon`: when it calls, its signals, two providers; and the progress line of a call."""
 
 import grp
 import os
@@ -38,7 +38,7 @@ def now(box, customer):
 
 
 def logged(customer, event, count=1):
-    """The last line of that event, once there are `count`: a dict of its keys."""
+    """The keys of the last line of that event, after `count` lines of it."""
     lines = lambda: events(customer.log(), event)
     wait_until(lambda: len(lines()) >= count, f"event={event} {count} times in the log")
     return lines()[-1]
@@ -46,7 +46,7 @@ def logged(customer, event, count=1):
 
 @scenario("daemon-signals")
 def daemon_signals(box):
-    """SIGUSR1 and --now call at once; one call at a time; SIGHUP reads the file anew, a bad one changes nothing"""
+    """SIGUSR1 and --now make the daemon call at once, one call at a time. SIGHUP reloads the file; a mistake in it changes nothing"""
     provider = Turning(box)
     schedule = '[schedule]\nevery = "1h"\n'
     customer = Customer(box, provider.port, tls="none", accept=[ALICE], more=schedule)
@@ -61,7 +61,7 @@ def daemon_signals(box):
     provider.called(3)
     logged(customer, "call", 3)
 
-    # A call under way: no second one beside it, and no reload cuts it short.
+    # During a call: no second call begins, and a reload does not end it.
     provider.mail = True
     process.send_signal(signal.SIGUSR1)
     line = provider.line()
@@ -106,7 +106,7 @@ def daemon_signals(box):
 
 @scenario("daemon-pauses")
 def daemon_pauses(box):
-    """a provider that is away: calls with growing pauses; back again, they are over"""
+    """While the provider is down, the pauses between calls grow; after the first successful call they are reset"""
     provider = Turning(box, away=True)
     schedule = '[schedule]\nevery = "1h"\nretry-first = "100ms"\nretry-max = "10s"\n'
     customer = Customer(box, provider.port, tls="none", accept=[ALICE], more=schedule)
@@ -129,7 +129,7 @@ def daemon_pauses(box):
 
 @scenario("daemon-network", needs=["ip"], root=True)
 def daemon_network(box):
-    """a new address on an interface: the pause after a failed call is over; so it is again by one that comes soon after"""
+    """A new address on an interface ends the pause after a failed call; a second address soon after it does so, too"""
     provider = Turning(box, away=True)
     schedule = '[schedule]\nevery = "1h"\nretry-first = "1h"\n'
     customer = Customer(box, provider.port, tls="none", accept=[ALICE], more=schedule)
@@ -149,7 +149,7 @@ def daemon_network(box):
 
 @scenario("daemon-handover")
 def daemon_handover(box):
-    """what the daemon keeps for a next hop it tries again by itself, and what nobody can have does not keep it busy"""
+    """The daemon retries mail for a next hop without a call; mail that no next hop accepts does not keep the daemon busy"""
     provider = Turning(box, mail=True)
     hop = Hop(box.path / "hop.sock", after_content={BERT: ["452 4.2.2 not now"], CAROL: ["452 4.2.2 not now"]}).start(box)
     table = f'"{BERT}" = "{hop.address}"\n"{CAROL}" = "{hop.address}"\n'
@@ -162,7 +162,7 @@ def daemon_handover(box):
     line.leave()
     logged(customer, "call")
     check(len(left_over(customer)) == 2, f"wait for the hop: {left_over(customer)}")
-    # Carol has a Maildir now, but something is in its way; and a file that is not a message is among them.
+    # Carol has a Maildir now, but a file is in its place; and one of the files in the queue is not a message.
     rewrite(customer, f'"{CAROL}" = "{hop.address}"\n', f'"{CAROL}" = "maildir:{box.path}/pull-mail/carol"\n')
     in_the_way = box.write("pull-mail/carol", "in the way")
     box.write("pull-mail/.handover/new/garbage", "garbage")
@@ -172,7 +172,7 @@ def daemon_handover(box):
     logged(customer, "reloaded")
     wait_until(lambda: not being_tried(customer), "the attempts to end")
     in_the_way.unlink()
-    for _ in range(20):  # reloads, so that it looks around
+    for _ in range(20):  # reloads, so that it reads its queues
         before = len(events(customer.log(), "reloaded"))
         process.send_signal(signal.SIGHUP)
         logged(customer, "reloaded", before + 1)
@@ -190,7 +190,7 @@ def daemon_handover(box):
 
 @scenario("two-providers", root=True)
 def two_providers(box):
-    """[[provider]] twice, started as root: the mail of both, in files of the user it has become"""
+    """The daemon is started as root with [[provider]] twice: it fetches the mail of both, and the files belong to `user`"""
     owner = pwd.getpwnam("nobody")
     group = grp.getgrgid(owner.pw_gid)
     one = Provider(box, name="one", require_tls=False, customers={"acme": ["example.org"]}).start()
@@ -212,7 +212,7 @@ every = "2h"
     customer = Customer(box, one.odmr, tls="none", head=f'user = "{owner.pw_name}"\ngroup = "{group.gr_name}"\n')
     rewrite(customer, "[provider]", "[[provider]]")
     rewrite(customer, "[mailboxes]", second)
-    os.chown(customer.config, 0, group.gr_gid)  # it must read it again, and then it is not root
+    os.chown(customer.config, 0, group.gr_gid)  # it must read the file again, when it is no longer root
     customer.config.chmod(0o640)
     customer.root.mkdir()
     os.chown(customer.root, owner.pw_uid, group.gr_gid)
@@ -232,7 +232,7 @@ every = "2h"
     logged(customer, "reloaded")
     process.send_signal(signal.SIGTERM)
     check((result := process.wait(10)) == 0, f"SIGTERM: exit {result}")
-    # One call without the daemon asks both, too, and takes up where the other user left off.
+    # A single call without the daemon calls both providers, too, and continues with the files of the other user.
     for provider, recipient in ((one, ALICE), (two, "bob@example.com")):
         with Smtp(provider.inbound) as line:
             line.hello()
@@ -243,7 +243,7 @@ every = "2h"
 
 
 class Screen:
-    """A pseudo terminal, and what was written to it."""
+    """A pseudo terminal, and the text that was written to it."""
 
     def __init__(self, box):
         self.octets = bytearray()
@@ -256,7 +256,7 @@ class Screen:
             while some := os.read(self.master, 65536):
                 self.octets += some
         except OSError:
-            pass  # nobody writes any more
+            pass  # the last writer has closed it
 
     @property
     def text(self):
@@ -265,7 +265,7 @@ class Screen:
 
 @scenario("progress")
 def progress(box):
-    """a slow call shows how far it is, on a terminal only, and not with -q; the end says who was rejected and why, also with -q"""
+    """A slow call shows its progress on a terminal, but not with -q; at the end it lists rejected recipients with the reply, also with -q"""
     quiet = {"RUST_LOG": "warn"}
     big = b"Subject: big\r\n\r\n" + (b"z" * 70 + b"\r\n") * 20000
     runs = {}

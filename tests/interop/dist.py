@@ -1,6 +1,6 @@
-"""The recipes of dist/, word for word, each on a machine of its own with the program that it is for.
+"""The recipes of dist/, word for word, each on its own virtual machine with the program that it is for.
 
-dist/README.md lists every recipe with the scenario that tries it (tests/dist.rs checks that).
+dist/README.md lists each recipe with the scenario that tries it (tests/dist.rs checks that).
 """
 
 import re
@@ -39,7 +39,7 @@ def install_units(machine, *directories):
 
 
 def reloads(machine, log, hang_up):
-    """A new customer is known after `hang_up()`; `log()` has the log."""
+    """After `hang_up()` the provider knows a new customer; `log()` returns the log."""
     before = len(events(log(), "reloaded"))
     name = f"new{time.monotonic_ns()}"
     machine.install(f"etc/odmr/customers.d/{name}.toml", f'domains = ["{name}.example"]\nsecret = "a secret of many words"\n', 0o640)
@@ -51,7 +51,7 @@ def reloads(machine, log, hang_up):
 
 @scenario("dist-systemd", needs=[*NAMESPACES, "systemctl"], root=True)
 def dist_systemd(box):
-    """systemd runs both daemons by the units of dist/: hardened, confined, ready, reloaded, stopped; a call, an expiry by timers"""
+    """systemd runs both daemons by the units of dist/: hardened, confined, ready, reloaded, stopped; timers make a call and an expiry pass"""
     machine = Twin(box, systemd=True)
     machine.configure()
     install_units(machine, "systemd")
@@ -61,7 +61,7 @@ def dist_systemd(box):
     machine.run("systemctl", "start", "odmr-serve")
     log = lambda: journal(machine, "odmr-serve")
     with machine.network():
-        Smtp(366).close()  # it listens as soon as systemd says that it has started
+        Smtp(366).close()  # systemd reports the start only after the daemon listens
     wait_until(lambda: events(log(), "listening", listener="odmr"), "the log")
     landlock = events(log(), "confined")[0]["landlock"]
     check(landlock != "none", "the filter of system calls leaves no Landlock")
@@ -79,13 +79,13 @@ def dist_systemd(box):
     machine.run("systemctl", "reload", "odmr-pull")
     wait_until(lambda: events(customer(), "reloaded"), "the reload of the customer")
     check(property_of(machine, "odmr-call.service", "Result") == "success", "the call")
-    # Now the directories are of another user than root, who opens their locks before it becomes that one.
+    # Now the directories belong to another user: root opens their locks before it becomes that user.
     machine.run("systemctl", "restart", "odmr-serve", "odmr-pull")
     machine.serves()
     machine.run("systemctl", "stop", "odmr-pull", "odmr-serve")
     for text in (log, customer):
         wait_until(lambda: events(text(), "stopped"), "the last line")
-    # A call to a provider that is down does not fail the unit; 78 ends the daemon, and systemd does not restart it.
+    # A call to a provider that is down does not make the unit fail; exit code 78 ends the daemon, and systemd does not restart it.
     machine.run("systemctl", "start", "odmr-call.service")
     machine.install("etc/odmr/provider.toml", "hostname = 1\n")
     machine.run("systemctl", "start", "odmr-serve", code=1)
@@ -100,7 +100,7 @@ def dist_systemd(box):
 
 @scenario("dist-systemd-sockets", needs=[*NAMESPACES, "systemctl"], root=True)
 def dist_systemd_sockets(box):
-    """systemd binds the ports: for daemons that never were root, and for a process of each connection"""
+    """systemd binds the ports: for daemons that are never root, and for a process of each connection"""
     machine = Twin(box, systemd=True)
     machine.configure(INETD)
     install_units(machine, "systemd", "systemd/inetd")
@@ -136,7 +136,7 @@ def dist_systemd_sockets(box):
     return "exposure " + ", ".join(scores)
 
 
-# How each lists its services, where, and what it calls the reload and the end.
+# For each supervisor: its list of services, their directory, and its words for reload and stop.
 SUPERVISORS = {
     "runit": ("runsvdir", ["sv", "hup"], ["sv", "-w", "20", "down"]),
     "s6": ("s6-svscan", ["s6-svc", "-h"], ["s6-svc", "-wD", "-T", "20000", "-d"]),
@@ -146,7 +146,7 @@ SUPERVISORS = {
 
 @scenario("dist-supervisors", needs=[*NAMESPACES, "runsvdir", "svlogd", "s6-svscan", "s6-log", "svscan", "multilog"], root=True)
 def dist_supervisors(box):
-    """runit, s6 and daemontools: provider, customer, and their logs; a wrong configuration is not tried again and again"""
+    """runit, s6 and daemontools run provider and customer with their logs; none restarts a daemon with a wrong configuration again and again"""
     machine = Twin(box)
     for kind, (scan, hang_up, stop) in SUPERVISORS.items():
         machine.configure()
@@ -179,7 +179,7 @@ def dist_supervisors(box):
 
 @scenario("dist-openrc", needs=[*NAMESPACES, "busybox"], root=True)
 def dist_openrc(box):
-    """OpenRC with supervise-daemon: start after check, reload, restart of a killed process, stop"""
+    """OpenRC with supervise-daemon: it starts odmr after check, reloads, restarts a killed process, stops"""
     machine = Twin(box, packages=["openrc", "librc1", "libeinfo1", "insserv"])
     machine.configure()
     machine.start("syslogd.log", "busybox", "syslogd", "-n", "-O", "/var/log/mail")
@@ -207,7 +207,7 @@ def dist_openrc(box):
 
 @scenario("dist-inetd", needs=[*NAMESPACES, "inetd", "tcpserver", "multilog", "svscan"], root=True)
 def dist_inetd(box):
-    """inetd, xinetd and tcpserver of dist/: mail comes in and is fetched, by a process for each connection"""
+    """inetd, xinetd and tcpserver of dist/ start a process for each connection: mail comes in and is fetched"""
     machine = Twin(box, packages=["xinetd"])
     machine.configure(INETD)
     machine.install("etc/inetd.conf", DIST / "inetd/inetd.conf")
@@ -232,7 +232,7 @@ def dist_inetd(box):
 
 @scenario("dist-sendmail", needs=[*NAMESPACES, "dpkg-divert", "update-alternatives"], root=True)
 def dist_sendmail(box):
-    """/usr/sbin/sendmail becomes odmr by dpkg-divert and by alternatives(8), and is what it was after that"""
+    """dpkg-divert and alternatives(8) make odmr /usr/sbin/sendmail, and restore the former program"""
     machine = Twin(box)
     machine.configure()
     there = "for path in /usr/sbin/sendmail /usr/bin/mailq /usr/bin/newaliases; do ls -l $path && cksum <$path; done"
@@ -241,10 +241,10 @@ def dist_sendmail(box):
     sends = lambda: machine.run("/usr/sbin/sendmail", "-i", "-f", "eva@example.org", "bob@w.example", input="Subject: x\n\nx\n")
     without = machine.run("sh", "-c", "sed s,/usr/local/bin/odmr,/nonexistent, /root/debian | sh -s install 2>&1 || echo $?").stdout
     check("install it first\n69\n" in without and machine.run("sh", "-c", there).stdout == before, f"without odmr: {without}")
-    for _ in range(2):  # twice is as good as once
+    for _ in range(2):  # a second time changes nothing
         machine.run("/root/debian", "install")
     sends()
-    # The package, if it is removed, leaves a link to nothing, and what to type.
+    # After the package is removed, a link without a target is left; the package prints the command that removes it.
     machine.install("root/postrm", ROOT / "packaging/debian/postrm")
     said = machine.run("sh", "-c", "ln -sf /usr/bin/odmr /usr/sbin/sendmail; /root/postrm remove 2>&1").stdout
     (command,) = re.findall("type `(.*)`", said)
@@ -255,7 +255,7 @@ def dist_sendmail(box):
     for _ in range(2):
         machine.run("/root/debian", "remove")
     check((after := machine.run("sh", "-c", there).stdout) == before, f"{before}{after}")
-    # The program of RPM systems is that of Debian by another name; there, no package owns the path itself.
+    # RPM systems have the program of Debian under another name; no package owns the path itself there.
     machine.run("sh", "-c", "rm /usr/sbin/sendmail /usr/bin/mailq /usr/bin/newaliases && ln -s update-alternatives /usr/bin/alternatives")
     machine.install("root/alternatives", DIST / "sendmail/alternatives")
     machine.run("/root/alternatives", "install")
@@ -269,7 +269,7 @@ def dist_sendmail(box):
 
 @scenario("dist-certificates", needs=[*NAMESPACES, "openssl"], root=True)
 def dist_certificates(box):
-    """The certbot hook is what `odmr check` prints, and a running serve takes what it and acme.sh's line copy"""
+    """The certbot hook is the text that `odmr check` prints. A running serve uses the certificates that this hook and acme.sh copy"""
     machine = Twin(box)
     live = "/etc/letsencrypt/live/relay.example.net"
     tls = f'[tls]\ncertificate = "{live}/fullchain.pem"\nkey = "{live}/privkey.pem"\n'
@@ -284,7 +284,7 @@ def dist_certificates(box):
     check(wanted in printed, f"`odmr check` prints another hook than dist/certbot/odmr: {printed}")
     machine.install("etc/letsencrypt/renewal-hooks/deploy/odmr", DIST / "certbot/odmr")
     hook = lambda: machine.run("/etc/letsencrypt/renewal-hooks/deploy/odmr")
-    hook()  # no daemon runs yet, and the renewal does not fail for that
+    hook()  # no daemon runs yet, and the renewal must not fail because of that
     machine.configure(PROVIDER + '[tls]\ncertificate = "tls/certificate.pem"\nkey = "tls/key.pem"\n')
     machine.start("serve.log", "odmr", "serve", "-c", "/etc/odmr/provider.toml")
     log = lambda: box.log("serve.log")
@@ -292,7 +292,7 @@ def dist_certificates(box):
     machine.run(*new_pair, "60")
     hook()
     wait_until(lambda: events(log(), "reloaded"), "the reload")
-    # What acme.sh does with its options, by a program that does just that.
+    # A program that does the same as acme.sh with these options.
     machine.install("usr/local/bin/acme.sh", ACME, 0o755)
     machine.install("root/install-cert", DIST / "acme.sh/install-cert")
     machine.run("env", f"FROM={live}", "/root/install-cert")
@@ -318,7 +318,7 @@ eval "$command"
 
 @scenario("dist-logs", needs=[*NAMESPACES, "fail2ban-server"], root=True)
 def dist_logs(box):
-    """logrotate empties the log of a running serve; fail2ban with filter and jail of dist/ bans who guesses"""
+    """logrotate empties the log of a running serve; fail2ban with the filter and jail of dist/ bans a client that guesses secrets"""
     machine = Twin(box, packages=["logrotate", "libpopt0"])
     machine.configure()
     serve = "exec odmr serve -c /etc/odmr/provider.toml --log-time 2>>/var/log/odmr.log"
@@ -349,7 +349,7 @@ def dist_logs(box):
 
 
 def guess(machine):
-    """Three wrong secrets over one connection would be slowed: one each, and the record of failures is removed."""
+    """Three wrong secrets, each over a new connection and with the record of failures removed, so that none is delayed."""
     (machine.root / "var/spool/odmr/.odmr/logins").unlink(missing_ok=True)
     with machine.connect(366) as line:
         line.hello()
@@ -359,7 +359,7 @@ def guess(machine):
 
 @scenario("dist-prometheus", needs=[*NAMESPACES, "systemctl"], root=True)
 def dist_prometheus(box):
-    """The metrics of both sides are written in one piece, promtool accepts them and the alerts, and each alert has its metric"""
+    """The metrics of both sides are written in one step, promtool accepts them and the alerts, and each alert has its metric"""
     machine = Twin(box, systemd=True)
     promtool = program_path("promtool") or unpacked(box, "prometheus")["prometheus"] / "usr/bin/promtool"
     machine.configure()
@@ -377,7 +377,7 @@ def dist_prometheus(box):
         check(checked.returncode == 0 and not checked.stderr.strip(), checked.stderr)
         metrics += text
     check(sorted(file.name for file in machine.root.glob(f"{place[1:]}/*")) == ["odmr-customer.prom", "odmr-provider.prom"], "files")
-    # A failure leaves the old file, whose age tells, and no other.
+    # A failure leaves the old file, which becomes older, and no other.
     machine.install("etc/odmr/provider.toml", "hostname = 1\n")
     machine.run("systemctl", "start", "odmr-metrics@provider.service", code=1)
     left = sorted(file.name for file in machine.root.glob(f"{place[1:]}/*"))
@@ -386,7 +386,7 @@ def dist_prometheus(box):
     for command in (["check", "rules", rules], ["test", "rules", box.write("rules.yml", RULES_TEST.replace("RULES", str(rules)))]):
         checked = box.run(promtool, *command)
         check(checked.returncode == 0, f"{checked.stdout}{checked.stderr}")
-    # A metric that is not there now (a time that is not known has no line) is in doc/operating.md by its ending.
+    # A metric without a line now (a time that is unknown) is in doc/operating.md by its ending.
     documented = (DIST.parent / "doc/operating.md").read_text()
     for metric in set(re.findall(r"\bodmr_\w+", re.sub(r"(?m)^.*summary:.*$", "", rules.read_text()))):
         known = metric in metrics or metric in documented or re.sub(r"^odmr_[a-z]+(?=_)", "", metric) in documented
@@ -418,7 +418,7 @@ tests:
 
 @scenario("dist-scripts", needs=["sh", "busybox"])
 def dist_scripts(box):
-    """Every script of dist/ is executable, and sh, busybox sh and shellcheck read it"""
+    """Each script of dist/ is executable, and sh, busybox sh and shellcheck accept it"""
     store = unpacked(box, "shellcheck")
     shellcheck = store.get("shellcheck") and store["shellcheck"] / "usr/bin/shellcheck"
     scripts = [file for file in DIST.rglob("*") if file.is_file() and file.read_bytes().startswith(b"#!")]
@@ -428,7 +428,7 @@ def dist_scripts(box):
             done = box.run(*shell, "-n", script)
             check(done.returncode == 0, f"{script}: {done.stderr}")
         if shellcheck:
-            # SC1091: the files that the BSDs read are not here. SC2034: variables for these.
+            # SC1091: files that only the BSDs have. SC2034: variables for these.
             done = box.run(shellcheck, "-s", "sh", "-e", "SC1091,SC2034", script)
             check(done.returncode == 0, f"{script}: {done.stdout}")
     return f"{len(scripts)} scripts" + ("" if shellcheck else ", without shellcheck")

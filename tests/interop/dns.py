@@ -1,4 +1,4 @@
-"""`odmr check --dns` before dnsmasq: zones that are right, and each way in which they are wrong."""
+"""`odmr check --dns` with dnsmasq: correct zones, and each mistake in them."""
 
 import re
 import socket
@@ -8,7 +8,7 @@ import time
 from harness import LOOPBACK, ODMR, Certificates, Customer, Provider, check, scenario
 from world import Names
 
-# dnsmasq is there when it has gone into the background. The network of this machine does not matter.
+# dnsmasq is ready when it has gone into the background. The network of this machine is not used.
 ALONE = """ip link set lo up && mount --bind "$0/resolv.conf" /etc/resolv.conf || exit 99
 dnsmasq --conf-file="$0/zone.conf" --pid-file="$0/zone.pid" || exit 99
 "$@"; code=$?; kill "$(cat "$0/zone.pid")"; exit $code"""
@@ -54,7 +54,7 @@ WRONG = {
         ["mx-host=loop.example,relay.example.net,10", 'txt-record=loop.example,"v=spf1 include:loop.example -all"'],
         ["SPF   error     it is not valid, and receivers may reject mail: the record causes more than 10 lookups"],
     ),
-    # Strings that are joined, in a reply that fits TCP only.
+    # Strings that are joined, in a reply that needs TCP.
     "large": (
         ["mx-host=large.example,relay.example.net,10", 'txt-record=large.example,"v=spf1 a:relay."," example.net"," -all"'.replace(" example", "example")]
         + [f'txt-record=large.example,"{number}{"x" * 250}"' for number in range(8)],
@@ -66,7 +66,7 @@ KINDS = {"should be": r"(?m)^        should be (\S+\.) IN (\w+) (.+)$"}
 
 
 def alone(box, zone, *command):
-    """Runs a command where only these names exist. Gives its exit code and its output."""
+    """Runs a command with a name server for these names only. Returns its exit code and its output."""
     box.write("resolv.conf", f"nameserver {LOOPBACK}\n", mode=0o644)
     box.write("zone.conf", "\n".join(ZONE + zone) + "\n")
     done = box.run("unshare", "--mount", "--net", "sh", "-c", ALONE, box.path, *command)
@@ -86,14 +86,14 @@ def digest(box, certificate, *, of_key):
 
 
 def sections(output):
-    """Name -> its lines."""
+    """Name -> the lines of its section."""
     found = re.findall(r"(?m)^([\w.-]+)\n((?:  .*\n)+)", output)
     return dict(found)
 
 
 @scenario("dns", needs=["dnsmasq", "openssl", "unshare", "ip"], root=True)
 def provider_and_customer(box):
-    """check --dns for a provider and a customer: right zones are good, each wrong one is named with the record to paste."""
+    """check --dns for a provider and a customer: correct zones are good, and for each mistake the report has the record to paste"""
     certificates = Certificates(box)
     key, whole = (digest(box, certificates.certificate, of_key=of_key) for of_key in (True, False))
     tlsa = lambda kind, data: f"dns-rr=_25._tcp.relay.example.net,52,{kind}{data}"
@@ -135,7 +135,7 @@ def wrong_domains(box, certificates):
 
 
 def customer_side(box):
-    """The zone that the messages above lead to is good for the customer, too."""
+    """The zone that follows these reports is good for the customer, too."""
     accept = ["@good.example", "@other.example", "@literal.example"]
     customer = Customer(box, 366, file="customer", accept=accept, more=f'[outgoing]\nqueue = "{box.path}/queue"\n')
     customer.config.write_text(customer.config.read_text().replace(f'"{LOOPBACK}:366"', '"relay.example.net"'))
@@ -158,7 +158,7 @@ def customer_side(box):
 
 
 def dead(box):
-    """A name server that does not answer is a warning, and 10,000 domains are not asked for one by one."""
+    """A name server that does not reply is a warning, and 10,000 domains are not looked up one by one."""
     silent = box.keep(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
     silent.bind((LOOPBACK, 0))
     domains = [f"d{number}.example" for number in range(10_000)]
@@ -172,7 +172,7 @@ def dead(box):
 
 
 def slow_proxy(box, port, seconds):
-    """A name server that is as far away as `seconds`. It does not answer for names with `lame`. Gives its port."""
+    """A name server with a delay of `seconds`. It does not reply for names with `lame`. Returns its port."""
     front = box.keep(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
     front.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
     front.bind((LOOPBACK, 0))
@@ -202,7 +202,7 @@ def slow_proxy(box, port, seconds):
 
 @scenario("dns-many", needs=["dnsmasq"])
 def many_domains(box):
-    """1,000 domains, of which six have dead name servers, by a name server 20 ms away: all are looked up within a minute."""
+    """1,000 domains, six of them with dead name servers, by a name server that is 20 ms away: all are looked up within a minute"""
     labels = [f"lame{number}" if number in (300, 301, 302, 600, 601, 999) else f"d{number}" for number in range(1000)]
     domains = [f"{label}.example" for label in labels]
     names = Names(

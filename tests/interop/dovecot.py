@@ -1,4 +1,4 @@
-"""A Dovecot of our own: once as the next hop over LMTP, once as the reader of Maildirs that we have written."""
+"""A Dovecot of the scenario: as the next hop over LMTP, and as the reader of Maildirs that odmr has written."""
 
 import grp
 import os
@@ -14,10 +14,10 @@ from turning import SENDER
 from world import House, Names
 
 ALICE, BOB, NOBODY = "alice@example.org", "bob@example.com", "zed@example.org"
-ELSEWHERE = "127.0.0.9"  # where the world's client sits
+ELSEWHERE = "127.0.0.9"  # the address of the sending client
 TRACE = re.compile(rb"(?:(?:Return-Path|Delivered-To|Received): [^\n]*\n(?:[ \t][^\n]*\n)*)*")
 
-# Contents on which a hop, or a count of octets, may stumble.
+# Contents that a hop or a count of octets may treat wrongly.
 MESSAGES = [
     b"Subject: plain\r\n\r\nplain\r\n",
     b"Subject: dots\r\n\r\n.\r\n..\r\n.dot\r\n\r\n.\r\n",
@@ -30,8 +30,9 @@ MESSAGES = [
 
 
 class Dovecot:
-    """An instance with its own configuration, directories and log, which serves LMTP on the unix socket `socket`, and on
-    `port` for whom it believes what XCLIENT says.
+    """An instance with its own configuration, directories and log. It serves LMTP on the unix socket `socket` and on
+    `port`, where it
+    believes XCLIENT.
 
     `users`: address -> home; their mail, below `location`, belongs to `owner` (user id, group id).
     """
@@ -92,10 +93,10 @@ service lmtp {{
         return self
 
     def kill(self):
-        """All of its processes, with no time to end well.
+        """Kills all its processes at once.
 
         Dovecot waits two minutes for the dotlock of a process that was killed before it wrote its process id there, and
-        for one whose process id is in use: as nothing of this instance runs any more, its dotlocks are removed.
+        for one whose process id is in use: as no process of this instance runs, its dotlocks are removed.
         """
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
@@ -109,12 +110,12 @@ service lmtp {{
         return self.box.log("dovecot.log")
 
     def complaints(self):
-        """What its log has of warnings and errors."""
+        """The warnings and errors in its log."""
         return [line for line in self.log().splitlines() if re.search(r"Warning|Error|Fatal|Panic", line)]
 
     def fetch(self, user, *fields, mailbox="INBOX"):
         """The messages of a mailbox, each a list of these fields as octets; a text has LF line ends."""
-        fields = ("uid", *fields)  # between messages of one field doveadm puts nothing
+        fields = ("uid", *fields)  # doveadm writes no separator between messages of one field
         words = ["doveadm", "-c", self.config, "-f", "pager", "fetch", "-u", user, " ".join(fields), "mailbox", mailbox, "all"]
         done = subprocess.run(words, capture_output=True, timeout=30)  # octets, not text
         check(done.returncode == 0, f"{' '.join(map(str, words))}: exit {done.returncode}: {done.stderr.decode()}")
@@ -124,13 +125,13 @@ service lmtp {{
 
 
 def alive(group):
-    """The processes of a process group that run; a zombie, which nothing may ever reap in a container, does not."""
+    """The running processes of a process group. A zombie, which perhaps no process reaps in a container, does not count."""
     found = []
     for status in pathlib.Path("/proc").glob("[0-9]*/stat"):
         try:
             state, _parent, its_group = status.read_text().rpartition(")")[2].split()[:3]
         except OSError:
-            continue  # it ended meanwhile
+            continue  # the process has ended
         if int(its_group) == group and state not in "ZX":
             found.append(int(status.parent.name))
     return found
@@ -143,7 +144,7 @@ def same_after_trace(got, content):
 
 
 def homes(box, *users, owner=UID):
-    """A home for each, of that owner."""
+    """A home directory for each user, with that owner."""
     base = box.path / "homes"
     base.mkdir()
     os.chown(base, owner, owner)
@@ -152,7 +153,7 @@ def homes(box, *users, owner=UID):
 
 @scenario("dovecot-lmtp", needs=["dovecot", "doveadm", "dnsmasq"], root=True)
 def dovecot_lmtp(box):
-    """Dovecot as the next hop over LMTP, socket and port: all octets come; a user it does not know is 550 to the provider"""
+    """Dovecot as the next hop over LMTP, at a socket and at a port: all octets arrive; for a user that it does not know the provider gets 550"""
     house = House(box)
     names = Names(box, mx={"sender.example": [(10, "mx.dest.example")]}, hosts={"mx.dest.example": LOOPBACK})
     relay = f'[relay]\nresolver = "{names.resolver}"\nallow-private = true\nport = {house.port}\n'
@@ -188,7 +189,7 @@ def dovecot_lmtp(box):
 
 @scenario("dovecot-maildir", needs=["dovecot", "doveadm"], root=True)
 def dovecot_maildir(box):
-    """Dovecot reads our Maildirs: owner, umask, S= and W=, a sub-address in its mailbox, a quota"""
+    """Dovecot reads Maildirs that odmr has written: owner, umask, S= and W=, a detail in the mailbox of its user, a quota"""
     provider = Provider(box, require_tls=False).start()
     owner = pwd.getpwnam("nobody")
     group = grp.getgrgid(owner.pw_gid).gr_name
@@ -198,10 +199,10 @@ def dovecot_maildir(box):
     os.chown(customer.root, owner.pw_uid, owner.pw_gid)
     users = {user: customer.root / user.split("@")[1] / user.split("@")[0] for user in (ALICE, BOB)}
     dovecot = Dovecot(box, users, location="maildir:~", owner=(owner.pw_uid, owner.pw_gid)).start()
-    for user in users:  # Dovecot makes the INBOX, and what else it wants there.
+    for user in users:  # Dovecot makes the INBOX and its own files.
         done = box.run("doveadm", "-c", dovecot.config, "mailbox", "create", "-u", user, "lists")
         check(done.returncode == 0, f"doveadm mailbox create: {done.stderr}")
-    # Courier's manual: the first line says the limits, the others what there is.
+    # Courier's manual: the first line has the limits, the others the usage.
     (users[BOB] / "maildirsize").write_text("3000S,100C\n0 0\n")
     os.chown(users[BOB] / "maildirsize", owner.pw_uid, owner.pw_gid)
     fits, too_large = b"Subject: fits\r\n\r\n" + b"z" * 990 + b"\r\n", b"Subject: too large\r\n\r\n" + (b"z" * 70 + b"\r\n") * 60
@@ -239,7 +240,7 @@ def dovecot_maildir(box):
 
 
 def sizes(dovecot, users, files):
-    """What our names say is what Dovecot counts when the names say nothing."""
+    """The sizes in the names of odmr's files are those that Dovecot counts without such names."""
     fields = ("size.physical", "size.virtual", "hdr.subject")
     places = [(ALICE, "INBOX"), (ALICE, "lists"), (BOB, "INBOX")]
     named = [sorted(dovecot.fetch(user, *fields, mailbox=mailbox)) for user, mailbox in places]

@@ -1,4 +1,4 @@
-"""Debian's Exim, as peers.py and mail_hosts.py have it at the other end."""
+"""Debian's Exim, as the peer in peers.py and mail_hosts.py."""
 
 import os
 import pathlib
@@ -11,8 +11,9 @@ PACKAGE = "exim4-daemon-light"
 
 
 class Exim:
-    """An instance with a configuration, a spool and logs of its own, at `address` and `port`. The package conflicts with
-    Postfix, so it is only unpacked.
+    """An instance with its own configuration, spool and logs, at `address` and `port`. Its package conflicts with
+    Postfix, so it is only
+    unpacked.
 
     `main`: lines of the main section; `rest`: access control lists, routers, transports, retry rules.
     """
@@ -26,7 +27,7 @@ class Exim:
         try:
             pwd.getpwnam("Debian-exim")
         except KeyError:
-            # It does not start without this user, and the machine is to stay as it is.
+            # Exim does not start without this user, and the machine must not be changed.
             for file, line in (("passwd", "Debian-exim:x:8:8::/:/bin/false\n"), ("group", "Debian-exim:x:8:\n")):
                 box.write(f"{name}/{file}", pathlib.Path("/etc", file).read_text() + line, mode=0o644)
             mount = 'mount --bind "$0/passwd" /etc/passwd && mount --bind "$0/group" /etc/group && exec "$@"'

@@ -1,6 +1,6 @@
-"""Held mail expires without a call, at the promised minute, and no clock that is set makes any mail older.
+"""Held mail expires without a call, at the promised minute, and a clock that is set makes no mail older.
 
-The programs get their time from libfaketime, by a file that says how far it is from the machine's.
+The programs get their time from libfaketime, by a file with the difference from the machine's time.
 """
 
 import os
@@ -17,11 +17,11 @@ ACCOUNT = 'expire-after = "14d"\ndelay-warning = "3d"\n'
 
 
 class FakeClock:
-    """The time of the programs that are started with its environment: the machine's, and so many seconds more."""
+    """The time of the programs that are started with its environment: the machine's time plus so many seconds."""
 
     def __init__(self, directory):
         directory.mkdir(mode=0o700, exist_ok=True)
-        self.file = directory / "faketime"  # where the programs may read after they have been confined
+        self.file = directory / "faketime"  # a directory that confined programs may read
         self.begun = time.time()
         self.offset = 0
         self.set(0)
@@ -31,11 +31,11 @@ class FakeClock:
         }
 
     def set(self, seconds):
-        """It is so long after the begin, from now on."""
+        """From now on, the time is that long after the beginning."""
         self.offset = seconds - (time.time() - self.begun)
         self.file.with_suffix(".new").write_text(f"{self.offset:+.3f}\n")
         os.replace(self.file.with_suffix(".new"), self.file)
-        # The times of files are the machine's, so a program that tidies up would take each new file for an old one.
+        # The times of files are the machine's, so a program that tidies would take each new file for an old one.
         tidied = self.file.parent / ".odmr/tidy"
         tidied.parent.mkdir(mode=0o700, exist_ok=True)
         tidied.write_text("\n")
@@ -48,7 +48,7 @@ def rfc3339(seconds):
 
 
 class Held:
-    """A provider by a fake clock, and what it holds."""
+    """A provider with a fake clock, and the mail that it holds."""
 
     def __init__(self, box, account=ACCOUNT, name="serve", more=""):
         self.box = box
@@ -74,7 +74,8 @@ class Held:
         self.running = False
 
     def look(self, seconds):
-        """`serve` makes a pass at this time, and stops. The last domain has a message whose time is over: it is set aside."""
+        """`serve` makes a pass at this time, and stops. The last domain has a message that is due: it is set aside,
+        which shows the end of the pass."""
         self.stop()
         self.clock.set(seconds)
         arrived = int(self.clock.begun + seconds - 20 * DAY)
@@ -99,7 +100,7 @@ class Held:
         return events(self.provider.log() + self.box.log("expire.log"), name, **wanted)
 
     def state(self):
-        """How many messages are held, of how many recipients the time was over, and how many DSNs were stored."""
+        """The number of held messages, of expired recipients, and of stored DSNs."""
         held = [file for part in ("new", "cur") for file in self.provider.spool.glob(f"domains/example.org/{part}/*")]
         expired = self.logged("delivery", status="expired", to="<alice@example.org>")
         return len(held), len(expired), len(self.logged("dsn-sent"))
@@ -117,13 +118,13 @@ def expect(found, wanted, when):
     check(found == wanted, f"{when}: {found}, wanted {wanted}")
 
 
-# A DSN about mail that was held would itself expire in the relay, which reaches nobody here.
+# A DSN about held mail would itself expire in the relay, which reaches no host here.
 LONG = '[relay]\nresolver = "127.0.0.1:1"\ngive-up = "60d"\ndelay-warning = "59d"\n'
 
 
 @scenario("expiry", needs=("faketime",), waits=True)
 def expiry(box):
-    """A customer never calls: the warning and the expiry come at their minute, by serve, also after downtime"""
+    """A customer never calls: serve sends the warning and lets its mail expire at the promised minute, also after downtime"""
     held = Held(box, more=LONG)
     held.receive()
     for seconds, wanted in [
@@ -134,7 +135,7 @@ def expiry(box):
     ]:
         held.look(seconds)
         expect(held.state(), wanted, f"after {seconds} s")
-    # A running serve sees that its time has come.
+    # A running serve notices that the time has come.
     held.start(14 * DAY - 30)
     begun = time.monotonic()
     wait_until(lambda: held.state() == (0, 1, 2), "expiry by a running serve", 100)
@@ -152,7 +153,7 @@ def expiry(box):
 
 @scenario("expire-by-cron", needs=("faketime",), waits=True)
 def expire_by_cron(box):
-    """odmr expire once a week, beside inetd mode: the same, and 75 while a session has the mail"""
+    """odmr expire once a week, with inetd mode: mail expires as with serve; the exit code is 75 while a session has the mail"""
     held = Held(box, more=LONG)
     held.receive()
     held.stop()
@@ -166,7 +167,7 @@ def expire_by_cron(box):
         expect(held.state(), wanted, f"after {seconds} s")
     # A session has the mail of the account.
     held.start(14 * DAY)
-    # Another agent has stored it, so that serve looks for it an hour later.
+    # Another agent has stored it, so serve finds it at the next hourly listing.
     put(held.provider, 1, int(held.clock.begun - DAY))
     with Smtp(held.provider.odmr) as smtp:
         smtp.turn("acme")
@@ -178,8 +179,8 @@ def expire_by_cron(box):
 
 @scenario("clock-set", needs=("faketime",), waits=True)
 def clock_set(box):
-    """The clock is set by five years, forward and back: nothing bounces, held or outgoing, running or stopped"""
-    # Its names cannot be resolved now, so that outgoing mail is tried again and again.
+    """The clock is set by five years, forward and back, while the programs run or are stopped: no message bounces, held or outgoing"""
+    # The names cannot be resolved now, so that outgoing mail is tried again and again.
     relay = '[relay]\nresolver = "127.0.0.1:1"\nretry-first = "1s"\nretry-max = "1s"\ndelay-warning = "4d"\n'
     held = Held(box, account='expire-after = "14d"\n', more=relay)
     full = Provider(box, require_tls=False, name="full", accounts={"acme": "rate = 1\n"}).start()
@@ -206,7 +207,7 @@ def clock_set(box):
         expect((len(queued(customer)), attempts(customer.log())), (1, number + 1), f"at the customer, {seconds} s")
         held.look(seconds)
         expect(held.state(), (1, 0, 0), f"stopped, {seconds} s")
-    # The same under a running serve; mail comes while the clock is wrong.
+    # The same with a running serve; mail arrives while the clock is wrong.
     held.start(DAY)
     for number, seconds in enumerate((DAY + YEARS, DAY + MINUTE + YEARS // 2, DAY + MINUTE)):
         before = len(held.logged("clock-set"))
@@ -222,7 +223,7 @@ def clock_set(box):
     expect(held.state(), (4, 0, 0), "after 3 days")
     call(6 * DAY)
     wait_until(lambda: events(customer.log(), "delivery", status="expired"), "expiry at the customer")
-    # The relay may take a DSN that is being written for one that was left over, by the time of its file.
+    # The relay may take a DSN that is being written for a left-over file, because of its time.
     for hours in range(3):
         held.look(20 * DAY + hours * HOUR)
         if held.state()[1] == 4:
@@ -232,7 +233,7 @@ def clock_set(box):
 
 
 def put(provider, number, arrived, domain="example.org"):
-    """A message of this time of arrival, as the provider stores it."""
+    """A message with this time of arrival, stored as by the provider."""
     return provider.box.write(
         f"{provider.spool.name}/domains/{domain}/new/{arrived}.M{number}.host",
         f"Return-Path: <eva@world.example>\nDelivered-To: alice@{domain}\n"
@@ -242,7 +243,7 @@ def put(provider, number, arrived, domain="example.org"):
 
 @scenario("expiry-yields")
 def expiry_yields(box):
-    """While thousands of messages expire, a customer that calls gets its mail at once; too many DSNs wait"""
+    """While thousands of messages expire, a customer that calls gets its mail at once; DSNs beyond the limit wait"""
     provider = Provider(box, require_tls=False)
     now = int(time.time())
     for number in range(8000):
@@ -275,7 +276,7 @@ def expiry_yields(box):
 
 @scenario("expiry-kills", needs=("strace",))
 def expiry_kills(box):
-    """odmr expire is killed at each of its calls that change a file: the DSN at most twice, the message never lost"""
+    """odmr expire is killed at each of its system calls that change a file: the sender gets the DSN once or twice, and no message is lost"""
     provider = Provider(box, require_tls=False)
     moments = "fsync,fdatasync,rename,renameat,renameat2,link,linkat,unlink,unlinkat,write,mkdir,fchmod,utimensat"
     twice, kills, moment = 0, 0, 0

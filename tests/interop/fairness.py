@@ -1,4 +1,4 @@
-"""Customers that are served beside each other: a fast one with much mail does not delay the others."""
+"""Customers that are served at the same time: a fast one with much mail does not delay the others."""
 
 import base64
 import json
@@ -15,7 +15,7 @@ LARGE = 800
 RUNS = 3  # of each measurement
 CALLS = 15  # of the third customer in one run
 ROUND_TRIP = 0.02
-RATE = 20_000  # octets a second on the slow line
+RATE = 20_000  # octets a second over the slow connection
 SLOW = 3
 SLOW_SIZE = 2000
 LINE = b"x" * 76 + b"\n"
@@ -25,7 +25,7 @@ LIMITS = "[limits]\nconnections = 100\nconnections-per-address = 100\n"
 
 
 def put(provider, domain, count, size, first=0):
-    """Puts messages into a queue as a delivery agent does."""
+    """Puts messages into a queue as another delivery agent does."""
     new = provider.spool / "domains" / domain / "new"
     new.mkdir(parents=True, exist_ok=True)
     (new.parent / "cur").mkdir(exist_ok=True)
@@ -38,8 +38,9 @@ def put(provider, domain, count, size, first=0):
 
 
 def receive(line, *, pause=0.0, rate=None):
-    """The customer's half of a turned session, quick and without memory. On a slow line it reads `rate` octets a second, and
-    its replies take a round trip. Gives the number of messages."""
+    """The customer's half of a turned session; it discards the content. Over a slow connection it reads `rate` octets a
+    second, and its
+    replies need a round trip. Returns the number of messages."""
     sock, received = line.socket, bytearray(line.received)
     messages, in_content = 0, False
 
@@ -80,7 +81,7 @@ def receive(line, *, pause=0.0, rate=None):
 
 
 def call(provider, name, **how):
-    """One call. Gives the seconds from its begin to its end, and the messages."""
+    """One call. Returns its duration in seconds, and the messages."""
     begun = time.monotonic()
     with Smtp(provider.odmr, receive_buffer=4096 if how else None, seconds=120) as line:
         line.turn(name)
@@ -91,7 +92,7 @@ def call(provider, name, **how):
 
 
 def in_process(work):
-    """Does work in a process of its own, which does not hold up this one. Gives its id, and a function that waits for its end."""
+    """Runs work in another process, so that it does not delay this one. Returns its id, and a function that waits for its end."""
     pid = os.fork()
     if pid == 0:
         code = 1
@@ -112,7 +113,7 @@ def is_running(pid):
 
 
 def measure(provider, busy=lambda: True):
-    """Times of three messages on a slow line, and of the calls of a third customer for one message meanwhile; medians."""
+    """The times of three messages over a slow connection, and of calls of a third customer during that; medians."""
     slow, third = [], []
     for run in range(RUNS):
         put(provider, "slow.example", SLOW, SLOW_SIZE, first=run * SLOW)
@@ -162,19 +163,19 @@ def beside(box, count, size, about):
 
 @scenario("fair-small")
 def fair_small(box):
-    """100,000 small messages on a fast line, three on a slow one, and calls of a third customer beside them: no delay"""
+    """One customer gets 100,000 small messages over a fast connection: three messages over a slow one and a third customer's calls are not delayed"""
     return beside(box, MANY, 500, f"{MANY} small messages")
 
 
 @scenario("fair-large")
 def fair_large(box):
-    """the same beside messages of 1 MiB"""
+    """One customer gets messages of 1 MiB over a fast connection: three messages over a slow one and a third customer's calls are not delayed"""
     return beside(box, LARGE, MIB, f"{LARGE} messages of 1 MiB")
 
 
 @scenario("min-interval")
 def min_interval(box):
-    """a call too soon after one without mail: the same from serve, inetd and after a restart; the record and the status"""
+    """A call before min-interval is over gets the same reply from serve, from inetd and after a restart; the record and the status are checked"""
     customers = {"acme": ["example.org", "example.com"], "beta": ["example.edu"]}
     accounts = {"acme": 'min-interval = "10m"'}
     provider = Provider(box, require_tls=False, customers=customers, accounts=accounts).start()
@@ -203,7 +204,7 @@ def min_interval(box):
     check((reply := atrn(Smtp(provider.odmr))).startswith("453"), reply)
     before = record.read_text()
     first = seconds(atrn(Smtp(provider.odmr)))
-    # It is not the last call, and does not prolong the time.
+    # It does not count as the last call, and does not extend the time.
     put(provider, "example.org", 1, 1000)
     check(seconds(atrn(over_inetd())) <= first, "inetd has prolonged the time")
     line = Smtp(provider.odmr)
@@ -224,12 +225,12 @@ def min_interval(box):
     warned = box.run(ODMR, "status", "-c", provider.config, "--warn", "1h")
     check((warned.returncode, warned.stdout) == (0, ""), f"{warned}")
 
-    # After the time: as if the clock had gone on, and as if it had been set back.
+    # After the interval: first by a clock that has advanced, then by a clock that was set back.
     for at in ("2026-01-02T03:04:05Z", "2099-01-02T03:04:05Z"):
         record.write_text(re.sub("(?m)^no-mail=.*$", f"no-mail={at}", before))
         messages = call(provider, "acme")[1]
         check(messages == 1, f"{messages} messages")
-        # The record is written when the connection has ended.
+        # The record is written after the connection has ended.
         after = wait_until(lambda: "result=done" in (text := record.read_text()) and text, "the record of the call")
         check(f"no-mail={at}" in after, f"a call with mail has changed the time of the one without: {after}")
         put(provider, "example.org", 1, 1000, first=1)

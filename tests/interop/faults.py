@@ -1,6 +1,6 @@
-"""A disk that fails at the worst moment: strace makes system calls of `odmr serve` fail; the product knows nothing of it.
+"""The disk fails at the worst moment: strace makes system calls of `odmr serve` fail, without a change of the program.
 
-What must hold: the sender is told 451 or 452, nothing of the message is seen or left, and the next one goes well.
+What must hold: the sender gets 451 or 452, no reader sees the message, no file of it is left, and the next one is accepted.
 """
 
 import collections
@@ -13,8 +13,8 @@ from moments import Tracer, calls
 SMALL = b"x" * 70 + b"\r\n"
 LARGE = SMALL * 3000  # many writes
 
-# Which of a message's calls fails (counted among those of its kind on that directory of the spool; -1: the last one), how,
-# and what the sender is told. Two domains, so the second of a kind fails when the first copy is done already.
+# Which of the system calls for a message fails (counted among calls of that name on that directory; -1: the last one), how,
+# and the reply that the sender gets. There are two domains, so the second call of a name fails after the first copy is done.
 FAULTS = [
     ("openat", "tmp", 0, "ENOSPC", "452"),
     ("openat", "tmp", 1, "EMFILE", "451"),
@@ -42,7 +42,7 @@ def numbers(output, spool):
 
 
 class Sender(Smtp):
-    """Says one command at a time, so that the calls of each session come in the same order."""
+    """Sends one command at a time, so that the calls of each session come in the same order."""
 
     def __init__(self, provider):
         super().__init__(provider.inbound)
@@ -69,7 +69,7 @@ def files(provider, *directories):
 
 @scenario("faults", needs=("strace",), root=True)
 def faults(box):
-    """system calls fail under `serve`: the sender gets 451 or 452, nothing is seen of the message, the next one is held"""
+    """System calls of `serve` fail while it accepts a message: the client gets 451 or 452, no reader sees the message, and the next one is held"""
     provider = Provider(box, require_tls=False).start()
     with Sender(provider) as sender:
         check(sender.message("first", SMALL).startswith("250"), "a message before any fault")
@@ -104,7 +104,7 @@ def faults(box):
 
 @scenario("customer-full-disk", root=True)
 def customer_full_disk(box):
-    """no room at the customer: exit 75, sender and recipient are named, also with -q; the mail comes when there is room"""
+    """The customer's disk is full: pull exits with 75 and names sender and recipient, also with -q; the mail arrives when there is room"""
     provider = Provider(box, require_tls=False).start()
     customer = Customer(box, provider.odmr, tls="none")
     customer.root.mkdir()
@@ -118,7 +118,7 @@ def customer_full_disk(box):
             reply = line.send("a@sender.example", ["eva@example.org"], f"Subject: {number}\r\n\r\n".encode() + LARGE)
             check(reply.startswith("250"), reply)
     ballast = customer.root / "ballast"
-    # No octet is left, so not even a lock can be made; then the 4 MiB that the program keeps free, and room for one message.
+    # No octet is free, so not even a lock can be made; then the 4 MiB that the program reserves; then room for one message.
     for octets, held in ((8 << 20, 2), ((4 << 20) - 100_000, 2), ((4 << 20) - 400_000, 1)):
         subprocess.run(["sh", "-c", f"head -c {octets} /dev/zero > {ballast}"], capture_output=True)
         for quiet in ([], ["-q"]):
@@ -129,7 +129,7 @@ def customer_full_disk(box):
             check(full or len(lines) == len(provider.held()), f"{octets}: {done.stdout}{done.stderr}")
             check(all(": deferred by us: 452 4.3.1 " in line for line in lines), f"{octets}: {done.stdout}")
         check(len(provider.held()) == held, f"{octets}: {len(provider.held())} are held")
-        # The lock can be made from now on.
+        # From now on the lock can be made.
         ballast.unlink()
         (customer.root / ".odmr").mkdir(exist_ok=True)
     check((result := customer.pull()) == 0, f"pull with room: exit {result}: {customer.log()}")

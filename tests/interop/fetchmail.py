@@ -1,4 +1,4 @@
-"""fetchmail as the customer: it logs in by CRAM-MD5, says ATRN, and becomes a pipe to the local mail server."""
+"""fetchmail as the customer: it logs in by CRAM-MD5, sends ATRN, and connects the session to the local mail server."""
 
 import collections
 import concurrent.futures
@@ -10,13 +10,13 @@ import time
 from harness import MIB, Certificates, Failed, Listener, Provider, Smtp, check, events, same_but_trace, scenario
 
 COUNT = 1000
-# What a Postfix that fetchmail delivers to offers after the turn, STARTTLS too, which the provider must leave alone.
+# The extensions that a Postfix after fetchmail offers after the turn; the provider must not use STARTTLS.
 KEYWORDS = ("PIPELINING", "SIZE 100000000", "VRFY", "ETRN", "STARTTLS", "8BITMIME", "DSN", "XCLIENT NAME ADDR", "SMTPUTF8")
 HEAD = b"From: a@sender.example\r\nSubject: message\r\n"
 
 
 def contents():
-    """A thousand contents of 0 octets to 1 MiB, the nasty ones first. Always the same."""
+    """A thousand contents of 0 octets to 1 MiB, the difficult ones first. Always the same."""
     dice = random.Random(2645)
     every_octet = bytes(octet for octet in range(1, 256) if octet not in b"\r\n")
     found = [
@@ -56,14 +56,14 @@ def contents():
 
 
 def text(dice, size):
-    """Lines of many lengths, some beginning with dots, some of 8 bit."""
+    """Lines of many lengths, some that begin with dots, some with 8-bit characters."""
     block = bytearray()
     while len(block) < min(size, 65536):
         line = dice.randbytes(dice.choice((0, 1, 3, 40, 70, 76, 300, 2000)))
         line = line.translate(DICE_TO_TEXT if dice.random() < 0.8 else DICE_TO_EIGHT_BIT)
         block += b"." * dice.choice((0, 0, 0, 1, 2)) + line + b"\r\n"
     body = bytes(block) * (size // len(block) + 1)
-    # Cut to the size without leaving half of a CRLF.
+    # Cut to the size, but not within a CRLF.
     return (HEAD + b"\r\n" + body if size > 100 else body.lstrip(b" \t"))[: max(size - 2, 1)].rstrip(b"\r") + b"\r\n"
 
 
@@ -72,14 +72,14 @@ DICE_TO_EIGHT_BIT = bytes(octet if octet not in b"\0\r\n" else 65 for octet in r
 
 
 def fill(port, messages, lines=8):
-    """Sends them all through the inbound listener over some connections. Gives the seconds it took."""
+    """Sends all messages to the inbound listener over several connections. Returns the seconds."""
 
     def one_line(first):
         with Smtp(port) as sender:
             sender.hello()
             for number in range(first, len(messages), lines):
                 recipient = f"user{number % 7}@example.{'org' if number % 2 else 'com'}"
-                # As senders do: where it is true, and often where it is not needed.
+                # As senders do: BODY=8BITMIME if it is true, and often if it is not needed.
                 body = " BODY=8BITMIME" if number % 2 or not messages[number].isascii() else ""
                 reply = sender.send(f"n{number}@sender.example", [recipient], messages[number], body)
                 check(reply.startswith("250"), f"message {number} ({messages[number][:60]!r}): {reply}")
@@ -92,7 +92,7 @@ def fill(port, messages, lines=8):
 
 
 def fetch(box, provider, listener, *, tls, seconds=100):
-    """One run of fetchmail. Gives its exit code and its words."""
+    """One run of fetchmail. Returns its exit code and its output."""
     try:
         socket.getaddrinfo(socket.gethostname(), None)
     except OSError:
@@ -117,7 +117,7 @@ def fetch(box, provider, listener, *, tls, seconds=100):
 
 
 def exchange(box, provider, *, tls, keywords, bounces=False):
-    """Fill, fetch, compare, fetch again. Messages of 8 bits come also without 8BITMIME, unless the provider bounces them."""
+    """Fill, fetch, compare, fetch again. 8-bit messages arrive also without 8BITMIME, unless the provider bounces them."""
     messages = contents()
     wanted = {number for number, message in enumerate(messages) if not bounces or message.isascii()}
     filled = fill(provider.inbound, messages)
@@ -131,7 +131,7 @@ def exchange(box, provider, *, tls, keywords, bounces=False):
     check(listener.quits == 1, f"{listener.quits} sessions ended with QUIT, wanted 1")
     check(not provider.held(), f"{len(provider.held())} messages are left in the spool")
     check(len(listener.messages) == len(wanted), f"{len(listener.messages)} messages came, wanted {len(wanted)}")
-    # What the local server cannot take goes back to its sender, whose domain does not exist here.
+    # The messages that the local server does not accept go back to their sender, whose domain does not exist here.
     told = len(events(provider.log(), "dsn-sent"))
     check(told == COUNT - len(wanted), f"{told} DSNs, wanted {COUNT - len(wanted)}")
     statuses = collections.Counter(line["status"] for line in events(provider.log(), "delivery", via="atrn"))
@@ -161,14 +161,14 @@ def exchange(box, provider, *, tls, keywords, bounces=False):
 
 @scenario("fetchmail-clear", needs=["fetchmail"])
 def fetchmail_clear(box):
-    """fetchmail --protocol odmr in clear: 1,000 messages, identical"""
+    """fetchmail --protocol odmr in clear: 1,000 messages arrive unchanged"""
     provider = Provider(box, require_tls=False).start()
     return exchange(box, provider, tls=None, keywords=KEYWORDS)
 
 
 @scenario("fetchmail-tls", needs=["fetchmail"])
 def fetchmail_tls(box):
-    """fetchmail --ssl with a CA file: 1,000 messages, identical"""
+    """fetchmail --ssl with a CA file: 1,000 messages arrive unchanged"""
     certificates = Certificates(box)
     provider = Provider(box, certificates=certificates).start()
     return exchange(box, provider, tls=certificates, keywords=KEYWORDS)
@@ -176,7 +176,7 @@ def fetchmail_tls(box):
 
 @scenario("fetchmail-plain-server", needs=["fetchmail"])
 def fetchmail_plain_server(box):
-    """fetchmail --ssl before a local server without 8BITMIME: all messages come, identical"""
+    """fetchmail --ssl with a local server without 8BITMIME: all messages arrive unchanged"""
     certificates = Certificates(box)
     provider = Provider(box, certificates=certificates).start()
     return exchange(box, provider, tls=certificates, keywords=("SIZE",))
@@ -184,14 +184,14 @@ def fetchmail_plain_server(box):
 
 @scenario("fetchmail-bounce", needs=["fetchmail"])
 def fetchmail_bounce(box):
-    """fetchmail before a local server without 8BITMIME, and without-8bitmime = "bounce": of 8-bit messages senders are told"""
+    """fetchmail with a local server without 8BITMIME, and without-8bitmime = "bounce": the senders of 8-bit messages get DSNs"""
     provider = Provider(box, require_tls=False, more='[odmr]\nwithout-8bitmime = "bounce"\n').start()
     return exchange(box, provider, tls=None, keywords=("SIZE",), bounces=True)
 
 
 @scenario("fetchmail-rejected", needs=["fetchmail"])
 def fetchmail_rejected(box):
-    """fetchmail with a wrong secret, in clear where TLS is required, and with no local listener"""
+    """fetchmail fails with a wrong secret, in clear if TLS is required, and without a local listener: the mail stays held"""
     certificates = Certificates(box)
     provider = Provider(box, certificates=certificates).start()
     fill(provider.inbound, [b"Subject: x\r\n\r\nx\r\n"] * 3, lines=1)
@@ -200,7 +200,7 @@ def fetchmail_rejected(box):
     check(clear != 0 and not listener.messages, f"in clear: exit {clear}")
     listener.close()
     deaf = fetch(box, provider, listener, tls=certificates, seconds=20)
-    check(len(provider.held()) == 3, f"nobody took them, yet {len(provider.held())} of 3 are held")
+    check(len(provider.held()) == 3, f"no customer fetched them, yet {len(provider.held())} of 3 are held")
     listener = Listener(box)
     back = fetch(box, provider, listener, tls=certificates, seconds=20)
     check(back == 0 and len(listener.messages) == 3, f"afterwards: exit {back}, {len(listener.messages)} messages")

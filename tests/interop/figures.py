@@ -1,4 +1,5 @@
-"""What the program itself costs: its file, its start, its memory when nothing happens. `make size` prints it; doc/size.md has the figures."""
+"""The size of the program, its start time, and its memory when it is idle. `make size` prints them; doc/size.md has the
+figures."""
 
 import os
 import pathlib
@@ -10,13 +11,13 @@ from harness import LOOPBACK, ODMR, Certificates, Customer, Provider, check, fre
 from world import outgoing_table
 
 STARTS = 21
-LOOKS = 5  # the system chooses other addresses each time, and maps other pages beside those that are used: a tenth of a MiB
+LOOKS = 5  # the system chooses other addresses each time, and maps other pages: a tenth of a MiB
 MOST_OCTETS = 5_000_000  # of the program's file
-MOST_KIB = 6 * 1024  # resident in an idle process, the part of the program's file that is in memory included
+MOST_KIB = 6 * 1024  # resident memory of an idle process, including the part of the program's file that is in memory
 
 
 def milliseconds_to_ready(*command):
-    """From the start of a daemon to its newline on --ready-fd, and to its end by SIGTERM after that."""
+    """The time from the start of a daemon to its newline on --ready-fd, and from SIGTERM to its end."""
     ready, given = os.pipe()
     begin = time.monotonic()
     process = subprocess.Popen([*command, "--ready-fd", str(given)], pass_fds=[given], stderr=subprocess.DEVNULL)
@@ -37,7 +38,7 @@ def resident_kib(pid):
 
 
 def idle_kib(box, log, command):
-    """The memory of a daemon that listens, and its end."""
+    """The memory of a daemon that listens. Then it is stopped."""
     process = box.start(log, *command)
     wait_until(lambda: "event=listening" in box.log(log), "a listener")
     found = resident_kib(process.pid)
@@ -48,7 +49,7 @@ def idle_kib(box, log, command):
 
 @scenario("size")
 def size(box):
-    """the program has less than 5,000,000 octets, and an idle provider and an idle customer less than 6 MiB each"""
+    """The program has less than 5,000,000 octets; an idle provider and an idle customer have less than 6 MiB of memory each"""
     octets = os.path.getsize(ODMR)
     check(octets <= MOST_OCTETS, f"the program has {octets} octets")
     certificates = Certificates(box)

@@ -1,4 +1,4 @@
-"""Postfix with postscreen and rspamd on port 25, in front of odmr, by the recipe of dist/postfix: what is spam is never held."""
+"""Postfix with postscreen and rspamd on port 25, in front of odmr, by the recipe of dist/postfix: spam is never held."""
 
 import re
 
@@ -6,7 +6,7 @@ from harness import check, scenario, wait_until
 from twin import ACCOUNT, DIST, PROVIDER, Twin
 
 RSPAMD = ["rspamd", "libhyperscan5", "libluajit-5.1-2", "libluajit-5.1-common", "libsodium23"]
-CLIENT, SERVER = "192.0.2.9", "192.0.2.1"  # strangers: `mynetworks` are exempt from postscreen
+CLIENT, SERVER = "192.0.2.9", "192.0.2.1"  # untrusted clients: postscreen exempts `mynetworks`
 GTUBE = b"XJS*C4JDBQADN1.NSBN3*2IDNEN*GTUBE-STANDARD-ANTI-UBE-TEST-EMAIL*C.34X"
 HEADER = b"From: a@sender.example\r\nTo: eva@example.org\r\nDate: Thu, 26 Nov 2026 10:00:00 +0000\r\nMessage-ID: <1@sender.example>\r\n"
 MAIN = """compatibility_level = 3.6
@@ -21,7 +21,7 @@ address_verify_poll_delay = 1s
 
 
 def start_front(machine, box):
-    """Both programs, with the recipe's files appended to, or put beside, those they come with."""
+    """Both programs. The files of the recipe are appended to their own files, or put next to them."""
     master = machine.text("usr/share/postfix/master.cf.dist")
     ours = (DIST / "postfix/master.cf").read_text()
     master = re.sub(r"(?m)^smtp +inet .*\n", ours, master, count=1)
@@ -45,7 +45,7 @@ def start_front(machine, box):
 
 
 def sends(machine, content, recipient="eva@example.org"):
-    """The reply to the first command that was rejected, or to the content; a stranger sends."""
+    """The reply to the first rejected command, or else to the content; the client is untrusted."""
     with machine.connect(25, host=SERVER, source=CLIENT, seconds=60) as line:
         line.hello()
         return line.send("a@sender.example", [recipient], content)
@@ -53,7 +53,7 @@ def sends(machine, content, recipient="eva@example.org"):
 
 @scenario("dist-postfix", needs=["postfix", "unshare", "nsenter", "pivot_root"], root=True)
 def dist_postfix(box):
-    """Postfix, postscreen and rspamd keep spam and unknown recipients out; good mail is held by SMTP or virtual(8), and is fetched"""
+    """Postfix, postscreen and rspamd reject spam and unknown recipients; odmr holds good mail, from SMTP or virtual(8), and a customer fetches it"""
     machine = Twin(box, packages=RSPAMD)
     machine.configure(PROVIDER.replace("127.0.0.1:25", "127.0.0.1:10025"))
     account = machine.root / "etc/odmr/customers.d/acme.toml"
@@ -61,7 +61,7 @@ def dist_postfix(box):
     serve = machine.start("serve.log", "odmr", "serve", "-c", "/etc/odmr/provider.toml")
     start_front(machine, box)
     log = lambda: box.log("postfix.log")
-    # A program that speaks first is not a mail server.
+    # A client that sends before the greeting is not a mail server.
     with machine.connect(25, host=SERVER, source=CLIENT) as line:
         group = ["EHLO x", "MAIL FROM:<a@sender.example>", "RCPT TO:<eva@example.org>", "QUIT"]
         line.socket.sendall("".join(f"{word}\r\n" for word in group).encode())
@@ -82,7 +82,7 @@ def dist_postfix(box):
     check(reply.startswith("450 4.1.1") and "452 4.2.2" in reply, f"beyond max-messages: {reply}")
     machine.run("odmr", "pull", "-c", "/etc/odmr/customer.toml")
     check(len(machine.fetched()) == 1, f"{machine.fetched()}")
-    # The other way: no listener of odmr for the world.
+    # The other way: odmr has no listener for the Internet.
     machine.install("etc/odmr/provider.toml", PROVIDER.replace('"127.0.0.1:25"', ""))
     serve.terminate()
     serve.wait(20)
@@ -94,7 +94,7 @@ def dist_postfix(box):
         virtual = virtual.replace(f"static:{word}", f"static:{number}")
     main = (DIST / "postfix/main.cf").read_text()
     replaced = [name for name in re.findall(r"(?m)^(\w+) =", virtual) if re.search(rf"(?m)^{name} =", main)]
-    for name in replaced:  # Postfix warns of a parameter that is there twice
+    for name in replaced:  # Postfix warns of a parameter that occurs twice
         main = re.sub(rf"(?m)^{name} =.*\n", "", main)
     machine.install("etc/postfix/main.cf", MAIN + main + virtual)
     machine.install("etc/postfix/odmr-mailboxes", "eva@example.org example.org/\n")

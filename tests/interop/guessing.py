@@ -1,4 +1,4 @@
-"""Clients that guess secrets are slowed, across processes, and lock nobody out."""
+"""Clients that guess secrets are delayed, across all processes, and cannot lock a customer out."""
 
 import base64
 import contextlib
@@ -17,7 +17,7 @@ from openssl import made
 from quotas import Inetd
 from trust import account, pins
 
-HOME = "127.9.9.9"  # a customer's, who has logged in from there
+HOME = "127.9.9.9"  # the address of a customer that has logged in from there
 CUSTOMERS = {"acme": ["example.org"], "beta": ["beta.example"]}
 
 
@@ -55,7 +55,7 @@ def external(line, name, _):
 
 
 def attempt(port, source, name="acme", password=None, how=cram_md5, tls=None):
-    """The reply to one AUTH over a connection of its own, and how long it took."""
+    """The reply to one AUTH over a new connection, and its time."""
     with Smtp(port, source=source, seconds=60) as line:
         line.hello()
         if tls:
@@ -66,14 +66,14 @@ def attempt(port, source, name="acme", password=None, how=cram_md5, tls=None):
 
 
 def home(provider, port=None):
-    """The customer that is known logs in. Gives milliseconds."""
+    """The customer logs in from its known network. Returns milliseconds."""
     code, seconds = attempt(port or provider.odmr, HOME)
     check(code == "235", f"the known customer gets {code}")
     return seconds * 1000
 
 
 def new_network(provider, source, limit):
-    """A customer from a network that is not known calls until it is in. Gives seconds."""
+    """A customer from an unknown network calls until it is authenticated. Returns seconds."""
     begin = time.monotonic()
     while True:
         try:
@@ -88,7 +88,7 @@ def new_network(provider, source, limit):
 
 
 class Guessers:
-    """Many that guess until they are stopped: `guess(number)` is the code of one more guess, of a new connection each."""
+    """Many clients that guess until they are stopped: `guess(number)` is the reply to one more guess, over a new connection."""
 
     def __init__(self, count, guess):
         self.times, self.codes, self.over, self.guess = [], [], threading.Event(), guess
@@ -122,7 +122,7 @@ def threads(provider):
 
 @scenario("guessing", needs=["openssl"], waits=True)
 def guessing(box):
-    """20 at once from one network, by each mechanism, at serve and at processes of inetd: at most one guess a second"""
+    """20 clients of one network guess at once, by each mechanism, at serve and at processes of inetd: at most one guess a second is decided"""
     certificates = Certificates(box)
     certificate = made(box, "p256", 3)
     provider = Provider(box, certificates=certificates, customers=CUSTOMERS, require_tls=False)
@@ -146,10 +146,10 @@ def guessing(box):
         time.sleep(1)
         known += [home(provider), home(provider, inetd.port)]
         most = max(most, threads(provider))
-    # A certificate does not count as a guess, not even from there.
+    # A certificate does not count as a guess, not even from that network.
     code, seconds = attempt(provider.odmr, "127.0.0.251", "own", how=external, tls=tls)
     check(code == "235" and seconds < 0.5, f"EXTERNAL: {code} after {seconds:.2f} s")
-    # They go on from there, and a pipeline does not avoid the delays.
+    # The guesses continue, and pipelining does not avoid the delays.
     with Smtp(provider.odmr, source="127.0.0.250", seconds=60) as line:
         line.hello()
         line.start_tls(tls)
@@ -183,7 +183,7 @@ def guessing(box):
 
 @scenario("guessing-nat", waits=True)
 def guessing_nat(box):
-    """Two customers at one NAT, one with a wrong secret: it gets 535s, the other is not delayed, and the right secret is let in"""
+    """Two customers share an address (NAT), and one has a wrong secret: it gets 535s, the other is not delayed, and the corrected secret is accepted"""
     provider = Provider(box, customers=CUSTOMERS, require_tls=False).start()
     for name in CUSTOMERS:
         check(attempt(provider.odmr, HOME, name)[0] == "235", f"{name} is not let in")
@@ -204,7 +204,7 @@ def guessing_nat(box):
 
 @scenario("guessing-networks")
 def guessing_networks(box):
-    """100 networks at one account: a known customer in 100 ms, one from a new network in the time of one delay, also after kill -9"""
+    """100 networks guess at one account: a known customer logs in within 100 ms, one from a new network after one delay, also after kill -9"""
     provider = Provider(box, customers=CUSTOMERS, require_tls=False).start()
     home(provider)
     numbers = itertools.count()
@@ -213,7 +213,7 @@ def guessing_networks(box):
         return attempt(provider.odmr, f"127.1.{next(numbers) % 100}.1", "acme", "wrong")[0]
 
     guessers = Guessers(100, guess)
-    # Their networks have failures of their own by then.
+    # These networks have failures by then.
     wait_until(lambda: len(guessers.codes) > 300, "300 attempts", seconds=60)
     known = [home(provider) for _ in range(10)]
     first = new_network(provider, "127.2.2.2", 45)
@@ -233,7 +233,7 @@ def guessing_networks(box):
 
 @scenario("guessing-inetd", waits=True)
 def guessing_inetd(box):
-    """One guess a process of inetd, then serve, a kill and a restart: the delays go on; a right secret waits as long as a wrong one"""
+    """One guess in each process of inetd, then at serve, with a kill and a restart: the delays grow; a right secret waits as long as a wrong one"""
     provider = Provider(box, customers=CUSTOMERS, require_tls=False)
     inetd = Inetd(box, provider, "odmr")
     guess = lambda port: attempt(port, "127.0.0.7", "acme", "wrong")
@@ -244,7 +244,7 @@ def guessing_inetd(box):
     code, seconds = attempt(provider.odmr, "127.0.0.8")
     check(code == "235", code)
     delays.append(seconds)
-    # Now it is known there, and that is all that counts.
+    # Now its network is known, so only the failures there count.
     check(attempt(inetd.port, "127.0.0.9")[1] < 1, "the known customer waits")
     for seconds, expected in zip(delays, [0, 0, 0, 1, 2, 4, 8]):
         check(expected <= seconds < expected + 1, f"{[round(one, 2) for one in delays]}")
@@ -253,7 +253,7 @@ def guessing_inetd(box):
 
 @scenario("guessing-stop", waits=True)
 def guessing_stop(box):
-    """32 wait: SIGHUP reloads, clients that have gone free their places, SIGTERM ends all at once"""
+    """32 attempts wait: SIGHUP reloads, clients that disconnect free their places, SIGTERM ends all at once"""
     provider = Provider(box, customers=CUSTOMERS, require_tls=False).start()
     waiting, answered = [], []
 
@@ -266,7 +266,7 @@ def guessing_stop(box):
         return line
 
     lines = [wait(number) for number in range(60)]
-    # The first are decided after 0, 0, 0, 1, 2, 4 and 8 s, the others would be after 16 and 30 s.
+    # The first attempts are decided after 0, 0, 0, 1, 2, 4 and 8 s, the others would be decided after 16 and 30 s.
     end = time.monotonic() + 9.5
     for line in lines:
         line.socket.settimeout(max(end - time.monotonic(), 0.01))
@@ -297,7 +297,7 @@ def guessing_stop(box):
 
 @scenario("guessing-clock", waits=True)
 def guessing_clock(box):
-    """The clock set forward and back by a year, while serve runs and before it starts: no delay lasts longer, who is known stays known"""
+    """The clock is set forward and back by a year, while serve runs and before it starts: no delay gets longer, known networks stay known"""
     clock = Clock(box)
     provider = Provider(box, customers=CUSTOMERS, require_tls=False)
     provider.environment = clock.environment
@@ -329,7 +329,7 @@ def guessing_clock(box):
 
 @scenario("guessing-file")
 def guessing_file(box):
-    """The file damaged, empty, huge, a directory, a pipe, locked by a program that hangs: logins go on, and it is logged"""
+    """The file of logins is damaged, empty, huge, a directory, a pipe, or locked by a program that hangs: logins go on, and the error is logged"""
     provider = Provider(box, customers=CUSTOMERS, require_tls=False).start()
     home(provider)
     file = provider.spool / ".odmr/logins"
@@ -361,7 +361,7 @@ def guessing_file(box):
             check(attempt(provider.odmr, source, "beta")[0] == "235", f"{name}: no login from {source}")
         times[name] = time.monotonic() - begin
         check(times[name] < 1.5, f"{name}: {times[name]:.2f} s")
-        # What each has written can be read by the next process.
+        # Each process can read the file of the others.
         provider.restart_by_force()
         check(attempt(provider.odmr, HOME, "beta")[0] == "235", f"{name}: no login after a restart")
 

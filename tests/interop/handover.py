@@ -1,4 +1,4 @@
-"""The customer hands its mail over: to a real Postfix, and to hops that reject mail, are away, or die over it."""
+"""The customer hands mail over to a real Postfix, and to hops that reject mail, are down, or are killed."""
 
 import collections
 import os
@@ -16,11 +16,11 @@ from world import RELAYS, House, Names, outgoing_table, queued, sendmail
 
 BERT, CAROL = "bert@example.org", "carol@example.org"
 MANY, KILLS = 500, 20
-HANDOVER = ".handover"  # below the root: what a next hop has not taken yet
+HANDOVER = ".handover"  # below the root: mail that a next hop has not accepted yet
 
 
 def receive(provider, messages, source=None):
-    """The world sends: (recipients, content) each."""
+    """A client sends these messages to the provider: (recipients, content) each."""
     with Smtp(provider.inbound, source=source) as line:
         line.hello()
         for recipients, content in messages:
@@ -28,7 +28,7 @@ def receive(provider, messages, source=None):
 
 
 def fill(provider, count, *recipients):
-    """Numbered messages straight into the held Maildir of a domain, as another delivery agent would."""
+    """Puts numbered messages into the held Maildir of a domain, as another delivery agent would."""
     directory = provider.spool / "domains" / recipients[0].split("@")[1]
     envelope = f"Return-Path: <{SENDER}>\n" + "".join(f"Delivered-To: {recipient}\n" for recipient in recipients)
     for part in ("tmp", "new", "cur"):
@@ -41,7 +41,7 @@ def fill(provider, count, *recipients):
 
 
 def calls(customer, provider, *, at_most, between=None):
-    """Calls until the provider holds nothing; `between` is done after each. Gives the exit codes."""
+    """Calls until the provider holds no mail; runs `between` after each call. Returns the exit codes."""
     codes = []
     while provider.held():
         check(len(codes) < at_most, f"{len(provider.held())} messages are still held after calls that ended with {codes}")
@@ -58,13 +58,13 @@ def left_over(customer):
 
 
 def due(customer):
-    """What waits for its next hop is due now: the time of the next attempt is that of the file."""
+    """Makes all mail for next hops due: the time of the next attempt is that of the file."""
     for file in left_over(customer):
         os.utime(file)
 
 
 def being_tried(customer):
-    """A process has locked the retry queue. (To lock it here would be in the way of that process.)"""
+    """Whether a process has locked the retry queue. (A lock taken here would disturb that process.)"""
     inode = (customer.root / HANDOVER / "odmr.lock").stat().st_ino
     return any(line.split()[5].endswith(f":{inode}") for line in pathlib.Path("/proc/locks").read_text().splitlines())
 
@@ -78,7 +78,7 @@ def once_each(numbers, count):
 
 
 def served_postfix(box, ports):
-    """A Postfix that takes mail for alice and bob at three ports: with XCLIENT, with XFORWARD, with neither."""
+    """A Postfix that accepts mail for alice and bob at three ports: with XCLIENT, with XFORWARD, with neither."""
     boxes = box.path / "boxes"
     boxes.mkdir()
     os.chown(boxes, UID, UID)
@@ -111,7 +111,7 @@ smtpd_recipient_restrictions = reject_unauth_destination""",
 
 @scenario("postfix-handover", needs=["postfix"], root=True)
 def postfix_handover(box):
-    """Postfix as the next hop over SMTP: unknown is 550 at RCPT; XCLIENT or XFORWARD tell it where mail is from"""
+    """Postfix as the next hop over SMTP: the provider gets 550 at RCPT for an unknown user; XCLIENT or XFORWARD transmit the client of the mail"""
     ports = {name: free_port() for name in ("xclient", "xforward", "neither")}
     boxes = served_postfix(box, ports)
     files = lambda name: [file.read_bytes() for file in boxes.glob(f"{name}/new/*")]
@@ -141,13 +141,13 @@ def postfix_handover(box):
 
 
 def postfix_kept(file, content):
-    """Postfix adds X-Original-To, and is not an LMTP server: otherwise as `same_after_trace`."""
+    """As `same_after_trace`, but Postfix adds X-Original-To, and is not an LMTP server."""
     return same_after_trace(re.sub(rb"(?m)^X-Original-To: .*\n", b"", file, count=1), content)
 
 
 @scenario("hop-killed")
 def hop_killed(box):
-    """the next hop kills itself in the middle of two of 500 contents: each message arrives exactly once"""
+    """The next hop kills itself within two of 500 contents: each message arrives exactly once"""
     provider = Provider(box, require_tls=False)
     fill(provider, MANY, ALICE)
     provider.start()
@@ -172,7 +172,7 @@ def hop_killed(box):
 
 
 def whole_message(file):
-    """The number of one of our numbered messages, which must be whole."""
+    """The number of one of the numbered messages, which must be complete."""
     number = int(field(file, "Subject"))
     check(file.endswith(f"\n\n{number}\n".encode() + f"{number}\n".encode() * 299), f"message {number} came cut: {file[-60:]!r}")
     return number
@@ -180,7 +180,7 @@ def whole_message(file):
 
 @scenario("hop-killed-dovecot", needs=["dovecot", "doveadm"], root=True)
 def hop_killed_dovecot(box):
-    """SIGKILL of Dovecot, twice, while it takes 500 messages: none is lost"""
+    """Dovecot as the next hop is killed twice (SIGKILL) while it receives 500 messages: none is lost"""
     provider = Provider(box, require_tls=False)
     fill(provider, MANY, ALICE)
     provider.start()
@@ -200,13 +200,13 @@ def hop_killed_dovecot(box):
     check(not left_over(customer), f"wait for the hop: {left_over(customer)}")
     numbers = [whole_message(text) for (text,) in dovecot.fetch(ALICE, "text")]
     twice = once_each(numbers, MANY)
-    # Killed between taking a message and saying so, a hop gets that message again: no more than one a kill.
+    # A hop that is killed after it has stored a message and before its reply gets that message again: at most one for each kill.
     check(twice <= 2, f"{twice} messages came twice")
     return f"{MANY} messages, 2 kills, {twice} twice, calls ended with {codes}"
 
 
 class MoodyHop(Hop):
-    """Has no room now and then, for one recipient and not for the other: at RCPT and after the content, so often each."""
+    """Defers now and then, for one recipient and not for the other: at RCPT and after the content, equally often."""
 
     def __init__(self, dice, *, at_rcpt, after):
         super().__init__()
@@ -220,7 +220,7 @@ class MoodyHop(Hop):
 
 @scenario("handover-kills")
 def handover_kills(box):
-    """SIGKILL at 20 random moments of a customer that hands over, to a hop with 452 for one of three: nothing is lost"""
+    """A customer that hands mail over is killed at 20 random moments, and the hop defers one recipient of three with 452: no message is lost"""
     seed = int(os.environ.get("SEED", random.SystemRandom().randrange(1_000_000)))
     print(f"   handover-kills: seed {seed} (SEED={seed} repeats the dice)", flush=True)
     dice = random.Random(seed)
@@ -257,7 +257,7 @@ def handover_kills(box):
 
 @scenario("lmtp-mixed", needs=["dnsmasq"])
 def lmtp_mixed(box):
-    """after one content 250, 452 and 550: one 250 for the provider, one comes with a later call, one makes a DSN"""
+    """The hop replies 250, 452 and 550 to one content: the provider gets one 250, the next call delivers the second, and a DSN reports the third"""
     house = House(box)
     names = Names(box, mx={"sender.example": [(10, "mx.dest.example")]}, hosts={"mx.dest.example": LOOPBACK})
     relay = f'[relay]\nresolver = "{names.resolver}"\nallow-private = true\nport = {house.port}\n'
@@ -290,7 +290,7 @@ def lmtp_mixed(box):
 
 @scenario("handover-beside")
 def handover_beside(box):
-    """one message for a next hop and for a Maildir that cannot take it: the hop gets it once, the Maildir when it can"""
+    """A message for a next hop and for a Maildir that is full: the hop gets it once, and the Maildir gets it when it has room"""
     provider = Provider(box, require_tls=False).start()
     hop = Hop(box.path / "hop.sock").start(box)
     more = f'[mailboxes.deliver]\n"{ALICE}" = "{hop.address}"\n'
@@ -306,7 +306,7 @@ def handover_beside(box):
     receive(provider, [([ALICE, BERT], MESSAGES[0]), ([ALICE, CAROL], MESSAGES[1])])
     for _ in range(3):
         due(customer)
-        # Bert's quota has no room, so the provider keeps his.
+        # Bert's quota has no room, so his mail stays with the provider.
         check((result := customer.pull()) == 75, f"pull: exit {result}")
     check(hop.count(ALICE) == 2, f"the hop was given 2 messages {hop.count(ALICE)} times")
     limits.write_text("100000S\n0 0\n")
@@ -322,7 +322,7 @@ def handover_beside(box):
 
 
 class SlowHop(Hop):
-    """Has taken a content, and says so when it is told to."""
+    """Accepts a content, and replies when the test permits it."""
 
     def __init__(self, path):
         super().__init__(path)
@@ -336,7 +336,7 @@ class SlowHop(Hop):
 
 @scenario("hop-slow")
 def hop_slow(box):
-    """SIGTERM while the hop has a content and has not answered: its reply is waited for, and nothing comes twice"""
+    """SIGTERM while the hop has a content and has not replied: the customer waits for the reply, and no message is delivered twice"""
     provider = Provider(box, require_tls=False).start()
     hop = SlowHop(box.path / "hop.sock").start(box)
     customer = Customer(box, provider.odmr, tls="none", more=f'deliver = "{hop.address}"\n')
@@ -354,7 +354,7 @@ def hop_slow(box):
 
 
 class HesitantHop(Hop):
-    """Thinks about every second recipient until it is told to go on."""
+    """Delays the reply to every second recipient until the test permits it."""
 
     def __init__(self, path):
         super().__init__(path)
@@ -371,7 +371,7 @@ class HesitantHop(Hop):
 
 @scenario("hop-hesitates")
 def hop_hesitates(box):
-    """while the hop thinks about a recipient of the next message, the 250 of the last one is with the provider already"""
+    """While the hop delays its reply to a RCPT of the next message, the provider already has the 250 for the last message"""
     provider = Turning(box, mail=True)
     hop = HesitantHop(box.path / "hop.sock").start(box)
     customer = Customer(box, provider.port, tls="none", more=f'deliver = "{hop.address}"\n')
@@ -392,7 +392,7 @@ def hop_hesitates(box):
 
 
 def signalled(process):
-    """Whether no signal is on its way to a process any more."""
+    """Whether no signal is pending for a process."""
     status = pathlib.Path(f"/proc/{process.pid}/status")
     pending = re.findall(r"(?m)^(?:SigPnd|ShdPnd):\s*(\w+)", status.read_text()) if status.exists() else []
     return not any(int(one, 16) for one in pending)
@@ -400,7 +400,7 @@ def signalled(process):
 
 @scenario("hop-rejects")
 def hop_rejects(box):
-    """a message over the hop's SIZE, and one it rejects after the content: the provider is told, the rest comes"""
+    """The hop rejects a message over its SIZE, and one after the content: the provider gets these replies, and the other messages arrive"""
     provider = Provider(box, require_tls=False).start()
     rejections = {BERT: ["554 5.7.1 looks like spam"]}
     hop = Hop(lmtp=False, after_content=rejections, size=2000).start(box)
@@ -418,7 +418,7 @@ def hop_rejects(box):
 
 @scenario("handover-local")
 def handover_local(box):
-    """mail of our own users for mailboxes at the next hop: handed over by the next call; unknown there: a DSN"""
+    """Mail of the customer's own users for mailboxes at the next hop: the next call delivers it; for unknown recipients there is a DSN"""
     provider = Provider(box, require_tls=False, accounts=RELAYS).start()
     path = box.path / "hop.sock"
     more = f'deliver = "lmtp:{path}"\n' + outgoing_table(box)
@@ -440,7 +440,7 @@ def handover_local(box):
 
 @scenario("hop-down")
 def hop_down(box):
-    """nobody at the socket: 451 at RCPT and the mail stays with the provider; then the hop is there"""
+    """The next hop is down: the provider gets 451 at RCPT and holds the mail until the hop is up"""
     provider = Provider(box, require_tls=False).start()
     receive(provider, [([ALICE], content) for content in MESSAGES])
     path = box.path / "hop.sock"

@@ -1,7 +1,7 @@
-"""What the scenarios share: a temporary place, the two parties, a small SMTP client and a small SMTP server.
+"""Shared by all scenarios: a temporary directory, the two parties, a small SMTP client and a small SMTP server.
 
-Contract: whatever a scenario starts through its Box is gone when the scenario ends, however it ends; processes are
-ended by their id. Contents are octets with CRLF line ends, as on the wire; files at rest have LF.
+Contract: every process that a scenario starts through its Box is ended, by its id, when the scenario ends, whether it passes or
+fails. Contents are octets with CRLF line ends, as on the wire; files at rest have LF.
 """
 
 import base64
@@ -27,7 +27,7 @@ TARGET = ROOT / os.environ.get("CARGO_TARGET_DIR", "target")
 ODMR = str(pathlib.Path(os.environ.get("ODMR", TARGET / "release/odmr")).absolute())
 LOOPBACK = "127.0.0.1"
 LIMIT = 300  # seconds a scenario may take
-PATIENCE = 30.0  # seconds until something that should be at once is missed: other work may keep this machine busy
+PATIENCE = 30.0  # seconds that an event may take that should be immediate: other work may keep this machine busy
 MIB = 1024 * 1024
 
 SCENARIOS = []
@@ -36,12 +36,13 @@ Message = collections.namedtuple("Message", "sender recipients content")
 
 
 class Failed(Exception):
-    """What was expected did not happen."""
+    """An expectation of the scenario did not hold."""
 
 
 def scenario(name, *, needs=(), root=False, waits=False):
-    """Registers a function of one Box; it returns the facts worth printing. `needs` names programs, `root` says it.
-    `waits`: it does little else, so it is played beside the others."""
+    """Registers a function of one Box; it returns the facts to print. `needs`: names of programs; `root`: only root can
+    play it.
+    `waits`: it mostly waits, so it is played at the same time as the others."""
 
     def register(function):
         SCENARIOS.append(Scenario(name, function.__doc__.strip().splitlines()[0], needs, root, waits, function))
@@ -67,7 +68,7 @@ def wait_until(condition, text, seconds=PATIENCE, pause=0.01):
 
 
 def play(one):
-    """Plays one scenario and prints its line. True if it passed."""
+    """Plays one scenario and prints its line. Returns whether it passed."""
     begin = time.monotonic()
     box = Box()
 
@@ -84,7 +85,7 @@ def play(one):
         signal.alarm(0)
         print(f"ok {one.name} ({time.monotonic() - begin:.1f} s) {facts}".rstrip(), flush=True)
         return True
-    except Exception as error:  # whatever it was: the next scenario must have its turn
+    except Exception as error:  # after any error: the next scenario must be played
         signal.alarm(0)
         print(f"FAILED {one.name} ({time.monotonic() - begin:.1f} s) {error or type(error).__name__}", flush=True)
         if not isinstance(error, (Failed, OSError, subprocess.TimeoutExpired)):
@@ -115,7 +116,7 @@ def program_path(name):
 
 
 def thread_statuses(pid):
-    """Gives (TID, text of its file `status`) of each thread of a process, but for those that end meanwhile."""
+    """Yields (TID, text of its file `status`) of each thread of a process, except threads that end during this."""
     for task in pathlib.Path(f"/proc/{pid}/task").iterdir():
         try:
             yield task.name, (task / "status").read_text()
@@ -136,7 +137,7 @@ PORTS = itertools.count(int(os.environ.get("FIRST_PORT", random.randrange(10_000
 
 
 def free_port():
-    """A port that was free a moment ago, and below those that the system gives to clients: none of them gets it meanwhile."""
+    """A port that was free a moment ago, below those that the system gives to clients, so that none of them gets it."""
     while True:
         with socket.socket() as probe:
             try:
@@ -161,7 +162,7 @@ class Box:
 
     def __init__(self):
         self.path = pathlib.Path(tempfile.mkdtemp(prefix="odmr-interop-"))
-        os.chmod(self.path, 0o755)  # Postfix's unprivileged daemons must get through
+        os.chmod(self.path, 0o755)  # so that Postfix's unprivileged daemons can enter it
         self.children = []
         self.sockets = []
         self.closing = []
@@ -175,7 +176,7 @@ class Box:
         return file
 
     def start(self, log, *command, **options):
-        """Starts a process of its own group whose errors, and output unless told otherwise, go to the file `log`."""
+        """Starts a process in its own group. Its errors, and its output unless `stdout` is given, go to the file `log`."""
         with open(self.path / log, "ab") as file:
             options = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": file} | options
             child = subprocess.Popen([str(word) for word in command], start_new_session=True, **options)
@@ -183,7 +184,7 @@ class Box:
         return child
 
     def run(self, *command, seconds=60, **options):
-        """Runs a command to its end. Gives the finished process with text stdout and stderr."""
+        """Runs a command until it ends. Returns the finished process with text stdout and stderr."""
         if "input" not in options:
             options["stdin"] = subprocess.DEVNULL
         words = [str(word) for word in command]
@@ -192,7 +193,7 @@ class Box:
         )
 
     def keep(self, sock):
-        """A socket to be closed with the box."""
+        """A socket that is closed with the box."""
         self.sockets.append(sock)
         return sock
 
@@ -242,7 +243,7 @@ def end(child, number):
 
 
 def end_group(child):
-    """Kills what is left of the group a child led (an inetd's sessions)."""
+    """Kills the remaining processes of the group of a child (the sessions of an inetd)."""
     try:
         os.killpg(child.pid, signal.SIGKILL)
     except ProcessLookupError:
@@ -313,7 +314,7 @@ require-tls = {str(require_tls).lower()}
 {head}""",
         )
         if "[relay]" not in head:
-            # No name of these scenarios is asked of the world's name servers.
+            # No name of these scenarios is looked up at public name servers.
             self.config.write_text(self.config.read_text() + '[relay]\nresolver = "127.0.0.1:1"\n')
         for customer, domains in self.customers.items():
             quoted = ", ".join(f'"{domain}"' for domain in domains)
@@ -353,7 +354,7 @@ require-tls = {str(require_tls).lower()}
         return [file for part in ("new", "cur") for file in self.spool.glob(f"domains/*/{part}/*")]
 
     def stop(self):
-        """Asks it to end, as an init system does. Gives the exit code."""
+        """Sends SIGTERM, as an init system does. Returns the exit code."""
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(30)
 
@@ -365,8 +366,9 @@ def secret(customer):
 class Customer:
     """A customer's file and its mailboxes.
 
-    `head`: lines before the first table; `more`: lines of `[mailboxes]`, and what follows; `accept`: who has a mailbox, which
-    is made for each name of a domain.
+    `head`: lines before the first table; `more`: lines of `[mailboxes]`, and of further tables; `accept`: the addresses
+    or domains
+    in `accept`; for a domain a mailbox is made for each name.
     """
 
     def __init__(self, box, port, *, tls="starttls", authority=None, name="acme", password=None, file="pull", **lines):
@@ -396,7 +398,7 @@ catch-all = "create"
         return self.box.start(self.log_name, ODMR, "pull", "-c", self.config)
 
     def pull(self, seconds=60):
-        """One call. Gives the exit code."""
+        """One call. Returns the exit code."""
         process = self.start()
         return process.wait(seconds)
 
@@ -419,7 +421,7 @@ def field(file_content, name):
 
 
 class Smtp:
-    """A client that says exactly what it is told to."""
+    """A client that sends exactly the given lines."""
 
     def __init__(self, port, *, host=LOOPBACK, source=None, seconds=30, tls=None, receive_buffer=None):
         self.socket = socket.socket()
@@ -469,7 +471,7 @@ class Smtp:
         return self.reply()
 
     def want(self, code, line=None):
-        """Says the line, if there is one, and demands that the reply begins with `code`."""
+        """Sends the line, if there is one, and checks that the reply begins with `code`."""
         reply = self.reply() if line is None else self.say(line)
         check(reply.startswith(code), f"to {line or 'the connection'!r}: wanted {code}, got {reply!r}")
         return reply
@@ -484,7 +486,7 @@ class Smtp:
         return self.want("250", "EHLO sender.example")
 
     def send(self, sender, recipients, content, parameters=""):
-        """One transaction by PIPELINING. Gives the last reply: 250 means it was accepted."""
+        """One transaction by PIPELINING. Returns the last reply: 250 means that the message was accepted."""
         group = [f"MAIL FROM:<{sender}>{parameters}", *(f"RCPT TO:<{one}>" for one in recipients), "DATA"]
         self.socket.sendall("".join(line + "\r\n" for line in group).encode())
         replies = [self.reply() for _ in group]
@@ -513,7 +515,7 @@ def stuffed(content):
 
 
 class Server:
-    """The SMTP server role on one socket: keeps what it is given."""
+    """The SMTP server role on one socket: stores the messages that it receives."""
 
     def __init__(self, sock, keywords=("PIPELINING", "8BITMIME", "SIZE 100000000", "SMTPUTF8"), received=b""):
         self.socket = sock
@@ -522,7 +524,7 @@ class Server:
         self.messages = []
 
     def until(self, mark):
-        """The octets up to `mark`, which is taken away. None when the peer closed before anything came."""
+        """The octets up to `mark`, which is removed. None: the peer closed before it sent anything."""
         begin = 0
         while True:
             at = self.received.find(mark, begin)
@@ -540,7 +542,7 @@ class Server:
 
     def more(self):
         some = self.socket.recv(262144)
-        # fetchmail writes line by line and leaves Nagle's algorithm on: without this each message costs 40 ms.
+        # fetchmail writes line by line and uses Nagle's algorithm: without this each message costs 40 ms.
         if hasattr(socket, "TCP_QUICKACK"):
             self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
         return some
@@ -598,7 +600,7 @@ def angle(line):
 
 
 def lets_in(server, verb):
-    """What a provider says to a customer's EHLO and AUTH, whoever it is; False: it was another command."""
+    """Replies to EHLO and AUTH as a provider does, for any login; False: it was another command."""
     if verb == b"EHLO":
         server.say("250-relay.example.net", "250-PIPELINING", "250-AUTH CRAM-MD5", "250 ATRN")
     elif verb == b"AUTH":
@@ -609,7 +611,7 @@ def lets_in(server, verb):
 
 
 def serve_each(box, serve):
-    """Listens on a free port and gives each connection a thread of `serve`. Gives the socket and its port."""
+    """Listens on a free port and runs `serve` in a thread for each connection. Returns the socket and its port."""
     listener = box.keep(socket.create_server((LOOPBACK, 0)))
 
     def accept():
@@ -621,7 +623,7 @@ def serve_each(box, serve):
 
 
 class Listener:
-    """A local mail server: each connection gets a thread and a Server; their messages end up in one list."""
+    """A local mail server: each connection gets a thread and a Server; one list has all their messages."""
 
     def __init__(self, box, **options):
         self.messages = []

@@ -1,8 +1,8 @@
-"""The next hop of a hand-over: a local mail server over LMTP or SMTP that says what it is told to.
+"""The next hop of a hand-over: a local mail server over LMTP or SMTP with scripted replies.
 
-As a program of its own it takes each message durably before it replies, and can kill itself in the middle of a content:
+As a separate program it stores each message durably before it replies, and can kill itself within a content:
 
-    hop.py SOCKET DIRECTORY [DIE]      DIE: so many messages are in DIRECTORY when the content of the next one kills it
+    hop.py SOCKET DIRECTORY [DIE]      DIE: it kills itself in the content after the one that made so many files in DIRECTORY
 """
 
 import os
@@ -16,7 +16,7 @@ import time
 
 from harness import LOOPBACK, Failed, Server, angle, check, connections, hang_up, wait_until
 
-DROP = 512  # so many octets of a content are read when it kills its reader
+DROP = 512  # octets of a content that it reads before it kills itself
 
 
 class Session(Server):
@@ -70,8 +70,9 @@ class Session(Server):
 
 
 class Hop:
-    """`path`: of a unix socket; without it a port of loopback. `at_recipient` and `after_content`: recipient -> its next
-    replies, the last being None or missing: taken. `messages`: (sender, recipient, content), one for each recipient."""
+    """`path`: of a unix socket; without it a port of loopback. `at_recipient` and `after_content`: recipient -> its
+    next replies; after
+    them, and for None: accepted. `messages`: (sender, recipient, content), one for each recipient."""
 
     speaks = Session
 
@@ -101,7 +102,7 @@ class Hop:
 
     @property
     def address(self):
-        """As `deliver` names it."""
+        """The address in the form of `deliver`."""
         return f"{'lmtp' if self.lmtp else 'smtp'}:{self.path or f'{LOOPBACK}:{self.port}'}"
 
     def next(self, replies, recipient):
@@ -135,7 +136,7 @@ class Hop:
 
 
 class DurableHop(Hop):
-    """Keeps each message in a file before it replies."""
+    """Stores each message in a file before it replies."""
 
     def __init__(self, path, directory, die):
         super().__init__(path)
@@ -164,8 +165,8 @@ class DurableHop(Hop):
 
 
 def start_hop(box, path, directory, die=None):
-    """The hop as a process of its own, ready for connections."""
-    path.unlink(missing_ok=True)  # a killed one has left it
+    """The hop as a separate process, ready for connections."""
+    path.unlink(missing_ok=True)  # a killed process has left it
     child = box.start("hop.log", sys.executable, __file__, path, directory, *([] if die is None else [die]))
     wait_until(lambda: re.search(rf"(?m)^listening {child.pid}$", box.log("hop.log")), "the hop to listen")
     return child

@@ -1,6 +1,6 @@
-"""SIGKILL at random moments, of both parties, while mail flows in and out: nothing that got its 250 is lost.
+"""SIGKILL at random moments, of both parties, while mail is sent and fetched: no message is lost after its 250.
 
-A killed process is not an unplugged machine: what this shows is the order of steps, not the fsyncs.
+A killed process is not a power cut: this tests the order of steps, not the fsyncs.
 """
 
 import collections
@@ -15,11 +15,11 @@ from harness import Certificates, Customer, Failed, Provider, Smtp, at_rest, che
 
 KILLS = 50
 SENDERS = 3
-MOODY = "moody@example.org"  # at a next hop that defers this recipient now and then, and the others are settled early
+MOODY = "moody@example.org"  # at a next hop that defers this recipient now and then, so that the others are settled early
 
 
 class Sender(threading.Thread):
-    """Sends numbered messages without a pause; a message counts when its 250 came. Tells nobody about broken lines."""
+    """Sends numbered messages without a pause; a message counts after its 250. Ignores broken connections."""
 
     def __init__(self, number, port, tls, dice, stop):
         super().__init__(daemon=True)
@@ -58,7 +58,7 @@ class Sender(threading.Thread):
 
 
 class Puller(threading.Thread):
-    """Calls again and again; the running process may be killed by others."""
+    """Calls again and again; another thread may kill the process."""
 
     def __init__(self, customer, stop):
         super().__init__(daemon=True)
@@ -76,7 +76,7 @@ class Puller(threading.Thread):
 
 @scenario("kills")
 def kills(box):
-    """SIGKILL at 50 random moments of provider and customer, some recipients settled early: what got its 250 is there"""
+    """SIGKILL of provider and customer at 50 random moments, with some recipients settled early: no message is lost after its 250"""
     seed = int(os.environ.get("SEED", random.SystemRandom().randrange(1_000_000)))
     print(f"   kills: seed {seed} (SEED={seed} repeats the dice)", flush=True)
     dice = random.Random(seed)

@@ -1,4 +1,4 @@
-"""A message far larger than the memory we may use."""
+"""A message far larger than the permitted memory."""
 
 import hashlib
 import os
@@ -13,7 +13,7 @@ MARK = b"X-Begin: here\n"
 
 
 class Peak(threading.Thread):
-    """Watches the highest resident memory of a process until it is gone."""
+    """Records the highest resident memory of a process until it ends."""
 
     def __init__(self, process):
         super().__init__(daemon=True)
@@ -38,7 +38,7 @@ class Peak(threading.Thread):
 
 
 def blocks():
-    """The content in pieces, LF line ends; a line in ten begins with a dot."""
+    """The content in pieces, with LF line ends; one line of ten begins with a dot."""
     yield b"Subject: large\n" + MARK + b"\n"
     noise = os.urandom(57 * 1024).hex().encode()
     lines = b"".join(
@@ -53,7 +53,7 @@ def blocks():
 
 @scenario("large")
 def large(box):
-    """200 MiB through inbound, hold and turn, each process below 32 MiB of resident memory"""
+    """A message of 200 MiB is accepted, held and sent after the turn; each process uses less than 32 MiB of resident memory"""
     certificates = Certificates(box)
     provider = Provider(box, certificates=certificates, more='[inbound]\nmax-size = "300MiB"\n').start()
     serve = Peak(provider.process)

@@ -1,4 +1,4 @@
-"""Listening sockets: many clients at the same moment, a kernel without IPv6, one that keeps it apart from IPv4."""
+"""Listening sockets: many clients at the same moment, a kernel without IPv6, a kernel that separates it from IPv4."""
 
 import ctypes
 import platform
@@ -13,12 +13,12 @@ from harness import LOOPBACK, ODMR, Customer, Provider, Smtp, check, events, sce
 from world import outgoing_table
 
 CLIENTS = 1000
-SECONDS = 2.0  # within which each is greeted; a SYN that finds the backlog full is sent again after 1, 3, 7 and 15 s
+SECONDS = 2.0  # seconds within which each client is greeted; a SYN that finds the backlog full is sent again after 1, 3, 7 and 15 s
 PATIENCE = 20.0
 
 
 def greetings(port):
-    """Connects all clients without waiting for any. Gives the seconds to each greeting."""
+    """Connects all clients without waiting for any. Returns the seconds to each greeting."""
     waiting, clients, seconds = selectors.DefaultSelector(), [], []
     begin = time.monotonic()
     for _ in range(CLIENTS):
@@ -41,7 +41,7 @@ def greetings(port):
 
 @scenario("burst")
 def burst(box):
-    """1,000 clients connect at once, to each listener: each gets its greeting within 2 s"""
+    """1,000 clients connect to each listener at once: each gets its greeting within 2 s"""
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)
     check(limit[1] >= 2 * CLIENTS, f"needs {2 * CLIENTS} descriptors, and may have {limit[1]}")
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit[1], limit[1]))
@@ -75,7 +75,7 @@ def no_ipv6():
 
 @scenario("no-ipv6")
 def without_ipv6(box):
-    """a kernel without IPv6: [::] means IPv4, [::1] is left out beside 127.0.0.1, and alone it is an error"""
+    """On a kernel without IPv6, [::] means IPv4; [::1] is skipped if 127.0.0.1 is listed too, and is an error if it is alone"""
     if platform.machine() != "x86_64":
         return "not tried on this machine"
     provider = Provider(box, require_tls=False)
@@ -99,7 +99,7 @@ def without_ipv6(box):
 
 @scenario("two-sockets", needs=["strace", "unshare", "ip", "sysctl"], root=True)
 def two_sockets(box):
-    """a system that keeps the families apart, as OpenBSD does: [::] is two sockets of one port"""
+    """On a system that separates IPv6 from IPv4, as OpenBSD does, [::] is two sockets of one port"""
     provider = Provider(box, require_tls=False)
     text = provider.config.read_text()
     provider.config.write_text(text.replace(f'[inbound]\nlisten = ["{LOOPBACK}:0"]', '[inbound]\nlisten = ["[::]:0"]'))

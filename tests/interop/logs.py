@@ -1,4 +1,4 @@
-"""The log with other people's programs: rsyslog, busybox syslogd, fail2ban."""
+"""The log with other programs: rsyslog, busybox syslogd, fail2ban."""
 
 import base64
 import fcntl
@@ -13,7 +13,7 @@ import time
 from harness import LOOPBACK, ODMR, ROOT, Customer, Provider, Smtp, check, free_port, scenario, wait_until
 from world import outgoing_table
 
-# The datagrams that a socket of Linux holds, unless net.unix.max_dgram_qlen says otherwise.
+# The datagrams that a socket of Linux holds, unless net.unix.max_dgram_qlen is changed.
 QUEUE = int(open("/proc/sys/net/unix/max_dgram_qlen").read()) + 1
 
 RSYSLOG = """module(load="imuxsock" SysSock.Use="off")
@@ -58,7 +58,7 @@ def banned(box, file):
 
 @scenario("logs", needs=["rsyslogd"])
 def logs(box):
-    """--syslog: rsyslog is restarted and stopped under fire; no session waits, every line that it has not lost itself is there"""
+    """rsyslog is restarted and stopped under load: with --syslog no session waits, and each line is there that rsyslog has not lost itself"""
     box.write("rsyslog.conf", RSYSLOG.format(box=box.path))
     rsyslog = start_rsyslog(box)
     provider = Provider(box, require_tls=False)
@@ -112,7 +112,7 @@ def logs(box):
 
 @scenario("logs-fail2ban", needs=["rsyslogd", "fail2ban-regex"])
 def logs_fail2ban(box):
-    """fail2ban finds the failed logins in each form of the log, and no address that a client has made up"""
+    """fail2ban finds the failed logins in each form of the log, and no address that a client has invented"""
     box.write("rsyslog.conf", RSYSLOG.format(box=box.path))
     start_rsyslog(box)
     provider = Provider(box, require_tls=False)
@@ -131,7 +131,7 @@ def logs_fail2ban(box):
     files = {}
     for name, options in {"syslog": [f"--syslog={box.path}/log", "-v"], "plain": ["-v"], "times": ["--log-time", "-v"]}.items():
         provider.log_name = f"{name}.log"
-        (provider.spool / ".odmr/logins").unlink(missing_ok=True)  # or the later guesses wait for half a minute
+        (provider.spool / ".odmr/logins").unlink(missing_ok=True)  # otherwise the next guesses wait for half a minute
         process = start_serve(box, provider, *options)
         log = (lambda: box.log("mail")) if name == "syslog" else provider.log
         attack(wait_until(lambda: address(log(), "odmr"), "the address in the log"))
@@ -160,7 +160,7 @@ shift
 
 @scenario("logs-inetd", needs=["unshare", "busybox"], root=True)
 def logs_inetd(box):
-    """--inetd logs to /dev/log (busybox syslogd), or nowhere, never to the client; `check --inetd` says which"""
+    """With --inetd the log goes to /dev/log (busybox syslogd) or nowhere, but never to the client; `check --inetd` reports which"""
     provider = Provider(box, require_tls=False)
     script = box.write("private.sh", PRIVATE_DEV.format(box=box.path))
     private = lambda syslogd, *words: ["unshare", "-m", "sh", str(script), syslogd, ODMR, *map(str, words)]
@@ -193,7 +193,7 @@ def logs_inetd(box):
 
 @scenario("logs-customer")
 def logs_customer(box):
-    """Nobody reads the log of a customer's daemon: it goes on to call, accept mail, reload and end; to a reader it says what was lost"""
+    """The log of a customer's daemon is not read: the daemon still calls, accepts mail, reloads and ends, and then logs the number of lost lines"""
     provider = Provider(box, require_tls=False, accounts={"acme": "relay = true"}).start()
     port = free_port()
     customer = Customer(

@@ -1,8 +1,9 @@
-"""Machines of their own for scenarios that type what a person types: a clean Debian each, in namespaces of its own, and
-the world between them with its name server.
+"""Machines for scenarios that type the commands of a user: a clean Debian each, in its own namespaces, and the Internet between
+them with its name server.
 
-Nothing of the machine that plays the scenarios is changed: files are in an overlay on a directory that debootstrap has
-made once, and are gone with the scenario, as are processes, interfaces and users.
+The machine that plays the scenarios is not changed: files are in an overlay on a directory that debootstrap has made
+once. They are
+removed with the scenario, as are processes, interfaces and users.
 """
 
 import ctypes
@@ -23,8 +24,8 @@ NEW_NETWORK = 0x40000000  # CLONE_NEWNET
 
 
 def debian(box, systemd=False):
-    """The directory with the smallest Debian there is; made at the first run, which takes half a minute and the network.
-    `systemd`: with that package too, and with ca-certificates, which odmr recommends: apt asks nobody and fetches nothing."""
+    """The directory with a minimal Debian; made at the first run, which takes half a minute and needs the network.
+    `systemd`: with that package too, and with ca-certificates, which odmr recommends: so apt needs no network."""
     STORE.mkdir(parents=True, exist_ok=True)
     with open(STORE / ".debian-lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -41,7 +42,7 @@ def debian(box, systemd=False):
 
 
 def make(box, directory, commands):
-    """Runs commands that fill a directory, `{}` in them; it gets its name when it is whole."""
+    """Runs commands that fill a directory, `{}` in them; the directory gets its name when it is complete."""
     draft = directory.with_name(f".{directory.name}")
     shutil.rmtree(draft, ignore_errors=True)
     for command in commands:
@@ -51,7 +52,7 @@ def make(box, directory, commands):
 
 
 def mirror():
-    """The mirror that this machine's apt has for Debian itself; none: the default of debootstrap."""
+    """The mirror that this machine's apt uses for Debian itself; none: the default of debootstrap."""
     sources = [pathlib.Path("/etc/apt/sources.list"), *pathlib.Path("/etc/apt/sources.list.d").glob("*")]
     text = "\n".join(file.read_text() for file in sources if file.is_file())
     found = re.search(r"(?m)^(?:deb (?:\[[^]]*\] )?|URIs: *)(https?://\S+/debian/?)(?=\s)", text)
@@ -79,7 +80,7 @@ class World:
         check(done.returncode == 0, f"{script}: {done.stderr}")
 
     def inside(self, function):
-        """Calls a function in a thread that is in this network. What it opens stays there."""
+        """Calls a function in a thread in this network. Sockets that it opens stay there."""
         result = []
 
         def call():
@@ -120,10 +121,10 @@ class Machine:
             box.start(f"{name}-journal.log", *self.command("exec journalctl --follow --lines=all --output=cat", "root"))
 
     def beginning(self, world):
-        """The script that makes its file system, and ends in its first process."""
+        """The script that makes its file system, and then executes its first process."""
         mounted = self.box.path / self.name
         mounted.mkdir()
-        # The overlay is on tmpfs, as a directory of an overlay (in a container, say) cannot be the upper one.
+        # The overlay is on tmpfs, because a directory of an overlay (for instance in a container) cannot be the upper one.
         script = f"""
             mount -t tmpfs tmpfs {mounted}; cd {mounted}; mkdir upper work root
             mount -t overlay overlay -o lowerdir={debian(self.box, self.systemd)},upperdir=upper,workdir=work root; cd root
@@ -137,7 +138,7 @@ class Machine:
             mkdir dev/pts dev/shm; mount -t devpts -o newinstance,ptmxmode=666 devpts dev/pts; ln -s pts/ptmx dev/ptmx
             for name in null zero full random urandom tty; do touch dev/$name; mount --bind /dev/$name dev/$name; done
             ln -s /proc/self/fd dev/fd"""
-        # Its root is that of its mount namespace: in a mere chroot the sandboxes of systemd's units fail.
+        # Its root is that of its mount namespace: in a chroot the sandboxes of systemd's units fail.
         return f"{script}\n pivot_root . .; umount -l .; exec chroot . env -i container=other PATH={PATH} {first}"
 
     def connect(self, world):
@@ -154,12 +155,12 @@ class Machine:
     def command(self, line, user):
         environment = [f"PATH={PATH}", f"HOME={'/root' if user == 'root' else '/tmp'}", "TERM=dumb", f"LOGNAME={user}"]
         become = ["runuser", "-u", user, "--"] if user != "root" else []
-        # `nsenter` begins in /; a person begins at home.
+        # `nsenter` begins in /; a user begins in the home directory.
         shell = ["env", "-i", *environment, *become, "bash", "-c", f"cd; {line}"]
         return ["nsenter", f"--target={self.pid}", *self.kinds, *shell]
 
     def type(self, line, user="root"):
-        """What a person types. Gives the finished process; a daemon (`&`) goes on, and its output is in NAME-daemon.log."""
+        """Types a command. Returns the finished process; a daemon (`&`) continues, and its output is in NAME-daemon.log."""
         if line.endswith("&"):
             self.box.start(f"{self.name}-daemon.log", *self.command(f"exec {line[:-1]}", user))
             return None
@@ -171,8 +172,9 @@ def in_network(pid):
 
 
 def control_group(box, name):
-    """A group of its own in the unified hierarchy of cgroups(7), in which systemd may work; gone with the box. Gives the
-    script with which a process enters it."""
+    """A group in the unified hierarchy of cgroups(7), in which systemd may work; removed with the box. Returns the
+    script with which
+    a process enters it."""
     mounts = [line.split() for line in pathlib.Path("/proc/mounts").read_text().splitlines()]
     group = next(pathlib.Path(words[1]) for words in mounts if words[2] == "cgroup2") / f"{box.path.name}-{name}"
     group.mkdir()
@@ -188,8 +190,8 @@ def control_group(box, name):
 
 
 def namespaces(box, name, kinds, script, before=""):
-    """Makes namespaces that last as long as the box, and gives the id of their first process, which the script, after its
-    preparations, becomes by `exec`. `before` is done outside."""
+    """Makes namespaces that last as long as the box. Returns the id of their first process, which the script executes after its
+    preparations. `before` is run outside."""
     fork = ["--fork", "--kill-child", "--propagation=private"] if "--pid" in kinds else []
     child = box.start(f"{name}.log", "sh", "-exc", f'{before}exec unshare "$@"', "sh", *kinds, *fork, "sh", "-exc", script)
     box.at_end(child.kill)  # `unshare --fork` ignores SIGTERM

@@ -1,5 +1,6 @@
-"""Postfix and Exim as mail hosts of the world, with SMTPUTF8, without it, and without 8BITMIME: our relay sends to them,
-and they send to our port 25. What arrives is what was sent, and SMTPUTF8 is used where an address needs it."""
+"""Postfix and Exim as remote mail hosts, with SMTPUTF8, without it, and without 8BITMIME: our relay sends to them, and
+they send
+to our port 25. Messages arrive unchanged, and SMTPUTF8 is used only if an address needs it."""
 
 import collections
 import os
@@ -15,12 +16,12 @@ from world import RELAYS, Names
 
 ADAM, BERT = "adam@example.org", "bert@sender.example"
 JOERG = "j\u00f6rg"
-# `kind`: its domain has that name; `utf8`: announces SMTPUTF8; `maildir`: where it delivers to.
+# `kind`: its domain has that name; `utf8`: announces SMTPUTF8; `maildir`: the Maildir into which it delivers.
 Host = collections.namedtuple("Host", "kind address utf8 eight maildir")
 # `parameters`: of MAIL, when a host announces them; `needs`: SMTPUTF8, because an address is not ASCII.
 Message = collections.namedtuple("Message", "name user parameters needs content")
 
-# What is in front of the trace in a file at rest.
+# The fields before the trace in a file at rest.
 ENVELOPE = re.compile(rb"(?:(?:Return-Path|X-Original-To|Delivered-To|X-ODMR-[\w-]+): [^\n]*\n)*")
 KINDS = {"full": (True, True), "ascii": (False, True), "seven": (False, False)}  # SMTPUTF8, 8BITMIME
 TO_THE_CUSTOMER = {"plain", "eight", "header", "address"}  # Postfix breaks lines over 998 octets when it sends
@@ -35,17 +36,17 @@ UMLAUTS = "Gr\u00fc\u00dfe"
 MESSAGES = [
     message("plain", b".\r\n..\r\nFrom here \t \r\n\ta tab\r\n\r\n\r\n"),
     message("eight", UMLAUTS.encode() + b"\r\n" + UMLAUTS.encode("latin-1") + b" \x80\xff\r\n", parameters=" BODY=8BITMIME"),
-    # SMTPUTF8 is declared, and not needed: text beyond ASCII is a matter of 8BITMIME.
+    # SMTPUTF8 is declared, but not needed: text beyond ASCII needs only 8BITMIME.
     message("header", b"x\r\n", subject=UMLAUTS, parameters=" BODY=8BITMIME SMTPUTF8"),
     message("long", b"z" * 1500 + b"\r\n"),
-    # Last, because Exim writes utf8esmtp for all that comes after such a message in one session.
+    # The last message, because Exim writes utf8esmtp for all messages after it in one session.
     message("address", b"x\r\n", user=JOERG, parameters=" SMTPUTF8", needs=True),
     message("author", b"x\r\n", author=f"{JOERG}@example.org", parameters=" BODY=8BITMIME SMTPUTF8", needs=True),
 ]
 
 
 def send_all(line, messages, sender, domain, announced):
-    """Submits them; a parameter that is not announced is left out. Gives the names of those that were accepted."""
+    """Submits them; a parameter that is not announced is left out. Returns the names of those that were accepted."""
     sent = set()
     for one in messages:
         words = [word for word in one.parameters.split() if word.split("=")[-1] in announced]
@@ -62,7 +63,7 @@ def by_name(files):
 
 
 def relay_to(box, hosts, port):
-    """Our relay sends every message to every host. Gives how many arrived and how many came back."""
+    """Our relay sends each message to each host. Returns how many arrived and how many came back."""
     domain = lambda host: f"{host.kind}.example"
     names = Names(
         box,
@@ -77,7 +78,7 @@ def relay_to(box, hosts, port):
         line.log_in("acme")
         for host in hosts:
             send_all(line, MESSAGES, ADAM, domain(host), announced)
-    user = lambda one: one.user.replace("\u00f6", r"\x{F6}")  # as a DSN of ASCII has it (RFC 6533 section 3)
+    user = lambda one: one.user.replace("\u00f6", r"\x{F6}")  # as a DSN in ASCII has it (RFC 6533 section 3)
     back = [f"{user(one)}@{domain(host)}" for host in hosts for one in MESSAGES if one.needs and not host.utf8]
     for host in hosts:
         wanted = {one.name for one in MESSAGES if host.utf8 or not one.needs}
@@ -95,7 +96,7 @@ def relay_to(box, hosts, port):
 
 
 def check_relayed(host, one, file):
-    """That it has all octets, and how it was transferred: Postfix says UTF8SMTP, Exim utf8esmtp (RFC 6531 section 4.3)."""
+    """Checks that it has all octets, and its transfer: Postfix writes UTF8SMTP, Exim utf8esmtp (RFC 6531 section 4.3)."""
     file = ENVELOPE.sub(b"", file, count=1)
     wrong = difference(after_trace(file, "Received", "Received"), at_rest(one.content))
     check(not wrong, f"{host.kind} has {one.name}: {wrong}")
@@ -104,7 +105,7 @@ def check_relayed(host, one, file):
 
 
 def bring_from(box, provider, customer, hosts, port):
-    """Every host is given the messages it can take, for our customer, and sends them to our port 25."""
+    """Each host gets the messages that it accepts, for our customer, and sends them to our port 25."""
     count = 0
     for host in hosts:
         messages = [one for one in MESSAGES if one.name in TO_THE_CUSTOMER and (host.utf8 or not one.needs)]
@@ -154,7 +155,7 @@ def receiving_provider(box):
 
 @scenario("postfix-host", needs=["postfix", "dnsmasq"], root=True)
 def postfix_host(box):
-    """Postfix as host with SMTPUTF8, without it, without 8BITMIME, both ways: octets, SMTPUTF8 by need, what comes back"""
+    """Postfix as host with SMTPUTF8, without it, and without 8BITMIME, in both directions: octets, SMTPUTF8 only if needed, returned messages"""
     port, provider = free_port(), receiving_provider(box)
     (box.path / "postfix").mkdir()
     hosts, services = [], ""
@@ -183,7 +184,7 @@ smtputf8_enable = yes""",
 
 @scenario("exim-host", needs=["dnsmasq", "apt-get", "dpkg-deb"], root=True)
 def exim_host(box):
-    """Debian's Exim as host with SMTPUTF8, without it, without 8BITMIME, both ways: as postfix-host"""
+    """Debian's Exim as host with SMTPUTF8, without it, and without 8BITMIME, in both directions: as postfix-host"""
     port, provider = free_port(), receiving_provider(box)
     hosts = []
     for last, (kind, (utf8, eight)) in enumerate(KINDS.items(), 21):

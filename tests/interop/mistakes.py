@@ -1,7 +1,8 @@
-"""The mistakes that people make, each provoked as a user makes it: what the program must say, and its exit code.
+"""The mistakes of users, each provoked as a user makes it: the text that the program must print, and its exit code.
 
-A row of a table is one mistake: how it is made, the command, the exit code, and what must be printed, in which `…` is
-for any text of a line. The name of the scenario's directory is left out. All rows are tried before a scenario fails.
+A row of a table is one mistake: its cause, the command, the exit code, and the expected output, in which `…` is any
+text within a
+line. The name of the scenario's directory is left out. All rows are tried before a scenario fails.
 """
 
 import os
@@ -65,7 +66,7 @@ def says(output, text):
 
 
 class Place:
-    """A directory with a provider and a customer that work, and what a row makes of their files."""
+    """A directory with a provider and a customer that work, and the changes of a row to their files."""
 
     def __init__(self, box):
         self.box, self.port, self.inbound = box, 366, 25
@@ -81,7 +82,7 @@ class Place:
         return lambda: self.box.write(name, text, mode)
 
     def customer(self, *changes):
-        """Makes what writes the customer's file with these changes."""
+        """Returns a function that writes the customer's file with these changes."""
         address = f'provider.address = "localhost:{self.port}"'
         return self.write("customer.toml", with_changes(CUSTOMER, [address, *changes]))
 
@@ -110,18 +111,18 @@ class Place:
         return self.box.log("serve.log")
 
     def send(self, recipient="alice@example.org", content=CONTENT):
-        """Sends one message to the provider. Gives the last reply."""
+        """Sends one message to the provider. Returns the last reply."""
         with Smtp(self.inbound) as client:
             client.hello()
             return client.send("lester@dot.example", [recipient], content)
 
     def odmr(self, command, around=(), **options):
-        """Runs a command. Gives its exit code and what it prints."""
+        """Runs a command. Returns its exit code and its output."""
         done = self.box.run(*around, ODMR, *command.split(), cwd=self.box.path, **options)
         return done.returncode, (done.stdout + done.stderr).replace(f"{self.box.path}/", "")
 
     def try_each(self, *rows, **options):
-        """`options`: see `odmr`. A row may have several commands; `code` names the exit code of each then."""
+        """`options`: see `odmr`. A row may have several commands; then `code` has the exit code of each."""
         for row in rows:
             for before in row.before if isinstance(row.before, list) else [row.before]:
                 before and before()
@@ -146,7 +147,7 @@ class Place:
 
 
 def service(box, greeting=b"", hangs_up=False):
-    """A service that sends its greeting and no more. Gives its port."""
+    """A service that only sends its greeting. Returns its port."""
     listener = box.keep(socket.create_server((LOOPBACK, 0)))
 
     def accept():
@@ -161,7 +162,7 @@ def service(box, greeting=b"", hangs_up=False):
 
 @scenario("mistakes-of-connection", needs=["openssl"])
 def mistakes_of_connection(box):
-    """A wrong secret, host, port or TLS mode: the customer is told what it is, and what to change"""
+    """A wrong secret, host, port or TLS mode: the customer's error has the cause and the remedy"""
     place = Place(box).start()
     customer, closed = place.customer, free_port()
     at = lambda port: f'provider.address = "localhost:{port}"'
@@ -201,7 +202,7 @@ def mistakes_of_connection(box):
 
 @scenario("mistakes-of-certificates", needs=["openssl", "faketime"])
 def mistakes_of_certificates(box):
-    """Certificates that are not trusted, expired, for another name, missing, or of another key"""
+    """Certificates that are not trusted, expired, for another name, missing, or of another key: the error has the cause and the remedy"""
     place, clock = Place(box).start(), Clock(box)
     customer, provider = place.customer, place.provider
     whole, key = re.search(r"(sha256:\w{64}).*(spki-sha256:\w{64})", place.odmr("check -c provider.toml")[1]).groups()
@@ -242,7 +243,7 @@ def mistakes_of_certificates(box):
 
 @scenario("mistakes-of-names", needs=["openssl", "unshare"], root=True)
 def mistakes_of_names(box):
-    """A certificate without the name by which the customer calls: it is told which names there are"""
+    """A certificate without the name that the customer calls: the error lists the names of the certificate"""
     place = Place(box)
     place.write("hosts", "127.0.0.1 localhost vm\n", 0o644)()
     place.start()
@@ -255,7 +256,7 @@ def mistakes_of_names(box):
 
 @scenario("mistakes-of-configuration", needs=["openssl"])
 def mistakes_of_configuration(box):
-    """Misspelt keys, values out of range, files for the other side: each with its file and line"""
+    """Misspelt keys, values out of range, files for the other side: the error has the file and the line"""
     place = Place(box)
     customer, provider, account, write = place.customer, place.provider, place.account, place.write
     both, of_provider = "check -c customer.toml; pull -c customer.toml", "check -c provider.toml; serve -c provider.toml"
@@ -321,7 +322,7 @@ def mistakes_of_configuration(box):
 
 @scenario("mistakes-of-domains", needs=["openssl"])
 def mistakes_of_domains(box):
-    """Domains that only one of the two sides knows: `check --call` warns, and the mail goes back to nobody"""
+    """Domains that only one of the two sides knows: `check --call` warns, and no mail bounces"""
     place = Place(box)
     place.account('domains = ["example.org", "example.com"]', 'soft-bounce = "2d"')()
     place.start()
@@ -338,7 +339,7 @@ def mistakes_of_domains(box):
 
 @scenario("mistakes-of-files", needs=["openssl", "setpriv", "unshare"], root=True)
 def mistakes_of_files(box):
-    """Directories and files of another user, on a read-only or full disk, or missing: the cause, and the way out"""
+    """Directories and files of another user, on a read-only or full disk, or missing: the error has the cause and the remedy"""
     place = Place(box)
     box.path.chmod(0o755)
     read_only = lambda directory: ["unshare", "--mount", "sh", "-c", READ_ONLY, "sh", directory]
@@ -386,7 +387,7 @@ def mistakes_of_files(box):
 
 @scenario("mistakes-of-disks", needs=["openssl", "unshare"], root=True)
 def mistakes_of_disks(box):
-    """A full disk on either side: nothing is lost, the world and the users are told, and the call does not succeed"""
+    """A full disk on either side: no message is lost, clients and users get an error, and the call fails"""
     place = Place(box)
     for directory in ("mail", "spool"):
         (box.path / directory).mkdir()
@@ -413,7 +414,7 @@ def mistakes_of_disks(box):
 
 @scenario("mistakes-of-two", needs=["openssl", "unshare", "setpriv"], root=True)
 def mistakes_of_two(box):
-    """The second daemon, call or server, and a port that is in use or not permitted: the second one is told"""
+    """A second daemon, call or server, and a port that is in use or not permitted: the second process reports the cause"""
     place = Place(box).start()
     box.path.chmod(0o755)
     pull = lambda log, *words: box.start(log, ODMR, "pull", "-c", *words, cwd=box.path)

@@ -1,6 +1,7 @@
-"""The moments at which a program under test changes its files: strace kills it there, or lets that call fail.
+"""The moments at which a program under test changes its files: strace kills it there, or makes that call fail.
 
-strace counts the calls of a name in each thread (`when=`), so a rehearsal tells which numbers are on the files of interest.
+strace counts the calls of a name in each thread (`when=`), so a rehearsal finds the numbers of the calls on the files
+of interest.
 SIGKILL comes before the call is done. Attached to a running program, strace counts from then on.
 """
 
@@ -13,7 +14,7 @@ from harness import check, end, wait_until
 
 CALLS = ["openat", "write", "pwrite64", "fsync", "fdatasync", "ftruncate", "fallocate", "utimensat", "mkdir", "mkdirat"]
 CALLS += ["rename", "renameat", "renameat2", "link", "linkat", "unlink", "unlinkat"]
-# What changes a file that is open already may fail in other ways than what needs a new block or inode.
+# Calls on an open file may fail with other errors than calls that need a new block or inode.
 ERRORS = ("ENOSPC", "EIO", "EDQUOT", "EROFS")
 
 Moment = collections.namedtuple("Moment", "call number rest")
@@ -28,7 +29,7 @@ def strace(output, inject=None, *, follow=True):
 
 
 class Tracer:
-    """strace on a running program, until closed or until that program has ended. `follow`: also on threads to come."""
+    """strace on a running program, until it is closed or the program has ended. `follow`: also on new threads."""
 
     def __init__(self, box, pid, inject=None, *, follow=True):
         self.box = box
@@ -48,7 +49,7 @@ class Tracer:
         self.box.children.remove(self.process)
 
     def tracers(self, tasks):
-        """Who traces these threads, but for those that have ended."""
+        """The tracers of these threads, except threads that have ended."""
         check(self.process.poll() is None, f"strace ended: {self.box.log('strace.log')[-500:]}")
         found = set()
         for task in tasks:
@@ -78,7 +79,7 @@ def calls(output):
 
 
 def changes(moment, directories):
-    """Whether that call is to change something below those directories; locks and what knows no mail do not count."""
+    """Whether that call changes a file below those directories; locks and files without mail do not count."""
     paths = re.findall(r'["<](/[^">]*)', moment.rest)
     below = [path for path in paths if any(path.startswith(f"{directory}/") for directory in directories)]
     if not below or any(re.search(r"/odmr\.|/\.odmr(/|$)", path) for path in below):
@@ -87,9 +88,9 @@ def changes(moment, directories):
 
 
 def moments(output, *directories):
-    """The calls that change something below those directories; each call and number once.
+    """The calls that change a file below those directories; each call and number once.
 
-    One that failed in the rehearsal, as mkdir(2) of what is there, changes nothing.
+    A call that failed in the rehearsal, such as mkdir(2) of an existing directory, changes nothing.
     """
     found = {}
     for moment in calls(output):
@@ -99,5 +100,5 @@ def moments(output, *directories):
 
 
 def injected(output):
-    """The calls that were made to fail: the one of that number in each thread."""
+    """The calls that strace made fail: the one with that number in each thread."""
     return [moment for moment in calls(output) if "(INJECTED)" in moment.rest]

@@ -17,12 +17,12 @@ from harness import LOOPBACK, Certificates, Customer, Provider, Smtp, check, con
 
 DISPLACED = "it made room for other connections"
 CROWD = 1500  # at each listener, which has room for 1000 by default
-MANY, FEW = 100, 30  # addresses; one has 50 connections at most
-PLACES = 1000 + 875 - 50  # about what strangers get at two listeners: an eighth of port 366 is kept for customers
-MOST_THREADS = 3100  # 1000 at each of three listeners, and the others
+MANY, FEW = 100, 30  # addresses; each has at most 50 connections
+PLACES = 1000 + 875 - 50  # about the number of untrusted clients at two listeners: an eighth of port 366 is reserved for customers
+MOST_THREADS = 3100  # 1000 at each of three listeners, and those beyond the limit
 ROUNDS = 5
-SECONDS = 1.0  # within which each is served; what it takes is printed
-PAUSE = 0.5  # before a client that was closed comes again
+SECONDS = 1.0  # within which each is served; the measured time is printed
+PAUSE = 0.5  # before a client whose connection was closed connects again
 
 
 def half_a_hello():
@@ -35,10 +35,10 @@ def half_a_hello():
     return hello[: len(hello) // 2]
 
 
-# Of each kind of client: `first` is sent without waiting, each of `flights` after a reply, `again` every second from the
-# connection on. `returns`: it comes again when it was closed. `reads`: it reads.
+# For each kind of client: `first` is sent without waiting, each of `flights` after a reply, `again` every second after the
+# connection. `returns`: it connects again after a close. `reads`: it reads replies.
 Kind = collections.namedtuple("Kind", "first flights again returns reads", defaults=(b"", (), b"", False, True))
-EHLO = b"EHLO stranger.example\r\n"
+EHLO = b"EHLO untrusted.example\r\n"
 LONG_HELP = b"HELP " + b"x" * 500 + b"\r\n"
 KINDS = {
     "silent": Kind(),
@@ -50,13 +50,13 @@ KINDS = {
     "noop": Kind(flights=(EHLO,), again=b"NOOP\r\n", returns=True),
     "unknown-recipients": Kind(flights=(EHLO, b"MAIL FROM:<a@b.example>\r\n"), again=b"RCPT TO:<eva@nowhere.example>\r\n", returns=True),
     "help": Kind(first=b"HELP\r\n" * 20_000),
-    # Its session ends after too many commands, and their replies are not read.
+    # The server ends its session after too many commands, and it does not read the replies.
     "deaf": Kind(first=LONG_HELP * 800, again=LONG_HELP * 10, reads=False),
 }
 
 
 class Client:
-    """One of a crowd."""
+    """One client of a crowd."""
 
     def __init__(self, kind, port, source):
         self.kind, self.port, self.source = kind, port, source
@@ -106,7 +106,9 @@ class Client:
 
 
 def crowd(port, addresses, counts):
-    """Holds what it gets until it is killed, or its parent has ended; `counts`: by kind. Says when each client has met the listener."""
+    """Holds its connections until it is killed, or its parent has ended; `counts`: by kind. Reports when each client
+    has got a reply or a
+    close."""
     parent = os.getppid()
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
@@ -134,7 +136,7 @@ def crowd(port, addresses, counts):
 
 
 def backlog(ports):
-    """How many connections wait to be accepted."""
+    """The number of connections that wait to be accepted."""
     sockets = (line.split() for line in pathlib.Path("/proc/net/tcp").read_text().splitlines()[1:])
     listening = (fields for fields in sockets if fields[3] == "0A" and int(fields[1].split(":")[1], 16) in ports)
     return sum(int(fields[4].split(":")[1], 16) for fields in listening)
@@ -169,7 +171,7 @@ class Siege:
         return sum(1 for _ in thread_statuses(self.provider.process.pid))
 
     def await_calm(self):
-        """Waits until the crowd has what it gets, and the commands that came with its connections are answered."""
+        """Waits until the crowd has its connections, and their first commands have replies."""
         ports = (self.provider.inbound, self.provider.odmr, self.provider.odmr_tls)
         wait_until(lambda: self.threads() >= PLACES and not backlog(ports), "the connections to be accepted", seconds=30)
         ticks = lambda: sum(map(int, pathlib.Path(f"/proc/{self.provider.process.pid}/stat").read_text().split()[13:15]))
@@ -192,9 +194,9 @@ class Siege:
             return time.monotonic() - begin
 
     def fetch(self):
-        """Seconds of a call that gets all that was sent."""
+        """The seconds of a call that fetches all messages."""
         begin = time.monotonic()
-        code = self.customer.start().wait()  # with a limit of time it would look every 50 ms
+        code = self.customer.start().wait()  # with a timeout it would poll every 50 ms
         seconds = time.monotonic() - begin
         fetched = len(self.customer.files())
         check(code == 0 and fetched == self.number, f"pull: exit {code}, {fetched} of {self.number} messages")
@@ -212,10 +214,10 @@ class Siege:
 
 @scenario("newcomers")
 def newcomers(box):
-    """1,000 silent and 500 trickling clients at each listener, default limits: a sender and a customer are served at once"""
+    """1,000 silent and 500 slow clients at each listener, with default limits: a sender and a customer are served at once"""
     siege = Siege(box)
     facts = [f"alone {siege.measure()}"]
-    # It sends its message as slowly as it likes: nobody gets its place.
+    # A client that sends its message slowly is not displaced.
     slow = Smtp(siege.provider.inbound, source="127.0.0.3")
     box.keep(slow.socket)
     slow.hello()
@@ -237,7 +239,7 @@ def newcomers(box):
 
 
 def besiege(box, *crowds):
-    """`crowds`: of each the kind at two listeners, and perhaps another at the one where TLS comes first."""
+    """`crowds`: the kinds at the two listeners, and perhaps at the listener with implicit TLS."""
     siege = Siege(box)
     provider, facts = siege.provider, []
     for kinds in crowds:
@@ -249,7 +251,7 @@ def besiege(box, *crowds):
             if kind.reads and not kind.returns:
                 siege.await_calm()
             facts.append(f"{kinds[0]} from {addresses} {siege.measure()}")
-            # The threads of those that have lost their places end, also if their clients do not read.
+            # The threads of displaced connections end, even if their clients do not read.
             wait_until(lambda: siege.send() and siege.threads() < MOST_THREADS, "threads to end", seconds=20, pause=1.0)
             siege.end(present)
     return f"ms median/longest to send, to fetch: {', '.join(facts)}"
@@ -257,19 +259,19 @@ def besiege(box, *crowds):
 
 @scenario("crowds-silent")
 def crowds_silent(box):
-    """EHLO and silence, STARTTLS and silence, half a TLS handshake, from few addresses and from many"""
+    """Clients that are silent after EHLO, after STARTTLS or within a TLS handshake, from few addresses and from many, displace no sender or customer"""
     return besiege(box, ["ehlo"], ["starttls"], ["half_a_hello", "tls_half_a_hello"])
 
 
 @scenario("crowds-busy")
 def crowds_busy(box):
-    """NOOP without an end, unknown recipients alone, clients that do not read, from few addresses and from many"""
+    """Clients that repeat NOOP, name unknown recipients only, or do not read, from few addresses and from many, displace no sender or customer"""
     return besiege(box, ["noop"], ["unknown_recipients"], ["deaf"])
 
 
 @scenario("crowds-pipelined")
 def crowds_pipelined(box):
-    """3,000 clients with 20,000 HELP each in one write: a sender and a customer are served beside them"""
+    """3,000 clients send 20,000 HELP each in one write: a sender and a customer are served at the same time"""
     siege = Siege(box)
     ports = (siege.provider.inbound, siege.provider.odmr)
     begin = time.monotonic()
@@ -283,7 +285,7 @@ def crowds_pipelined(box):
 
 @scenario("crowds-descriptors")
 def crowds_descriptors(box):
-    """Silent clients have all descriptors that the system gives: they make room for a sender and for a customer"""
+    """Silent clients use up all descriptors of the system limit: they are displaced for a sender and for a customer"""
     siege = Siege(box)
     before = siege.threads()
     limit = 250

@@ -1,4 +1,4 @@
-"""openssl s_client on every listener, openssl s_server as the peer of a call: versions, kinds of keys, pins, alerts."""
+"""openssl s_client on each listener, openssl s_server as the peer of a call: versions, kinds of keys, pins, alerts."""
 
 import hashlib
 import re
@@ -10,7 +10,7 @@ from harness import LOOPBACK, Certificates, Customer, Provider, check, free_port
 
 @scenario("openssl", needs=["openssl"])
 def openssl(box):
-    """openssl s_client by STARTTLS and plain TLS: 1.2 and 1.3 work, 1.1 and 1.0 are rejected"""
+    """openssl s_client by STARTTLS and by implicit TLS: TLS 1.2 and 1.3 work, 1.1 and 1.0 are rejected"""
     certificates = Certificates(box)
     provider = Provider(box, certificates=certificates).start()
     listeners = {
@@ -22,7 +22,7 @@ def openssl(box):
     for name, (port, options) in listeners.items():
 
         def client(*version):
-            # -crlf ends each line properly; ehlo is in small messages because s_client keeps Q and R for itself.
+            # -crlf ends each line with CRLF; ehlo is in lower case because s_client interprets Q and R itself.
             return box.run(
                 *["openssl", "s_client", "-connect", f"{LOOPBACK}:{port}", "-servername", "localhost", "-CAfile"],
                 *[certificates.authority, "-verify_return_error", "-verify_hostname", "localhost", "-crlf", "-ign_eof"],
@@ -52,7 +52,7 @@ def openssl(box):
     return f"3 listeners x 4 versions; {' '.join(sorted(ciphers))}; 1.1 is rejected by alert {', '.join(sorted(alerts))}"
 
 
-# Clients put into the server name indication what they were told to connect to (RFC 6066 section 3 allows names alone).
+# Clients send the host that they connect to as server name indication (RFC 6066 section 3 permits names only).
 NAMES = ["127.0.0.1", "2001:db8::1", "relay_1.example.net", "relay.example.net."]
 
 CURVE = ["-algorithm", "EC", "-pkeyopt"]
@@ -83,7 +83,7 @@ def made(box, kind, version):
 
 
 def pins(box, certificate):
-    """The two values of `pin`, computed as the error about a wrong one says."""
+    """The two values of `pin`, computed as the error about a wrong pin describes."""
     octets = ssl.PEM_cert_to_DER_cert(certificate.read_text())
     command = f"openssl x509 -in {certificate} -noout -pubkey | openssl pkey -pubin -outform der | openssl sha256"
     spki = box.run("sh", "-c", command)
@@ -91,7 +91,7 @@ def pins(box, certificate):
 
 
 def call(box, label, files, trust, version):
-    """A call to an s_server with a certificate, which only greets with 421. Gives what both have written."""
+    """A call to an s_server with a certificate, which only sends the greeting 421. Returns the output of both."""
     certificate, key = files
     port, log = free_port(), f"s_server-{label}.log"
     command = ["openssl", "s_server", "-accept", f"{LOOPBACK}:{port}", "-cert", certificate, "-key", key, version]
@@ -109,7 +109,7 @@ def call(box, label, files, trust, version):
 
 @scenario("openssl-keys", needs=["openssl"])
 def openssl_keys(box):
-    """openssl s_server with each kind of key, of X.509 version 1 and 3, by TLS 1.2 and 1.3; a wrong pin ends by an alert"""
+    """openssl s_server with each kind of key, of X.509 version 1 and 3, by TLS 1.2 and 1.3: calls work; a wrong pin ends with an alert"""
     calls = 0
     for kind in KEYS:
         for x509 in (1, 3):

@@ -1,7 +1,7 @@
-"""What an administrator does: the status of a hundred thousand messages, JSON and metrics read by other programs, a move.
+"""The work of an administrator: the status of a hundred thousand messages, JSON and metrics for other programs, a move.
 
-What must hold: looking is fast and changes nothing; what other programs read is valid; a domain that is moved to another
-spool has the same octets and envelopes there.
+What must hold: status commands are fast and change nothing; their output is valid for other programs; a domain that is moved to
+another spool has the same octets and envelopes there.
 """
 
 import json
@@ -13,13 +13,13 @@ from harness import ODMR, Customer, Provider, Smtp, at_rest, check, program_path
 
 DOMAINS = 1000
 EACH = 100
-SLOW = 10.0  # seconds: a machine with nothing else to do needs half of one
+SLOW = 10.0  # seconds: an idle machine needs half of one
 MANY = 800
 ALL = {f"a{number}": [f"d{number}.example"] for number in range(DOMAINS)}
 
 
 def fill(provider, now):
-    """Every other message is ours; the others are of another agent, without `S=` in their names."""
+    """Every other message is ours; the others are from another agent, without `S=` in their names."""
     for number in range(DOMAINS):
         domain = f"d{number}.example"
         maildir = provider.spool / "domains" / domain
@@ -39,7 +39,7 @@ def fill(provider, now):
 
 
 def fastest(box, *command):
-    """The output, and the least seconds of several runs: of the clock, and of the processor."""
+    """The output, and the least time of several runs: wall clock, and processor."""
     clock, processor = [], []
     for _ in range(5):
         before, begin = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
@@ -53,7 +53,7 @@ def fastest(box, *command):
 
 @scenario("status-many")
 def status_many(box):
-    """100,000 messages in 1,000 domains, half of them of another agent: status and queue list"""
+    """status and queue list are fast with 100,000 messages in 1,000 domains, half of them from another agent"""
     provider = Provider(box, require_tls=False, customers=ALL)
     fill(provider, int(time.time()))
     facts = []
@@ -73,13 +73,13 @@ def status_many(box):
 
 
 def messages(spool):
-    """What each file of a spool holds, without the lines that name its other copies, sorted."""
+    """The content of each file of a spool, without the lines that name its other copies, sorted."""
     return sorted(file.read_bytes() for file in spool.glob("domains/*/*/*") if file.is_file())
 
 
 @scenario("status-formats")
 def status_formats(box):
-    """json.tool and promtool read the status of both sides, with awkward names and replies, after calls that failed too"""
+    """json.tool and promtool accept the status of both sides, with awkward names and replies, also after calls that failed"""
     provider = Provider(box, require_tls=False).start()
     customer = Customer(box, provider.odmr, tls="none")
     with Smtp(provider.inbound) as client:
@@ -118,7 +118,7 @@ CONTENTS = [
 
 @scenario("export-import")
 def export_import(box):
-    """a domain is moved from one spool to another while both serve: octet for octet, with all parameters, and then delivered"""
+    """A domain is moved from one spool to another while both serve: the messages and all parameters are unchanged, and are delivered from there"""
     old = Provider(box, require_tls=False, name="old").start()
     new = Provider(box, require_tls=False, name="new").start()
     with Smtp(old.inbound) as client:
@@ -153,7 +153,7 @@ def export_import(box):
 
 @scenario("queue-beside-calls")
 def queue_beside_calls(box):
-    """while a customer fetches its mail, an administrator removes every other message: each is delivered or removed, once"""
+    """While a customer fetches its mail, an administrator removes every other message: each message is either delivered or removed, once"""
     provider = Provider(box, require_tls=False, more="[limits]\nmessages-per-turn = 20\n").start()
     customer = Customer(box, provider.odmr, tls="none")
     with Smtp(provider.inbound) as client:
@@ -165,7 +165,7 @@ def queue_beside_calls(box):
     check(len(listed) == MANY, f"{len(listed)} lines")
     ids = [dict(word.split("=", 1) for word in line.split()[:2])["id"] for line in listed]
     call, removed, busy = None, [], 0
-    # The newest first: the customer gets the oldest first.
+    # Remove the newest first: the customer gets the oldest first.
     for number in range(MANY - 1, 0, -2):
         if len(removed) == 25 and not call:
             call = customer.start()
@@ -175,14 +175,14 @@ def queue_beside_calls(box):
                 break
             busy += 1
         if call and call.poll() is not None:
-            # It met the lock that `remove` has, or has fetched what one session brings.
+            # The call found the lock of `remove`, or has fetched the mail of one session.
             call = customer.start()
         check(done.returncode in (0, 65), f"remove: {done.returncode} {done.stderr}")
         if ": removed" in done.stdout:
             removed.append(number)
     call.wait(30)
     check(0 < len(removed) < MANY // 2, f"{len(removed)} removed: they did not meet")
-    # A call that comes before the last session has released the queue brings nothing, and does not fail.
+    # A call before the last session has released the queue fetches nothing, and does not fail.
     for _ in range(20):
         check(customer.pull() in (0, 75), "a call failed")
         if not provider.held():

@@ -1,4 +1,4 @@
-"""Outgoing mail: up to the provider on the connection that brings mail down, and out into the world."""
+"""Outgoing mail: up to the provider in the session that also brings mail, and from there to the Internet."""
 
 import email
 import os
@@ -29,7 +29,7 @@ typed into sendmail
 
 
 class Policy:
-    """Postfix's policy protocol: the first `count` recipients are deferred, all others are welcome."""
+    """Postfix's policy protocol: defers the first `count` recipients, and permits all others."""
 
     def __init__(self, box, count):
         self.deferred = self.asked = 0
@@ -52,7 +52,7 @@ class Policy:
 
 
 def receiving_postfix(box, address, port, domain, policy):
-    """A Postfix that takes mail for a domain over STARTTLS into a Maildir. Gives the Maildir's path."""
+    """A Postfix that accepts mail for a domain by STARTTLS into a Maildir. Returns the Maildir's path."""
     certificate, key = self_signed(box, f"mx.{domain}")
     boxes = box.path / "boxes"
     boxes.mkdir()
@@ -86,7 +86,7 @@ def give(provider, sender, recipient, content):
 
 @scenario("outgoing", needs=["postfix", "dnsmasq"], root=True)
 def outgoing(box):
-    """typed into sendmail -t, up and out: a dead MX, a 450, STARTTLS into Postfix; a null MX makes a DSN"""
+    """A user types a message into sendmail -t, and it is sent on: past a dead MX, after a 450, by STARTTLS into Postfix; a null MX causes a DSN"""
     port = free_port()
     names = Names(
         box,
@@ -134,7 +134,7 @@ def outgoing(box):
         check(file.count(b"\nMessage-ID:") == 1 and file.count(b"\nDate:") == 1, f"{file!r}")
         check(file.endswith(b"\n\ntyped into sendmail\n.\n.and a dot\n"), f"{file[-100:]!r}")
 
-    # The null MX is found so fast that its DSN may have come down by the same call.
+    # The null MX is found so fast that the same call may fetch its DSN.
     find = lambda: [path for path in customer.files() if b"report-type" in path.read_bytes()]
     wait_until(lambda: find() or provider.held(), "a DSN in the held domain")
     check((result := customer.pull()) == 0, f"second pull: exit {result}")
@@ -148,7 +148,7 @@ def outgoing(box):
 
 
 def read_dsn(octets, recipient, status, diagnostic):
-    """Reads a DSN as a mail program does, and demands what it must say."""
+    """Reads a DSN as a mail program does, and checks its content."""
     dsn = email.message_from_bytes(octets)
     check(dsn.get_content_type() == "multipart/report", dsn.get_content_type())
     check(dsn.get_param("report-type") == "delivery-status", f"{dsn['Content-Type']}")
@@ -171,7 +171,7 @@ def read_dsn(octets, recipient, status, diagnostic):
 
 @scenario("smarthost")
 def smarthost(box):
-    """[relay] smarthost: many domains' mail on one connection, with STARTTLS and AUTH; to python, and to a second odmr"""
+    """The relay sends mail for many domains to a smarthost in one connection, with STARTTLS and AUTH; also to a second odmr"""
     tls = self_signed(box, "localhost", label="smart")
     keywords = ("PIPELINING", "8BITMIME", "SIZE", "SMTPUTF8", "CHUNKING")
     house = House(box, tls=tls, accounts={"isp": "open sesame"}, keywords=keywords, name="smart.example")
@@ -208,7 +208,7 @@ retry-first = "1s"
     first = house.connections
     check(house.most <= 5, f"{house.most} connections at once to the smarthost")
 
-    # All that waits, for six domains, after a restart: one connection.
+    # All waiting mail, for six domains, after a restart: one connection.
     send(customer, 5)
     house.messages.clear()
     house.rejections["MAIL"] = ["450 4.3.0 later"] * 10
@@ -218,14 +218,14 @@ retry-first = "1s"
     check((result := provider.stop()) == 0, f"serve: exit {result}")
     house.rejections.clear()
     due(provider.spool)
-    time.sleep(0.2)  # what was under way is over
+    time.sleep(0.2)  # the attempts under way have ended
     before, logins = house.connections, len(house.logins)
     provider.start()
     wait_until(lambda: len(recipients()) >= len(wanted), "ten recipients at the smarthost, again")
     check(house.connections - before == 1, f"{house.connections - before} connections for what was due at once")
     check(len(house.logins) - logins == 1, "not one login")
 
-    # One that is gone is not called for each message.
+    # The relay does not connect to a smarthost that is down for each message.
     provider.stop()
     gone = House(box, rejections={"EHLO": ["421 4.3.2 going down"] * 100}, name="smart.example")
     text = provider.config.read_text()
@@ -240,7 +240,7 @@ retry-first = "1s"
     provider.stop()
     shutil.rmtree(provider.spool / "outgoing")
 
-    # The same with another provider as the smarthost: what it holds, it has.
+    # The same with another provider as the smarthost: its spool has the messages.
     domains = [f"d{number}.example" for number in range(6)]
     accounts = {"isp": "relay = true\nany-sender = true\n"}
     second = Provider(
@@ -268,7 +268,7 @@ def due(spool):
 
 
 class NoMail:
-    """A provider in the manner of those that only turn the line: MAIL is answered 502 (RFC 2645 section 5.4)."""
+    """A provider that accepts no mail: it replies 502 to MAIL (RFC 2645 section 5.4)."""
 
     def __init__(self, box, reply="502 5.5.1 not implemented"):
         self.reply, self.heard, self.codes = reply, [], []
@@ -321,7 +321,7 @@ class NoMail:
 
 @scenario("fallback")
 def fallback(box):
-    """a provider that answers 502 to MAIL: incoming mail comes, outgoing mail takes the submission host, or waits"""
+    """The provider replies 502 to MAIL: the call fetches incoming mail, and outgoing mail goes to the submission host, or waits"""
     provider = NoMail(box)
     tls = self_signed(box, "localhost", label="submission")
     house = House(box, tls=tls, accounts={"adam": "my own"}, name="submission.example")
@@ -345,7 +345,7 @@ def fallback(box):
         check("3 sent" in customer.log(), f"{reply[:3]}: {customer.log()[-300:]}")
     check(all(house.secured) and house.logins[0] == ("PLAIN", "adam", True), f"{house.secured} {house.logins}")
 
-    # Without mail to fetch: 453, and the message is submitted all the same.
+    # No mail to fetch: 453, and the message is submitted all the same.
     file = "nomail"
     customer = Customer(box, provider.port, tls="none", file=file, more=outgoing_table(box, file, more))
     sendmail(box, customer, "-f", "adam@example.org", "u@dest.example", text="Subject: x\n\nx\n")
@@ -353,7 +353,7 @@ def fallback(box):
     check((result := customer.pull()) == 0, f"453: exit {result}")
     check(len(house.messages) - messages == 1 and not queued(customer), "after 453 the message was not submitted")
 
-    # Without a submission host it is kept, and that is said.
+    # Without a submission host it is stored, and the log reports that.
     customer = Customer(box, provider.port, tls="none", file="without", more=outgoing_table(box, "without"))
     sendmail(box, customer, "-f", "adam@example.org", "u@dest.example", text="Subject: x\n\nx\n")
     provider.messages.append("incoming")
@@ -365,7 +365,7 @@ def fallback(box):
     check("1 waiting to be sent" in customer.log(), f"the summary: {customer.log()[-300:]}")
     facts.append("kept and said without a submission host")
 
-    # A submission host that is not there: kept, and the incoming half does not suffer.
+    # The submission host is down: the message is stored, and incoming mail is fetched.
     more = f'submission = "localhost:{free_port()}"\nca = "{tls[0]}"'
     customer = Customer(box, provider.port, tls="none", file="dead", more=outgoing_table(box, "dead", more))
     sendmail(box, customer, "-f", "adam@example.org", "u@dest.example", text="Subject: x\n\nx\n")
@@ -375,7 +375,7 @@ def fallback(box):
     check(events(customer.log(), "submission-failed"), f"not said: {customer.log()}")
     check("1 waiting to be sent" in customer.log(), f"the summary: {customer.log()[-300:]}")
 
-    # One message that the provider rejects does not keep back the others.
+    # One message that the provider rejects does not block the others.
     strict = Provider(box, require_tls=False, accounts=RELAYS).start()
     customer = Customer(box, strict.odmr, tls="none", file="strict", more=outgoing_table(box, "strict"))
     sendmail(box, customer, "-f", "me@foreign.example", "eva@example.com.example", text="Subject: foreign\n\nx\n")

@@ -1,6 +1,7 @@
-"""SIGKILL at random moments while mail goes up and out: nothing that sendmail took is lost, and what waits, waits on.
+"""SIGKILL at random moments while mail is sent up and on: no message is lost that sendmail has accepted, and waiting
+mail stays.
 
-A killed process is not an unplugged machine: what this shows is the order of steps, not the fsyncs.
+A killed process is not a power cut: this tests the order of steps, not the fsyncs.
 """
 
 import collections
@@ -24,13 +25,14 @@ SINK = "127.0.0.3"
 
 
 def recipients(number):
-    """Of that message: some are for several in one domain, of whom the sink defers one now and then, and in two domains."""
+    """The recipients of that message: for some, several in one domain, one of which the sink defers now and then, and
+    two domains."""
     home, neighbour = f"d{number % DOMAINS}.example", f"d{(number + 1) % DOMAINS}.example"
     return [f"u@{home}", f"v@{home}", f"w@{home}", f"u@{neighbour}"][: (1, 1, 3, 4)[number % 4]]
 
 
 class Feeder(threading.Thread):
-    """Types messages into sendmail; some of them are killed over it. A message counts when the exit code was 0."""
+    """Types messages into sendmail; some of these processes are killed. A message counts if the exit code was 0."""
 
     def __init__(self, box, customer, numbers, dice):
         super().__init__(daemon=True)
@@ -62,7 +64,7 @@ class Feeder(threading.Thread):
 
 
 class MoodySink(House):
-    """Defers now and then, and now and then hangs up after the content."""
+    """Defers now and then, and now and then closes the connection after the content."""
 
     def __init__(self, box, dice, **more):
         self.dice = dice
@@ -80,7 +82,7 @@ class MoodySink(House):
 
 @scenario("outgoing-kills", needs=["dnsmasq"])
 def outgoing_kills(box):
-    """SIGKILL at 40 random moments of provider, customer and sendmail: all 500 messages that were taken go out"""
+    """SIGKILL of provider, customer and sendmail at 40 random moments: all 500 messages that sendmail has accepted are sent"""
     seed = int(os.environ.get("SEED", random.SystemRandom().randrange(1_000_000)))
     print(f"   outgoing-kills: seed {seed} (SEED={seed} repeats the dice)", flush=True)
     dice = random.Random(seed)
@@ -127,7 +129,7 @@ def outgoing_kills(box):
     delayed = len(queued(customer))
 
     def dust_settled():
-        # A message that a broken call has left has an attempt of its own later; here it is due now.
+        # A message that a broken call has left waits for its next attempt; here it is made due.
         for file in queued(customer):
             try:
                 os.utime(file)
@@ -160,7 +162,7 @@ def outgoing_kills(box):
 
 @scenario("retry-times", needs=["dnsmasq"])
 def retry_times(box):
-    """a deferred message is not tried again by a restart, by SIGTERM or SIGKILL, but is when its time has come"""
+    """A restart, SIGTERM or SIGKILL does not cause an early attempt at a deferred message; it is sent when it is due"""
     first = 4.0
     port = free_port()
     house = House(box, address=SINK, port=port, rejections={"RCPT": ["450 4.2.0 not now", "452 4.3.1 no room"]})
@@ -179,7 +181,7 @@ def retry_times(box):
     check(len(house.times("RCPT")) == 1, "SIGTERM and start, and it was tried at once")
     provider.restart_by_force()
     wait_until(lambda: len(house.times("RCPT")) >= 2, "the second attempt", seconds=2 * first)
-    # The message keeps its time for all that, and another one to that host does not bring it forward.
+    # The message is not due earlier because of this, nor because of another message for the same host.
     wait_until(lambda: deferrals() == 2, "the second deferral")
     sendmail(box, customer, "-f", "adam@example.org", "v@dest.example", text="Subject: fast\n\nx\n")
     check((result := customer.pull()) == 0, f"pull: exit {result}")

@@ -1,5 +1,5 @@
-"""Debian packages of which the scenarios want the files only: they are unpacked and not installed, because they conflict
-with Postfix (Exim), start services, or bring much that nobody needs here (test data).
+"""Debian packages of which the scenarios need only the files: they are unpacked and not installed, because they conflict
+with Postfix (Exim), start services, or have many dependencies (test data).
 
 They stay in `interop-packages` of the target directory for the next run.
 """
@@ -26,7 +26,7 @@ def unpacked(box, *packages):
 
 
 def fetch(box, packages):
-    """Downloads and unpacks them all. True if that was possible."""
+    """Downloads and unpacks them all. Returns whether that was possible."""
     place = box.path / "downloads"
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir()

@@ -1,4 +1,4 @@
-"""Exim at the other end, as doc/peers.md has it: a provider that speaks as Exim 4.99 does, and Debian's Exim as host."""
+"""Exim as the peer, as in doc/peers.md: a provider that behaves as Exim 4.99, and Debian's Exim as host."""
 
 import os
 import pwd
@@ -15,7 +15,7 @@ COUNT = 100
 
 
 class OneACall:
-    """Speaks implicit TLS, gives each call one message, and says nothing of how many wait."""
+    """Uses implicit TLS, gives each call one message, and does not report how many wait."""
 
     def __init__(self, box, certificates, messages):
         self.left, self.calls, self.replies = list(messages), 0, []
@@ -66,7 +66,7 @@ class OneACall:
 
 @scenario("exim-one-a-call")
 def exim_one_a_call(box):
-    """a provider that gives one message a call, under TLS, as Exim does: one pull fetches all of 100"""
+    """The provider gives one message in each call, under TLS, as Exim does: one pull fetches all 100"""
     certificates = Certificates(box)
     messages = [f"Subject: message {number}\r\n\r\nmessage {number}\r\n" for number in range(COUNT)]
     provider = OneACall(box, certificates, messages)
@@ -84,7 +84,7 @@ def exim_one_a_call(box):
 
 @scenario("exim-sends", root=True)
 def exim_sends(box):
-    """Debian's Exim as the sending MX: verified STARTTLS, 150 recipients and RCPTMAX, all held"""
+    """Debian's Exim as the sending MX: with verified STARTTLS, 150 recipients and RCPTMAX, all mail is held"""
     certificates = Certificates(box)
     provider = Provider(box, certificates=certificates).start()
     exim = Exim(
@@ -123,7 +123,7 @@ begin retry
 
 @scenario("exim-next-hop", root=True)
 def exim_next_hop(box):
-    """Debian's Exim as the next hop by SMTP: what it rejects at RCPT is rejected, the rest is in its mailbox file"""
+    """Debian's Exim as the next hop by SMTP: recipients that it rejects at RCPT are rejected, the other mail is in its mailbox file"""
     provider = Provider(box, require_tls=False).start()
     mailbox = box.path / "exim/inbox"
     mailbox.mkdir(parents=True)

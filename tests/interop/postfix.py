@@ -1,4 +1,4 @@
-"""A Postfix of our own: once as the MX that sends to us, once as the agent that fills the held Maildir."""
+"""A Postfix of the scenario: as the MX that sends to us, and as the agent that fills the held Maildir."""
 
 import os
 import pwd
@@ -7,7 +7,7 @@ import signal
 from harness import LOOPBACK, Certificates, Customer, Failed, Provider, check, field, scenario, wait_until
 
 DAEMONS = "/usr/lib/postfix/sbin"
-UID = 5000  # who owns virtual mail
+UID = 5000  # the owner of virtual mail
 
 MASTER = """\
 postlog   unix-dgram n  - n - 1 postlogd
@@ -70,7 +70,7 @@ queue_run_delay = 2s
         wait_until(lambda: "daemon started" in box.log("postfix.log"), "Postfix to start")
 
     def stop(self):
-        """The master has left the process group we started: it is ended by its own process id."""
+        """The master has left its process group, so it is ended by its process id."""
         file = self.box.path / "queue/pid/master.pid"
         if file.exists():
             master = int(file.read_text())
@@ -92,7 +92,7 @@ def message(number):
 
 @scenario("postfix-sends", needs=["postfix", "sendmail"], root=True)
 def postfix_sends(box):
-    """Postfix as the sending MX: verified STARTTLS, 50 messages, all held"""
+    """Postfix as the sending MX, with verified STARTTLS: all 50 messages are held"""
     certificates = Certificates(box)
     provider = Provider(box, certificates=certificates).start()
     postfix = Postfix(
@@ -130,7 +130,7 @@ smtp_tls_loglevel = 1""",
 
 @scenario("postfix-domains", needs=["postfix", "sendmail"], root=True)
 def postfix_domains(box):
-    """Postfix sends a message for 25 held domains in one session: ten at a time, each domain gets it once, nothing bounces"""
+    """Postfix sends a message for 25 held domains in one session: ten in each transaction; each domain gets it once, and none bounces"""
     domains = [f"d{number}.example" for number in range(25)]
     provider = Provider(box, require_tls=False, customers={"many": domains}).start()
     postfix = Postfix(box, f"relayhost = [{LOOPBACK}]:{provider.inbound}\nsmtp_tls_security_level = none")
@@ -146,7 +146,7 @@ def postfix_domains(box):
 
 @scenario("postfix-virtual", needs=["postfix", "sendmail"], root=True)
 def postfix_virtual(box):
-    """Postfix's virtual(8) delivers straight into the held Maildir and pull fetches it"""
+    """Postfix's virtual(8) delivers into the held Maildir, and pull fetches the mail"""
     certificates = Certificates(box)
     provider = Provider(box, certificates=certificates).start()
     for domain in ("example.org", "example.com"):

@@ -1,4 +1,4 @@
-"""The quick start of README.md, typed word for word on two clean Debian machines, and what becomes of them afterwards."""
+"""The quick start of README.md, typed word for word on two clean Debian machines, and their state afterwards."""
 
 import os
 import re
@@ -24,7 +24,7 @@ MESSAGE = b"From: bob@example.com\r\nTo: alice@example.org\r\nSubject: the first
 
 
 def blocks():
-    """The blocks of commands in the section of README.md: each a list of (what is typed, what comes after `#`)."""
+    """The blocks of commands in the section of README.md: each a list of (command, comment after `#`)."""
     section = re.search(r"(?ms)^## Quick start.*?(?=^## )", README.read_text())[0]
     check(section.count("\n") <= 40, f"the quick start has {section.count(chr(10))} lines")
     lines = lambda block: [re.fullmatch(r" {4}(.*?)(?: +# (.*))?", line).groups("") for line in block.splitlines()]
@@ -39,7 +39,7 @@ def alternative(comment, word):
 
 
 class Player:
-    """Types a block of commands on a machine. `install` is what is done for the first command."""
+    """Types a block of commands on a machine. `install` replaces the first command."""
 
     def __init__(self, machine, install):
         self.machine, self.install, self.typed = machine, install, []
@@ -58,7 +58,7 @@ class Player:
 
 
 def log_of(machine):
-    """What the daemon of a machine has logged, to the journal or to the terminal."""
+    """The log of the daemon of a machine, from the journal or the terminal."""
     return machine.box.log(f"{machine.name}-{'journal' if machine.systemd else 'daemon'}.log")
 
 
@@ -80,7 +80,7 @@ def send_from_world(world, recipient, content):
 
 
 def host_of_world(box, world):
-    """The MX host of example.com. Gives the messages that it gets."""
+    """The MX host of example.com. Returns the list of the messages that it receives."""
     world.run(f"ip address add {WORLD_HOST}/32 dev lo")
     listener = box.keep(world.inside(lambda: socket.create_server((WORLD_HOST, 25))))
     messages = []
@@ -96,7 +96,7 @@ def host_of_world(box, world):
 
 
 def pair(box, install, systemd=False):
-    """Plays the quick start. Gives both machines and the facts."""
+    """Plays the quick start. Returns both machines and the facts."""
     world = World(box, *RECORDS)
     relay = Machine(box, world, "relay", PROVIDER, systemd=systemd)
     mail = Machine(box, world, "mail", CUSTOMER, systemd=systemd)
@@ -122,7 +122,7 @@ def pair(box, install, systemd=False):
 
 
 def says_what_is_next(*typed):
-    """What `odmr setup` tells people to type is what README tells them."""
+    """`odmr setup` tells users to type the same commands as README."""
     readme = [word for block in blocks() for command, comment in block for word in (command, comment.split(": ", 1)[-1])]
     for command, done in (one for commands in typed for one in commands if one[0].startswith("odmr setup ")):
         told = re.findall(r"(?m)^ {4}((?:odmr|systemctl) .*?) *(?:#.*)?$", done.stdout)
@@ -132,7 +132,7 @@ def says_what_is_next(*typed):
 
 
 def sends_back(mail, afterwards, messages):
-    """The daemon calls, and a user who is nobody special sends a message to the world."""
+    """The daemon calls, and an ordinary user sends a message to the Internet."""
     (daemon, comment), *rest = afterwards
     Player(mail, None).play([(daemon, comment)])
     wait_until(lambda: events(log_of(mail), "listening", listener="submission"), "the daemon")
@@ -154,9 +154,9 @@ def make(machine, program, target):
 
 @scenario("quick-start", needs=[*NEEDS, "bmake"], root=True, waits=True)
 def quick_start(box):
-    """README's quick start after `make install`, word for word, in clean Debian machines: mail comes in and goes out"""
+    """README's quick start after `make install`, word for word, on clean Debian machines: mail arrives and is sent"""
     relay, mail, facts = pair(box, made_by_make)
-    # What was installed is removed again, and what was set up stays.
+    # The installed files are removed again, the configuration and the mail stay.
     make(mail, "bmake", "uninstall")
     left = mail.type("find /usr/local -name '*odmr*' -o -type l -lname '*odmr'").stdout
     check(not left, f"make uninstall leaves {left}")
@@ -165,7 +165,7 @@ def quick_start(box):
 
 
 def package(box, name="target"):
-    """Makes the Debian package of the program that is tried, in a target directory of the box."""
+    """Makes the Debian package of the program under test, in a target directory of the box."""
     environment = {**os.environ, "ODMR": ODMR, "CARGO_TARGET_DIR": str(box.path / name)}
     done = box.run("make", "--silent", "deb", cwd=ROOT, env=environment)
     check(done.returncode == 0, f"make deb: {done.stderr}")
@@ -182,10 +182,10 @@ def installed(machine, file, command):
 
 @scenario("quick-start-deb", needs=[*NEEDS, "dpkg-deb", "dpkg-shlibdeps"], root=True, waits=True)
 def quick_start_deb(box):
-    """The same after `apt install ./odmr_*.deb`, with a systemd on each machine that runs both daemons"""
+    """README's quick start after `apt install ./odmr_*.deb`, with systemd on each machine, which runs both daemons"""
     file = package(box)
     relay, mail, facts = pair(box, lambda machine, command: installed(machine, file, command), systemd=True)
-    # What a first start makes, as root, the next one must be able to use under the restrictions of the unit.
+    # The files that root makes at a first start must be usable under the restrictions of the unit.
     for machine, unit in ((relay, "odmr-serve"), (mail, "odmr-pull")):
         done = machine.type(f"systemctl restart {unit} && systemctl reload {unit}")
         check(done.returncode == 0, machine.type(f"journalctl --unit={unit} --lines=5 --output=cat").stdout)
@@ -203,7 +203,7 @@ require-tls = false
 
 @scenario("debian-package", needs=[*NEEDS, "dpkg-deb", "dpkg-shlibdeps", "lintian", "mandoc"], root=True, waits=True)
 def debian_package(box):
-    """make deb: equal twice, lintian is silent; an upgrade restarts what runs only; a purge leaves mail and says where"""
+    """make deb gives the same file twice, and lintian reports nothing; an upgrade restarts only running daemons; a purge keeps mail and prints its place"""
     file = package(box)
     old = os.umask(0o077)
     again = package(box, "again")
@@ -215,7 +215,7 @@ def debian_package(box):
     check(linted.returncode == 0, f"mandoc: {linted.stdout}")
     world = World(box, *RECORDS)
     life_with_systemd(world, Machine(box, world, "relay", PROVIDER, systemd=True), file)
-    # The same without systemd: no script of the package fails or says anything.
+    # The same without systemd: no script of the package fails or prints anything.
     bare = Machine(box, world, "bare", CUSTOMER)
     installed(bare, file, "dpkg -i ./odmr_*.deb")
     for command in ("dpkg -i ./odmr_*.deb", "dpkg --remove odmr", "dpkg --purge odmr"):

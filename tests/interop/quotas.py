@@ -1,6 +1,6 @@
-"""What is held for a customer has a limit, a disk has a reserve, and a customer may name its recipients.
+"""The mail that is held for a customer is limited, a disk has a reserve, and a customer may list its recipients.
 
-The watcher sums the files as `odmr status` does, under the lock that each process has while it adds one.
+The watcher sums the files as `odmr status` does, under the lock that each process has while it adds a file.
 """
 
 import collections
@@ -48,7 +48,7 @@ class Inetd:
 
 
 class Sender(threading.Thread):
-    """Sends messages of random sizes to random recipients until it is told to stop; some announce the size."""
+    """Sends messages of random sizes to random recipients until it is stopped; some announce the size."""
 
     def __init__(self, number, port, dice, stop):
         super().__init__(daemon=True)
@@ -78,7 +78,7 @@ class Sender(threading.Thread):
         line.socket.sendall("".join(one + "\r\n" for one in group).encode())
         mail, *rcpt, data = [line.reply() for _ in group]
         check(mail.startswith("250"), mail)
-        # One of two recipients may be too much.
+        # One of two recipients may exceed the quota.
         taken = [to for to, reply in zip(recipients, rcpt) if reply.startswith("250")]
         for reply in rcpt:
             check(reply.startswith(("250", "452 4.2.2")), reply)
@@ -101,7 +101,7 @@ def message(name, octets):
 
 
 def held(provider):
-    """Octets of the files that are held; a file that has another name meanwhile counts once."""
+    """The octets of the held files; a file that is renamed during this counts once."""
     found = {}
     for file in provider.held():
         size = next((part[2:] for part in file.name.split(":")[0].split(",") if part.startswith("S=")), None)
@@ -140,7 +140,7 @@ class Watcher(threading.Thread):
 
 
 def fill(provider, port):
-    """Sends smaller and smaller messages until not even the smallest is accepted."""
+    """Sends smaller and smaller messages until the smallest is rejected."""
     with Smtp(port) as line:
         line.hello()
         for size in (60_000, 3000, SMALLEST):
@@ -168,7 +168,7 @@ def is_full(provider, ports):
 
 @scenario("quota-two-processes")
 def quota_two_processes(box):
-    """32 senders at `serve` and at processes of inetd: the quota is reached within the smallest message, never exceeded"""
+    """32 senders at `serve` and at processes of inetd fill a quota: it is reached up to the smallest message, and never exceeded"""
     provider = Provider(box, require_tls=False, accounts={"acme": f"max-bytes = {LIMIT}"}).start()
     inetd, stop, dice = Inetd(box, provider), threading.Event(), random.SystemRandom()
     watcher = Watcher(provider, LIMIT)
@@ -189,7 +189,7 @@ def quota_two_processes(box):
     check(status.returncode == 1 and "% of its quota is used up" in status.stdout, f"{status.stdout}{status.stderr}")
     shown = box.run(ODMR, "status", "-c", provider.config).stdout
     check(str(octets) in shown, f"{octets} octets are not in {shown}")
-    # What an administrator removes makes room, also in the other process, as soon as the last count is not believed any more.
+    # The room of files that an administrator removes is usable, also in the other process, when the last count is no longer valid.
     largest = max(provider.held(), key=lambda file: file.stat().st_size)
     largest.unlink()
     wait_until(lambda: fill(provider, inetd.port) or LIMIT - fill.smallest < held(provider), "as full as before")
@@ -199,7 +199,7 @@ def quota_two_processes(box):
 
 @scenario("quota-kills")
 def quota_kills(box):
-    """the same with SIGKILL of all processes while a customer fetches: never exceeded, nothing lost, and full at the end"""
+    """All processes are killed (SIGKILL) while 32 senders fill a quota and a customer fetches: it is never exceeded, no message is lost, and it is full at the end"""
     provider = Provider(box, require_tls=False, accounts={"acme": f"max-bytes = {LIMIT}"}).start()
     provider.config.write_text(provider.config.read_text().replace(f"{LOOPBACK}:0", f"{LOOPBACK}:{provider.inbound}", 1))
     provider.config.write_text(provider.config.read_text().replace(f"{LOOPBACK}:0", f"{LOOPBACK}:{provider.odmr}", 1))
@@ -244,7 +244,7 @@ def quota_kills(box):
 
 
 def ballast(spool, free):
-    """Leaves so much of the disk free."""
+    """Leaves only so much of the disk free."""
     (spool / "ballast").unlink(missing_ok=True)
     disk = os.statvfs(spool)
     with open(spool / "ballast", "wb") as file:
@@ -254,7 +254,7 @@ def ballast(spool, free):
 
 @scenario("min-free", root=True)
 def min_free(box):
-    """a disk below `min-free`: both listeners accept nothing, held and outgoing mail goes out, DSNs are stored"""
+    """The disk has less than `min-free`: both listeners accept no mail, held and outgoing mail is sent, and DSNs are stored"""
     elsewhere = Listener(box)
     more = f'[limits]\nmin-free = "6MiB"\n[relay]\nsmarthost = "{LOOPBACK}:{elsewhere.port}"\nsmarthost-tls = "none"\nretry-first = "1s"\n'
     provider = Provider(box, require_tls=False, more=more)
@@ -290,7 +290,7 @@ def min_free(box):
             one.want("250", "RCPT TO:<eva@example.org>")
             one.want("250", "RSET")
         (other / "ballast").unlink()
-        # It is enough for MAIL, and gets too little while the content comes, whose size is not announced.
+        # There is enough for MAIL, but too little while the content arrives, whose size is not announced.
         ballast(provider.spool, 8 * MIB)
         content = message("large", 3 * MIB)
         for one, to in ((line, "eva@example.org"), (submission, "b@elsewhere.example")):
@@ -313,7 +313,7 @@ def min_free(box):
     wait_until(lambda: [message for message in elsewhere.messages if message.recipients == ["b@elsewhere.example"]], "the relay", 20)
     wait_until(lambda: customer.pull() == 0 and not provider.held(), "an empty spool", 30, 0.5)
     subjects = collections.Counter(file.parent.parent.parent.name for file in customer.files())
-    # Two of those with an unknown recipient have a sender who is a customer: a DSN is held for it.
+    # Two of those with an unknown recipient have a customer as their sender: a DSN is held for it.
     check(subjects["example.org"] == 20 and subjects["example.com"] == 2, f"the customer has {subjects}")
     wait_until(lambda: len(elsewhere.messages) == 3, "the DSNs for elsewhere", 20)
     with Smtp(provider.inbound) as line:
@@ -326,7 +326,7 @@ def min_free(box):
 
 @scenario("recipients-file")
 def recipients_file(box):
-    """a file of recipients that is replaced while mail comes, by rename, in place, slowly, by rubbish: no reload"""
+    """A file of recipients is replaced while mail arrives, by rename, in place, slowly, and by invalid data: it takes effect without a reload"""
     path = box.path / "lists/acme"
     path.parent.mkdir()
     many = "".join(f"user{number}@example.org\n" for number in range(100_000))
@@ -372,8 +372,8 @@ def recipients_file(box):
     known("before", "550 5.1.1")
     for port in (provider.inbound, inetd.port):
         check(reply("postmaster", port) == "250 2.1.5", "postmaster is unknown")
-        wait_until(lambda: reply("stranger", port) == "550 5.1.1", "550 for a stranger", 8)
-    # In place, with pauses: a part of it is a valid list, and nobody is rejected for it.
+        wait_until(lambda: reply("unknown", port) == "550 5.1.1", "550 for an unknown recipient", 8)
+    # In place, with pauses: a part of it is a valid list, and no recipient is rejected because of that.
     seen = collections.Counter()
     with open(path, "w") as file:
         for name in ("slow", "other", "always"):
@@ -385,7 +385,7 @@ def recipients_file(box):
                 time.sleep(0.1)
     known("slow")
     known("after", "550 5.1.1")
-    # What cannot be used changes nothing, and is in the log once; twice if it is read in the moment in which it is cut off.
+    # An invalid file changes nothing, and is logged once; or twice if it is read at the moment when it is truncated.
     said = lambda: {line["error"] for line in events(provider.log(), "recipients-unreadable")}
     for number, text in enumerate(("", "always@example.org\nalw", "always@example.edu\n", "\0\1\2\n"), 1):
         path.write_text(text)

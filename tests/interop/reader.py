@@ -1,7 +1,7 @@
 """A mail reader in the Maildir of held mail: it moves files from new to cur and changes their flags, during the turn.
 
-What must hold: a file is known by the part of its name that a reader leaves as it is, so nothing is lost, nothing is sent
-twice, and nothing is left.
+What must hold: a file is known by the part of its name that a reader does not change, so no message is lost, sent twice or
+left.
 """
 
 import itertools
@@ -21,24 +21,24 @@ MANY = 300
 READER = "reader@example.org"
 FLAGS = ("S", "FS", "", "RST", "DFPRST", "F")
 CALLS_AT_MOST = 12
-AT_MOST = 100  # times that a reader renames the files of a few messages in one session
+AT_MOST = 100  # how often a reader renames the files of a few messages in one session
 
 
 def rename_all(files, flags):
-    """What a reader does when it opens a Maildir: every message is in cur now, with other flags. Gives how many it was."""
+    """The effect of a reader that opens a Maildir: each message is in cur, with other flags. Returns the number of messages."""
     count = 0
     for file in files:
         try:
             file.rename(file.parent.parent / "cur" / f"{file.name.split(':')[0]}:2,{flags}")
             count += 1
         except FileNotFoundError:
-            pass  # sent meanwhile
+            pass  # sent since
     return count
 
 
 @scenario("reader-renames", needs=["strace", "dnsmasq"], root=True)
 def reader_renames(box):
-    """each waiting file is renamed at RCPT, at DATA and between content and 250, in all four queues: each comes once"""
+    """A reader renames each waiting file at RCPT, at DATA and between content and 250, in all four queues: each message arrives once"""
     renamed, failures = 0, []
     for kind in PLACES:
         place, flags = kind(box), itertools.cycle(FLAGS)
@@ -69,7 +69,7 @@ def reader_renames(box):
 
 
 class Reader(threading.Thread):
-    """Reads a Maildir again and again, in the way that `read` does it."""
+    """Reads a Maildir again and again, by calling `read`."""
 
     def __init__(self, read):
         super().__init__(daemon=True)
@@ -82,7 +82,7 @@ class Reader(threading.Thread):
             while not self.stop.is_set():
                 self.read(self.times)
                 self.times += 1
-        except Exception as error:  # told by `end`
+        except Exception as error:  # set by `end`
             self.error = error
 
     def end(self):
@@ -94,7 +94,7 @@ class Reader(threading.Thread):
 
 
 class SlowChoosy(Choosy):
-    """Gives the reader time: a little for each message, and now and then as much as it needs to read all."""
+    """Gives the reader time: a little for each message, and now and then enough to read all."""
 
     def take(self, sender, recipients, content):
         super().take(sender, recipients, content)
@@ -105,7 +105,7 @@ class SlowChoosy(Choosy):
 
 
 def hold(provider):
-    """Some hundreds of messages in the held Maildir, a third of them for two, which belong to the reader."""
+    """Some hundreds of messages in the held Maildir, a third of them for two recipients; the files belong to the reader."""
     held = provider.spool / "domains/example.org"
     for part in ("tmp", "new", "cur"):
         (held / part).mkdir(parents=True)
@@ -120,7 +120,7 @@ def hold(provider):
 
 
 def read_during_turns(provider, read):
-    """Calls until nothing is held, while a reader reads. Gives the facts."""
+    """Calls until the provider holds no mail, while a reader reads. Returns the facts."""
     hop = SlowChoosy(lmtp=False)
     hop.reader, calls = Reader(read), 0
     while provider.held():
@@ -141,7 +141,7 @@ def read_during_turns(provider, read):
 
 @scenario("reader-dovecot", needs=["dovecot", "doveadm"], root=True)
 def reader_dovecot(box):
-    """Dovecot moves and flags the held mail all the time: nothing lost, nothing twice, nothing left"""
+    """Dovecot moves and flags the held mail all the time: each message is sent exactly once, and none is left"""
     provider = Provider(box, require_tls=False)
     held = hold(provider)
     dovecot = Dovecot(box, {READER: held}, location="maildir:~", owner=(UID, UID)).start()
@@ -158,7 +158,7 @@ def reader_dovecot(box):
 
 @scenario("reader-mutt", needs=["mutt"], root=True)
 def reader_mutt(box):
-    """mutt opens the held Maildir, flags what is there and leaves it, all the time: nothing lost, twice or left"""
+    """mutt opens the held Maildir, flags its messages and closes it, all the time: each message is sent exactly once, and none is left"""
     provider = Provider(box, require_tls=False)
     held = hold(provider)
     settings = "set sleep_time=0 mark_old=yes beep=no quit=yes delete=no move=no\n"
@@ -180,7 +180,7 @@ def reader_mutt(box):
                 if select.select([screen], [], [], 0.05)[0]:
                     os.read(screen, 65536)
                 elif seconds > 0.3:
-                    os.write(screen, b"\aq")  # if there is no message, it forgets the keys to come: abort, quit
+                    os.write(screen, b"\aq")  # if there is no message, mutt discards the pending keys: abort, quit
             except OSError:
                 pass  # it has closed its terminal
         os.close(screen)

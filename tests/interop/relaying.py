@@ -1,4 +1,4 @@
-"""The relay with hosts of many addresses, and with long queues."""
+"""The relay with hosts that have many addresses, and with long queues."""
 
 import threading
 import time
@@ -9,7 +9,7 @@ from world import House
 
 
 def dead(first, count):
-    """Addresses of loopback where nothing listens."""
+    """Addresses of loopback without a listener."""
     return [f"127.0.9.{number}" for number in range(first, first + count)]
 
 
@@ -19,7 +19,7 @@ def received(*houses):
 
 @scenario("relay-addresses", needs=["dnsmasq"])
 def relay_addresses(box):
-    """Many dead addresses before the one that works: other family, less preferred host, beyond the limit of an attempt"""
+    """Many dead addresses before the one that works: of the other family, of a less preferred host, beyond the limit of an attempt"""
     house = House(box, address=MX)
     mapped = [f"::ffff:{address}" for address in dead(1, 20)]
     provider, customer = world(
@@ -58,7 +58,7 @@ def relay_addresses(box):
 
 
 def eight_bit(box, more):
-    """A customer, and a host without 8BITMIME to which it has sent 8-bit content."""
+    """A customer, and a host without 8BITMIME to which the customer has sent 8-bit content."""
     house = House(box, address=MX, keywords=("PIPELINING", "SIZE"))
     hosts = {"mx.eight.example": MX}
     provider, customer = world(box, house, mx={"eight.example": [(10, "mx.eight.example")]}, hosts=hosts, more=more)
@@ -69,7 +69,7 @@ def eight_bit(box, more):
 
 @scenario("relay-eight-bit", needs=["dnsmasq"])
 def relay_eight_bit(box):
-    """8-bit content and a host without 8BITMIME: it is sent as it is"""
+    """8-bit content for a host without 8BITMIME is sent unchanged"""
     house, _ = eight_bit(box, "")
     wait_until(lambda: received(house) == ["u@eight.example"], "the message", seconds=10)
     check(house.messages[0].content.endswith("\r\n\r\nGr\u00fc\u00dfe\r\n".encode()), f"{house.messages[0].content!r}")
@@ -78,7 +78,7 @@ def relay_eight_bit(box):
 
 @scenario("relay-eight-bit-bounce", needs=["dnsmasq"])
 def relay_eight_bit_bounce(box):
-    """8-bit content, a host without 8BITMIME, and without-8bitmime = "bounce": the sender is told"""
+    """8-bit content for a host without 8BITMIME, with without-8bitmime = "bounce": the sender gets a DSN"""
     house, customer = eight_bit(box, 'without-8bitmime = "bounce"\n')
     status = all_reports(customer, ["u@eight.example"])["u@eight.example"]["Status"]
     check(status == "5.6.3" and not house.messages, f"{status}, {house.messages}")
@@ -86,7 +86,7 @@ def relay_eight_bit_bounce(box):
 
 
 class Slow(House):
-    """Takes its time for each message. `cuts`: the connections, by number, that end after some messages."""
+    """Needs some time for each message. `cuts`: the connections, by number, that it closes after some messages."""
 
     def __init__(self, box, *, pause=0.03, cuts=(), **more):
         self.pause, self.cuts, self.mails, self.threads = pause, cuts, {}, []
@@ -114,7 +114,7 @@ def submit_many(box, customer, domain, count):
 
 @scenario("relay-limits", needs=["dnsmasq"])
 def relay_limits(box):
-    """A host announces LIMITS MAILMAX=7 (RFC 9422): a queue of 40 goes in six sessions of one attempt, each message once"""
+    """A host announces LIMITS MAILMAX=7 (RFC 9422): a queue of 40 is sent in six sessions of one attempt, each message once"""
     keywords = ("PIPELINING", "8BITMIME", "SMTPUTF8", "LIMITS MAILMAX=7 RCPTMAX=1000")
     house = House(box, address="127.0.0.3", keywords=keywords)
     provider, customer = world(
@@ -136,7 +136,7 @@ def relay_limits(box):
 
 @scenario("relay-connections", needs=["dnsmasq"])
 def relay_connections(box):
-    """A long queue goes over several connections; one of them is lost in the middle: nothing is sent twice or lost"""
+    """A long queue is sent over several connections, and one of them is lost within a message: no message is lost or sent twice"""
     houses = {"whole": Slow(box, address="127.0.0.3")}
     port = houses["whole"].port
     houses["first"] = Slow(box, address="127.0.0.4", port=port, cuts=(0,))
@@ -165,7 +165,7 @@ def relay_connections(box):
 
 
 def fair(box, more):
-    """A long queue has both connections when mail for another destination, which may use only these, arrives."""
+    """A long queue has both connections when mail for another destination arrives that needs one of them."""
     house = Slow(box, address=MX, pause=0.05)
     other = House(box, address="127.0.0.4", port=house.port)
     same = [(1, "mx.example"), (2, "mx2.example")]
@@ -190,11 +190,11 @@ def fair(box, more):
 
 @scenario("relay-fair-host", needs=["dnsmasq"])
 def relay_fair_host(box):
-    """A long queue has all connections to a host: another destination there does not wait for its end"""
+    """A long queue uses all connections to a host: mail for another destination at that host does not wait until the queue is sent"""
     return fair(box, "connections-per-host = 2\n")
 
 
 @scenario("relay-fair", needs=["dnsmasq"])
 def relay_fair(box):
-    """A long queue has all connections there are: another destination does not wait for its end"""
+    """A long queue uses all connections: mail for another destination does not wait until the queue is sent"""
     return fair(box, "connections = 2\n")

@@ -1,4 +1,4 @@
-"""SIGHUP to a provider at work: what goes on, and what the next connection meets."""
+"""SIGHUP to a busy provider: sessions under way, and the next connection."""
 
 import signal
 import ssl
@@ -9,7 +9,7 @@ from turning import SENDER
 
 
 class Removing(Hop):
-    """During the first content it does what the test wants."""
+    """Calls a function of the test during the first content."""
 
     act = None
 
@@ -27,7 +27,7 @@ def reload(provider):
 
 
 def turned(provider, trust, hop):
-    """A call over TLS, to its end."""
+    """A call over TLS, until it ends."""
     with Smtp(provider.odmr_tls, tls=trust) as line:
         line.hello()
         line.log_in("acme")
@@ -43,7 +43,7 @@ def certificate_of(port):
 
 @scenario("reload", needs=["openssl"])
 def reloading(box):
-    """a certificate is renewed and an account removed during a turn: it goes on, and ends after its message"""
+    """During a turn a certificate is renewed and the account is removed: the session ends after the message under way"""
     certificates = Certificates(box)
     provider = Provider(box, certificates=certificates).start()
     with Smtp(provider.inbound) as line:
@@ -76,7 +76,7 @@ def reloading(box):
     reload(provider)
     turned(provider, ssl.create_default_context(cafile=renewed.authority), hop)
     check(len(hop.messages) == 5 and not provider.held(), f"{len(hop.messages)} in all")
-    # A key that does not fit: the old pair stays.
+    # A key that does not fit: the old pair stays in use.
     other = box.run("openssl", "ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", renewed.key)
     check(other.returncode == 0, other.stderr)
     provider.process.send_signal(signal.SIGHUP)
@@ -86,7 +86,7 @@ def reloading(box):
 
 
 def send_to(provider, recipient):
-    """One message from the world. Gives the reply to RCPT if it is rejected, else that to the content."""
+    """One message to port 25. Returns the reply to RCPT if that is negative, otherwise the reply to the content."""
     with Smtp(provider.inbound) as line:
         line.hello()
         line.want("250", f"MAIL FROM:<{SENDER}>")
@@ -104,7 +104,7 @@ def expect(provider, recipient, code):
 
 @scenario("two-days", needs=["openssl"])
 def two_days(box):
-    """an operator's two days: a customer comes, a renewed certificate, a mistake in a file before a reload and a start, a customer goes"""
+    """Two days of an operator: a new customer, a renewed certificate, a mistake in a file before a reload and before a start, a removed customer"""
     certificates = Certificates(box)
     provider = Provider(box, certificates=certificates, customers={"acme": ["example.org"]}).start()
     accounts = provider.config.parent / "serve-customers.d"
@@ -138,7 +138,7 @@ def two_days(box):
     check(len(hop.messages) == 3, f"{len(hop.messages)} of 3 messages came in the turn under way")
     check(acme.pull() == 0, "the next call does not trust the new certificate")
 
-    # The evening: a mistake in typing, found by `check`, and a reload all the same.
+    # The evening: a typing error, which `check` finds, and a reload all the same.
     file.write_text(good.replace("domains = [", "domains = "))
     found = checks()
     check(found.returncode == 1 and "branch.toml:1" in found.stderr, f"check: {found.returncode}, {found.stderr}")
@@ -147,7 +147,7 @@ def two_days(box):
     expect(provider, "eva@branch.example", "250")
     check(branch.pull() == 0 and len(branch.files()) == 2, "the account is not as it was last read")
 
-    # The night: the machine starts anew, and nobody has mended it.
+    # The night: the machine restarts, and the error is not corrected.
     expect(provider, "eva@branch.example", "250")
     check(provider.stop() == 0, "it does not end")
     provider.inbound = provider.odmr = provider.odmr_tls = 0
@@ -161,13 +161,13 @@ def two_days(box):
     check(branch.pull() == 75, f"the skipped customer is not told to call again: {branch.log()}")
     check(len(provider.held()) == 1, f"{len(provider.held())} are held")
 
-    # The second morning: it is mended.
+    # The second morning: the error is corrected.
     file.write_text(good)
     reload(provider)
     expect(provider, "eva@branch.example", "250")
     check(branch.pull() == 0 and len(branch.files()) == 4, f"{len(branch.files())} messages of 4")
 
-    # The customer goes, and has mail.
+    # The customer is removed while mail is held for it.
     expect(provider, "eva@branch.example", "250")
     file.rename(accounts / "branch.gone")
     check("'removed': '1'" in str(reload(provider)), "the customer is not counted")

@@ -1,4 +1,4 @@
-"""Where mail goes and on what terms: MX records of all kinds, TLS policies, delivery status notifications."""
+"""The routes of mail and their conditions: MX records of all kinds, TLS policies, delivery status notifications."""
 
 import email
 import socket
@@ -11,7 +11,7 @@ MX = "127.0.0.3"
 
 
 def world(box, house, *, mx, hosts, more="", aliases=None, retry="1s"):
-    """Provider and customer with names of their own."""
+    """Provider and customer, each with its own name."""
     names = Names(box, mx=mx, hosts=hosts, aliases=aliases)
     relay = f'[relay]\nresolver = "{names.resolver}"\nallow-private = true\nport = {house.port}\nretry-first = "{retry}"\n{more}'
     provider = Provider(box, require_tls=False, accounts=RELAYS, more=relay).start()
@@ -24,7 +24,7 @@ def send(box, customer, *arguments, text="Subject: x\n\nx\n"):
 
 
 def reports(dsn):
-    """Recipient -> its group of fields, of the octets of a DSN; no DSN: empty."""
+    """Recipient -> its group of fields, from the octets of a DSN; empty if they are not a DSN."""
     message = email.message_from_bytes(dsn)
     if message.get_content_type() != "multipart/report":
         return {}
@@ -33,7 +33,7 @@ def reports(dsn):
 
 
 def all_reports(customer, wanted):
-    """Calls until all these recipients were reported on. Gives recipient -> fields."""
+    """Calls until DSNs about all these recipients have arrived. Returns recipient -> fields."""
 
     def found():
         check((result := customer.pull()) == 0, f"pull: exit {result}")
@@ -47,7 +47,7 @@ def all_reports(customer, wanted):
 
 @scenario("routes", needs=["dnsmasq"])
 def routes(box):
-    """MX records: sixty (over TCP), CNAMEs, none but an address, ourselves in the list; no domain makes a DSN"""
+    """MX records: sixty (over TCP), CNAMEs, only an address, our own name in the list. A domain that does not exist causes a DSN"""
     house = House(box, address=MX)
     long = [f"h{number}-with-a-name-so-long-that-sixty-are-too-many.many.example" for number in range(60)]
     provider, customer = world(
@@ -77,7 +77,7 @@ def routes(box):
 
 
 class Deaf:
-    """For House.tls: says 220 to STARTTLS and then hangs up."""
+    """For House.tls: replies 220 to STARTTLS and then closes the connection."""
 
     def wrap_socket(self, *_, **__):
         raise OSError("no TLS after all")
@@ -85,7 +85,7 @@ class Deaf:
 
 @scenario("relay-tls", needs=["dnsmasq"])
 def relay_tls(box):
-    """tls = may, must and verify to MX hosts: self-signed, without STARTTLS, with a broken one; a full host waits"""
+    """tls = may, must and verify to MX hosts: with a self-signed certificate, without STARTTLS, with broken TLS; a full host gets the mail after a pause"""
     tls = self_signed(box, "mx.dest.example")
     clear = House(box, address="127.0.0.3")
     signed = House(box, address="127.0.0.4", port=clear.port, tls=tls)
@@ -121,7 +121,7 @@ def relay_tls(box):
 
 
 class HangsUp(House):
-    """Hangs up on each recipient called poison."""
+    """Closes the connection at each recipient called poison."""
 
     def rejection(self, verb, line):
         if verb == "RCPT" and b"<poison" in line:
@@ -131,7 +131,7 @@ class HangsUp(House):
 
 @scenario("relay-hang-up", needs=["dnsmasq"])
 def relay_hang_up(box):
-    """A host hangs up on one message: the others, of the same domain and of another, have it at once all the same"""
+    """A host closes the connection at one message: the other messages, for the same domain and for another, are sent to it at once"""
     house = HangsUp(box, address=MX)
     domains = ("one.example", "two.example")
     provider, customer = world(
@@ -154,7 +154,7 @@ def relay_hang_up(box):
 
 @scenario("dsns", needs=["dnsmasq"])
 def dsns(box):
-    """DSN: passed on, or relayed; RET=FULL; 550 of many kinds; a message the customer rejects comes back to its sender"""
+    """DSNs: passed on or relayed, RET=FULL, 550 of many kinds. The sender of a message that the customer rejects gets a DSN"""
     plain = House(box, address=MX)
     able = House(box, address="127.0.0.4", port=plain.port, keywords=("PIPELINING", "8BITMIME", "DSN", "CHUNKING"))
     small = House(box, address="127.0.0.5", port=plain.port, keywords=("SIZE 500",))
@@ -191,7 +191,7 @@ def dsns(box):
     (one,) = [file for file in files if "u@plain.example" in reports(file)]
     check(email.message_from_bytes(one).get_payload(1).get_payload(0)["Original-Envelope-Id"] == "id+1", f"{one!r}")
 
-    # A message from outside that the customer rejects for good: its sender hears of it, by the relay.
+    # A message from outside that the customer rejects permanently: its sender gets a DSN, by the relay.
     customer.config.write_text(customer.config.read_text().replace('"@example.org", "@example.com"', '"eva@example.org"'))
     before = len(plain.messages)
     with Smtp(provider.inbound) as line:
@@ -213,11 +213,11 @@ def dsns(box):
 
 @scenario("relay-stops", needs=["dnsmasq"])
 def relay_stops(box):
-    """SIGTERM ends serve soon while a name server is silent, while a host drops SYN, and while one never greets"""
+    """SIGTERM ends serve soon, while a name server is silent, a host drops SYN, and a host sends no greeting"""
     port = free_port()
     silent_names = box.keep(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
     silent_names.bind((LOOPBACK, 0))
-    # A backlog that is full: the kernel drops what comes.
+    # The backlog is full, so the kernel drops SYNs.
     dropping = box.keep(socket.socket())
     dropping.bind(("127.0.0.3", port))
     dropping.listen(0)
@@ -225,7 +225,7 @@ def relay_stops(box):
         knock = box.keep(socket.socket())
         knock.setblocking(False)
         knock.connect_ex(("127.0.0.3", port))
-    box.keep(socket.create_server(("127.0.0.4", port)))  # accepts, and says nothing
+    box.keep(socket.create_server(("127.0.0.4", port)))  # accepts, and sends nothing
     hosts = {"mx-drop.example": "127.0.0.3", "mx-mute.example": "127.0.0.4"}
     mx = {"drop.example": [(1, "mx-drop.example")], "mute.example": [(1, "mx-mute.example")]}
     names = Names(box, mx=mx, hosts=hosts)

@@ -1,4 +1,4 @@
-"""SCRAM-SHA-256 with other people's programs: gsasl at the provider, our customer's submission at Postfix with Dovecot's SASL."""
+"""SCRAM-SHA-256 with other programs: gsasl at the provider, our customer's submission at Postfix with Dovecot's SASL."""
 
 import os
 import pty
@@ -14,14 +14,14 @@ from postfix import Postfix
 
 
 def made(box, config, name, text=""):
-    """What `odmr secret NAME -c FILE` prints; `text`: its input."""
+    """The output of `odmr secret NAME -c FILE`; `text`: its input."""
     done = box.run(ODMR, "secret", name, "-c", config, input=text)
     check(done.returncode == 0, f"odmr secret: {done.stdout}{done.stderr}")
     return done.stdout
 
 
 def hello_first(box, port):
-    """A port at which a client that says STARTTLS without EHLO, as gsasl, gets what the provider says after an EHLO."""
+    """A port for clients that send STARTTLS without EHLO, as gsasl does: they get the replies that follow an EHLO."""
 
     def serve(sock):
         with sock, socket.create_connection((LOOPBACK, port)) as provider:
@@ -49,7 +49,7 @@ def hello_first(box, port):
 
 @scenario("gsasl", needs=["gsasl"])
 def gsasl(box):
-    """gsasl as SCRAM client: -PLUS by tls-exporter and without it, secrets in clear and verifiers; wrong secrets; no cb"""
+    """gsasl as SCRAM client: with -PLUS by tls-exporter and without it, secrets in clear and verifiers, wrong secrets, no channel binding"""
     certificates = Certificates(box)
     customers = {"acme": ["example.org"], "beta": ["beta.example"]}
     provider = Provider(box, certificates=certificates, customers=customers).start()
@@ -73,7 +73,7 @@ def gsasl(box):
         for mechanism, options in (("SCRAM-SHA-256-PLUS", []), ("SCRAM-SHA-256", ["--no-cb"]), ("PLAIN", [])):
             done = client(name, mechanism, *options)
             check(f"235 2.7.0 now authenticated as {name}" in done.stdout, f"{name} {mechanism}: {done.stdout[-900:]}{done.stderr[-900:]}")
-            # The log comes from a thread of its own.
+            # A separate thread writes the log.
             wait_until(lambda: len(events(provider.log(), "authenticated")) > logins, "the login in the log")
             used = events(provider.log(), "authenticated")[-1]
             check((used["account"], used["mechanism"]) == (name, mechanism), used)
@@ -127,7 +127,7 @@ service auth {{
 
 @scenario("scram-submission", needs=["postfix", "dovecot", "doveadm"], root=True)
 def scram_submission(box):
-    """The customer's outgoing mail to Postfix with Dovecot's SASL, which has a verifier only: SCRAM-SHA-256, then PLAIN by `mechanisms`"""
+    """The customer submits mail to Postfix with Dovecot's SASL, which has only a verifier: by SCRAM-SHA-256, then by PLAIN because of `mechanisms`"""
     certificates = Certificates(box)
     verifier = box.run("doveadm", "pw", "-s", "SCRAM-SHA-256", "-p", "my own secret").stdout.strip()
     check(verifier.startswith("{SCRAM-SHA-256}4096,"), verifier)
@@ -170,12 +170,12 @@ default_transport = discard""",
 
 @scenario("typed-secret")
 def typed_secret(box):
-    """odmr secret at a terminal: asks twice, shows nothing, and leaves the terminal as it was, also after ^C"""
+    """odmr secret at a terminal asks twice, shows no secret, and restores the terminal, also after ^C"""
     provider = Provider(box, require_tls=False)
     file = box.path / "serve-customers.d/acme.toml"
 
     def at_terminal(typed, *arguments):
-        """What the terminal shows, and the exit status."""
+        """The text on the terminal, and the exit status."""
         process, terminal = pty.fork()
         if process == 0:
             os.execv(ODMR, [str(ODMR), "secret", *map(str, arguments)])

@@ -1,4 +1,4 @@
-"""`odmr send` as programs call sendmail(8), and `odmr pull --daemon` with its listener."""
+"""`odmr send`, called as programs call sendmail(8), and `odmr pull --daemon` with its listener."""
 
 import os
 import re
@@ -18,7 +18,7 @@ MESSAGE = "Subject: x\n\nx\n"
 
 @scenario("send-words")
 def send_words(box):
-    """odmr send: exit codes of sysexits, texts, -bp, -bs, what it does to the header"""
+    """odmr send: exit codes of sysexits, error texts, -bp, -bs, its changes to the header"""
     more = 'domain = "example.org"\nmax-size = "100KiB"'
     customer = Customer(box, free_port(), tls="none", more=outgoing_table(box, more=more))
     text = customer.config.read_text().replace('"@example.org", "@example.com"', '"eva@example.org", "@example.com"')
@@ -61,7 +61,7 @@ def send_words(box):
     broken = Customer(box, free_port(), tls="none", file="broken", more="\n[outgoing]\nqueue = 7\n")
     wants(CONFIG, "broken.toml:", "u@dest.example", to=broken)
 
-    # What is put into the queue.
+    # The message in the queue.
     (file,) = good("-f", "eva@example.org", "-F", "Eva \"E\" Example", "u@dest.example,v@dest.example", "w@other.example")
     check(field(file, "From") == '"Eva \\"E\\" Example" <eva@example.org>', f"{file!r}")
     check(all(field(file, name) for name in ("Date", "Message-ID")), f"{file!r}")
@@ -77,12 +77,12 @@ def send_words(box):
     (file,) = good("-t", text="To: u@dest.example\nSubject: no body\n")
     check(b"Subject: no body\n" in file, f"{file!r}")
 
-    # Mail for one's own domain does not go to the provider: it is in the mailbox at once.
+    # Mail for the customer's own domain does not go to the provider: it is in the mailbox at once.
     check(not good("eva"), "mail for a mailbox here was queued")
     (path,) = customer.files()
     check(path.parent.parent.name == "eva", f"{path}")
 
-    # -bp, and mailq's words.
+    # -bp, and the output of mailq.
     listing = sendmail(box, customer, "-bp")
     check(listing.returncode == 0, f"-bp: exit {listing.returncode}: {listing.stderr}")
     for word in ("u@dest.example", "w@other.example", "<eva@example.org>", "<>", f"{len(queued(customer))} messages"):
@@ -99,7 +99,7 @@ def send_words(box):
     check(codes == ["220", "250", "250", "250", "550", "354", "250", "221"], f"-bs: {done.stdout} {done.stderr}")
     check(len(queued(customer)) == before + 1 and done.returncode == 0, f"-bs: exit {done.returncode}")
 
-    # Directories that cannot be written to. Root can write to all of them, so a file is where the directory should be.
+    # Directories that cannot be written to. Root can write to all of them, so a file is in the place of the directory.
     blocked = Customer(box, free_port(), tls="none", file="blocked", more=outgoing_table(box, "blocked"))
     box.write("blocked-queue", "not a directory")
     wants(CANNOT_CREATE, "", "u@dest.example", to=blocked)
@@ -109,7 +109,7 @@ def send_words(box):
 
 
 def unprivileged(box, customer, wants):
-    """A user who may not write to the queue, if there are users one can become."""
+    """A user that may not write to the queue, if this process may become another user."""
     if os.geteuid() != 0:
         return "no permission: not root, skipped"
     queue = box.path / "pull-queue"
@@ -118,7 +118,7 @@ def unprivileged(box, customer, wants):
     os.chown(customer.config, 0, 65534)
     customer.config.chmod(0o640)
     (box.path / "bin").mkdir()
-    shutil.copy(ODMR, box.path / "bin/sendmail")  # the one we run may stand where nobody else can go
+    shutil.copy(ODMR, box.path / "bin/sendmail")  # the program may be in a directory that other users cannot enter
     nobody = {"user": 65534, "group": 65534, "extra_groups": [], "by": "bin/sendmail"}
     wants(PERMISSION, "ermission denied", "u@dest.example", **nobody)
     wants(PERMISSION, 'add listen = ["127.0.0.1:25"]', "u@dest.example", **nobody)
@@ -129,7 +129,7 @@ def unprivileged(box, customer, wants):
 
 
 def full_disk(box, wants):
-    """A queue on a file system of 5 MiB; the program keeps 4 MiB of it free."""
+    """A queue on a file system of 5 MiB; the program reserves 4 MiB of it."""
     disk = box.path / "disk"
     disk.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=5m", "none", str(disk)], capture_output=True)
@@ -141,7 +141,7 @@ def full_disk(box, wants):
         file.write(f'\n[outgoing]\nqueue = "{disk}/queue"\n')
     done = sendmail(box, customer, "u@dest.example", text=MESSAGE)
     check(done.returncode == 0, f"room for one: exit {done.returncode}: {done.stderr}")
-    wants(TEMPORARY, "later", "u@dest.example", text=MESSAGE + ("z" * 70 + "\n") * 40000, to=customer)  # too much of it
+    wants(TEMPORARY, "later", "u@dest.example", text=MESSAGE + ("z" * 70 + "\n") * 40000, to=customer)  # more than there is room for
     (disk / "fill").write_bytes(b"z" * MIB)
     wants(TEMPORARY, "later", "u@dest.example", to=customer)
     try:
@@ -167,7 +167,7 @@ def own_address():
 
 @scenario("sendmail-users", root=True)
 def sendmail_users(box):
-    """An ordinary user sends: neither the secret nor the mailboxes are theirs, and the next call does it all"""
+    """An ordinary user, who can read neither the secret nor the mailboxes, sends; the next call sends the mail on"""
     provider = Provider(box, require_tls=False, accounts=RELAYS)
     provider.start()
     customer = Customer(box, provider.odmr, tls="none", more=outgoing_table(box))
@@ -197,13 +197,13 @@ def sendmail_users(box):
 
 @scenario("daemon", needs=["swaks", "dnsmasq"])
 def daemon(box):
-    """pull --daemon: swaks brings a message to its listener, a later call takes it; strangers get 554; SIGTERM exits 0"""
+    """pull --daemon: swaks submits a message to its listener, and the next call sends it; untrusted clients get 554; SIGTERM ends it with 0"""
     house = House(box)
     names = Names(box, mx={"dest.example": [(10, "mx.dest.example")]}, hosts={"mx.dest.example": LOOPBACK})
     certificates = Certificates(box)
     relay = f'[relay]\nresolver = "{names.resolver}"\nallow-private = true\nport = {house.port}\n'
     provider = Provider(box, certificates=certificates, accounts=RELAYS, more=relay).start()
-    stranger = own_address()
+    address = own_address()
     port = free_port()
     more = f'listen = ["0.0.0.0:{port}"]\nnetworks = ["198.51.100.0/24", "fd00::/8"]\n[schedule]\nevery = "1s"'
     customer = Customer(box, provider.odmr, authority=certificates.authority, more=outgoing_table(box, more=more))
@@ -217,12 +217,12 @@ def daemon(box):
     )
     check(done.returncode == 0, f"swaks: exit {done.returncode}: {done.stdout[-800:]}")
     check("STARTTLS" not in done.stdout and "AUTH" not in done.stdout, "the listener offers what it has not")
-    # One's own domain is delivered locally, at once.
+    # Mail for the customer's own domain is delivered locally, at once.
     wait_until(customer.files, "the copy for eva", seconds=1)
     wait_until(lambda: house.messages, "the message at its destination", seconds=5)
     (message,) = house.messages
     check(message.recipients == ["u@dest.example"] and b"Subject: by swaks\r\n" in message.content, f"{message}")
-    # And mail that comes meanwhile comes down.
+    # Incoming mail is fetched by the next call.
     with Smtp(provider.inbound) as line:
         line.hello()
         check(line.send("l@sender.example", ["eva@example.org"], b"Subject: down\r\n\r\nx\r\n").startswith("250"), "sent")
@@ -231,15 +231,15 @@ def daemon(box):
     time.sleep(1.2)
     check(1 <= ended() - calls <= 2, "calls every second")
 
-    note = "no address but loopback: strangers not tried"
-    if stranger:
-        with socket.create_connection((stranger, port), timeout=10) as sock:
+    note = "no address but loopback: untrusted clients not tried"
+    if address:
+        with socket.create_connection((address, port), timeout=10) as sock:
             said = b""
             while some := sock.recv(1000):
                 said += some
-        check(said.startswith(b"554 5.7.1"), f"a stranger was told {said!r}")
-        note = "a stranger got 554"
-    # The provider goes away and comes back: the daemon stays.
+        check(said.startswith(b"554 5.7.1"), f"an untrusted client got {said!r}")
+        note = "an untrusted client got 554"
+    # The provider stops and restarts: the daemon continues.
     provider.stop()
     wait_until(lambda: events(customer.log(), "call-failed"), "a failed call", seconds=5)
     check(process.poll() is None, f"the daemon ended: {process.returncode}")

@@ -1,8 +1,8 @@
 """Programs that send mail by /usr/sbin/sendmail, which is odmr here: cron, bsd-mailx, mutt, git send-email.
 
-They run as root, or as a user who may not write into the queue: then odmr submits to the daemon.
-Each is run as it is installed and calls that path with the options it has always called it with. In the mount namespace of
-the program alone, odmr is there; the machine's own sendmail stays where it is.
+They run as root, or as a user that may not write into the queue: then odmr submits to the daemon.
+Each is run as installed, and calls that path with its usual options. Only in the mount namespace of the program that path is
+odmr; the machine's own sendmail is not changed.
 """
 
 import email
@@ -29,9 +29,9 @@ AUTHOR = '"\u00c4dam B. Example" <adam@example.org>'
 
 
 class Programs:
-    """A customer for whom they send, and the world with `house` in it.
+    """A customer for which the programs send, and the Internet with `house` in it.
 
-    `daemon`: nobody runs the programs, the queue is root's alone, and a daemon listens.
+    `daemon`: the user nobody runs the programs, only root may write into the queue, and a daemon listens.
     """
 
     def __init__(self, box, daemon=False):
@@ -39,7 +39,7 @@ class Programs:
         _, self.customer = world(
             box, self.house, mx={"dest.example": [(1, "mx.dest.example")]}, hosts={"mx.dest.example": MX}
         )
-        # Every user may read the configuration, but not the secret, and write into the queue: nobody has cron jobs too.
+        # Every user may read the configuration, but not the secret, and may write into the queue: nobody has cron jobs too.
         key, config = box.write("own.secret", secret("acme") + "\n"), self.customer.config
         config.write_text(re.sub(r"(?m)^secret = .*$", f'secret-file = "{key}"', config.read_text(), count=1))
         config.chmod(0o644)
@@ -84,7 +84,7 @@ class Programs:
         return done
 
     def arrived(self, count):
-        """What arrives of that many messages: the envelopes and the parsed messages at the world's host."""
+        """The envelopes and the parsed messages at the remote host, after so many have arrived."""
         before = len(self.house.messages)
         if self.daemon:
             done = self.box.run(ODMR, "pull", "--now", "-c", self.customer.config)
@@ -124,13 +124,13 @@ def wants(what, message, parsed, *, sender=ADAM, recipients, author, subject, to
 
 @scenario("cron", needs=["cron", "sendmail", "unshare", "dnsmasq"], root=True)
 def cron(box):
-    """cron mails what its jobs print: to the user at home, and by MAILTO to the world; as root and as nobody"""
+    """cron mails the output of its jobs to the local user, and by MAILTO to the Internet; as root and as nobody"""
     return run_cron(Programs(box))
 
 
 @scenario("cron-daemon", needs=["cron", "sendmail", "unshare", "setpriv", "dnsmasq"], root=True)
 def cron_daemon(box):
-    """The same, where the queue is root's alone: what cron sends for nobody goes through the daemon"""
+    """Only root may write into the queue: the mail of cron for the user nobody is submitted to the daemon"""
     programs = Programs(box, daemon=True)
     note = run_cron(programs)
     log = programs.customer.log()
@@ -152,7 +152,7 @@ def run_cron(programs):
     box.start("cron.log", *programs.command("cron", "-f", "-L", "15", mounts=mounts), env=programs.environment)
     root_at_home = lambda: programs.mailbox("root")
     wait_until(root_at_home, "root's mail at home", seconds=15)
-    # The daemon delivers at home at once; a call does it for nobody, who may not write into mailboxes.
+    # The daemon delivers to local mailboxes at once; for nobody, who may not write into mailboxes, a call does it.
     count = 2 if programs.daemon else 3
     wait_until(lambda: len(queued(programs.customer)) >= count, f"{count} messages in the queue", seconds=15)
 
@@ -172,7 +172,7 @@ def run_cron(programs):
 
 
 def of_cron(parsed, user):
-    # cron writes "From: root (Cron Daemon)", whosever the job is.
+    # cron writes "From: root (Cron Daemon)" for the jobs of all users.
     check(parsed.source == "root@example.org (Cron Daemon)", f"From: {parsed.source}")
     check(parsed["Subject"].startswith(f"Cron <{user}@"), f"Subject: {parsed['Subject']}")
     check(parsed.get_content() == f"job of {user}: Gr\u00fc\u00dfe\n.\nthe end\n", f"{parsed.get_content()!r}")
@@ -180,7 +180,7 @@ def of_cron(parsed, user):
 
 @scenario("sendmail-clients", needs=["bsd-mailx", "mutt", "git", "sendmail", "unshare", "dnsmasq"], root=True)
 def sendmail_clients(box):
-    """bsd-mailx, mutt and git send-email call sendmail: who it is from, to whom, Bcc, Date, what is in it"""
+    """bsd-mailx, mutt and git send-email call sendmail: sender, recipients, Bcc, Date and content are right"""
     programs = Programs(box)
     mailx(programs)
     mutt(programs)
@@ -190,7 +190,7 @@ def sendmail_clients(box):
 
 @scenario("sendmail-nobody", needs=["bsd-mailx", "mutt", "git", "sendmail", "unshare", "setpriv", "prlimit", "dnsmasq"], root=True)
 def sendmail_nobody(box):
-    """The same as a user who may not write into the queue, with the daemon; -t, -bs, -bp; 40 MB, SIGTERM, no daemon"""
+    """bsd-mailx, mutt and git send-email call sendmail as a user that may not write into the queue: it submits to the daemon; -t, -bs, -bp, 40 MB, SIGTERM, no daemon"""
     programs = Programs(box, daemon=True)
     mailx(programs)
     mutt(programs)
@@ -215,7 +215,7 @@ def sendmail_nobody(box):
 
 
 def start_sendmail(programs, *words):
-    """sendmail as nobody, without unshare in between, so that a signal goes to it; in 16 MiB of memory."""
+    """sendmail as nobody, without unshare in between, so that it gets a signal; in 16 MiB of memory."""
     program = programs.box.path / "bin" / "sendmail"
     if not program.exists():
         program.parent.mkdir()
@@ -227,7 +227,7 @@ def start_sendmail(programs, *words):
 
 
 def large(programs):
-    """40 MiB arrive as they are."""
+    """40 MiB arrive unchanged."""
     line = b"." + b"z" * 74 + b"\n"
     body = line * (40 * MIB // len(line))
     process = start_sendmail(programs, "-i", "-f", ADAM, EVA)
@@ -241,7 +241,7 @@ def large(programs):
 
 
 def stopped(programs):
-    """SIGTERM before the end of the message: nothing is sent, and -bs ends too."""
+    """SIGTERM before the end of the message: no message is sent, and -bs ends too."""
     for words, text in ((["-i", EVA], b"Subject: x\n\nhalf"), (["-bs"], b"EHLO me\r\nMAIL FROM:<>\r\n")):
         process = start_sendmail(programs, *words)
         process.stdin.write(text)

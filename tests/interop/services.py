@@ -1,5 +1,5 @@
-"""Supervisors of daemons, with the files of dist/: each starts the provider, sees that it is ready, reloads and stops it.
-And root, who binds the ports and becomes `user`."""
+"""Supervisors of daemons, with the files of dist/: each starts the provider, notices that it is ready, reloads and stops it.
+And root, which binds the ports and becomes `user`."""
 
 import os
 import pathlib
@@ -37,7 +37,7 @@ def add_customer(box, name):
 
 
 def one_life(box, provider, kind, hang_up_command, stop_command):
-    """Mail is accepted, a reload finds a new customer, and the end is the program's own."""
+    """Mail is accepted, a reload finds a new customer, and the program ends by itself."""
     log = lambda: box.log(f"{kind}.log")
     port = int(wait_until(lambda: re.search(r"listening inbound \S+:(\d+)", log()), f"{kind}: the listener")[1])
     works(port)
@@ -73,7 +73,7 @@ def s6(box, provider):
     service = prepared(box, "s6")
     supervisor = box.start("s6-supervise.log", "s6-supervise", service)
     wait_until(lambda: box.run("s6-svok", service).returncode == 0, "s6-supervise")
-    # It knows the difference between up and ready.
+    # It distinguishes up and ready.
     ready = box.run("s6-svwait", "-U", "-t", "20000", service)
     check(ready.returncode == 0, f"s6-svwait -U: {ready.stderr}")
     check(box.run("s6-svstat", "-o", "ready", service).stdout.strip() == "true", "s6 does not see that it is ready")
@@ -83,7 +83,7 @@ def s6(box, provider):
 
 
 class NotifySocket:
-    """What systemd is for a service of Type=notify-reload."""
+    """The part of systemd for a service of Type=notify-reload."""
 
     def __init__(self, box, address):
         self.socket = box.keep(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
@@ -95,7 +95,7 @@ class NotifySocket:
 
 
 def notified(box, provider):
-    """By both kinds of NOTIFY_SOCKET; kill -HUP is what ExecReload= does."""
+    """Both kinds of NOTIFY_SOCKET; kill -HUP replaces ExecReload=."""
     for address in (str(box.path / "notify"), f"@odmr-interop-{os.getpid()}"):
         listener = NotifySocket(box, address)
         daemon = box.start("notify.log", ODMR, "serve", "-c", provider.config, env={**os.environ, "NOTIFY_SOCKET": address})
@@ -127,7 +127,7 @@ def activated(box, provider):
     works(inbound)
     daemon.terminate()
     check(daemon.wait(20) == 0, f"exit {daemon.returncode}")
-    # Without names nobody knows which is which.
+    # Without names the program cannot assign the sockets.
     daemon = box.start("nameless.log", *command, *serve)
     wait_until(lambda: "Listening on" in box.log("nameless.log"), "systemd-socket-activate")
     socket.create_connection((LOOPBACK, inbound)).close()
@@ -137,7 +137,7 @@ def activated(box, provider):
 
 @scenario("supervisors", needs=["runsv", "sv", "s6-supervise", "supervise", "svc", "systemd-socket-activate"])
 def supervisors(box):
-    """runit, daemontools, s6 and the protocols of systemd: each starts it, sees it ready, reloads and stops it"""
+    """runit, daemontools, s6 and the protocols of systemd: each starts the provider, notices that it is ready, reloads and stops it"""
     provider = Provider(box, require_tls=False)
     kinds = [runit, daemontools, s6, notified, activated]
     for kind in kinds:
@@ -153,7 +153,7 @@ def status(process):
 
 @scenario("root", needs=["openssl", "unshare", "ip"], root=True)
 def root(box):
-    """root binds ports 25 and 366, becomes `user` for good, reloads as that user; check says what only root may read"""
+    """root binds ports 25 and 366, becomes `user` for good, and reloads as that user; check reports the files that only root may read"""
     certificates = Certificates(box)
     provider = Provider(box, certificates=certificates, ports=(25, 366, 465))
     text = f'user = "{USER}"\n' + provider.config.read_text()
@@ -163,13 +163,13 @@ def root(box):
     for file in readable + list((box.path / "serve-customers.d").iterdir()):
         os.chown(file, owner.pw_uid, -1)
     check_it = lambda: box.run(ODMR, "check", "-c", provider.config)
-    # The key is root's alone, as certbot leaves it.
+    # Only root may read the key, as certbot leaves it.
     checked = check_it()
     check(checked.returncode == 0, f"check: {checked.stderr}")
     check("relay.key may not be read by this user" in checked.stdout, checked.stdout)
     hook = re.search(r"(?m)^ +#!/bin/sh.*\n(?: +install .*\n)+", checked.stdout)
     check(hook, f"no deploy hook: {checked.stdout}")
-    # In a network of its own no other program has these ports.
+    # In its own network no other program has these ports.
     command = ["unshare", "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "sh", ODMR, "serve", "-c", provider.config]
     serve = box.start("serve.log", *command)
     wait_until(lambda: events(provider.log(), "listening", address=f"{LOOPBACK}:25"), "port 25")
@@ -180,7 +180,7 @@ def root(box):
     check("relay.key" in events(provider.log(), "reload-prevented")[0]["error"], "the log does not name the key")
     serve.send_signal(signal.SIGHUP)
     wait_until(lambda: events(provider.log(), "reload-failed"), "the failure of the reload")
-    # What check has printed mends it.
+    # The command that check has printed corrects it.
     done = box.run("sh", "-ec", hook[0])
     check(done.returncode == 0, f"the deploy hook: {done.stderr}")
     copies = {str(certificates.certificate): box.path / "tls/certificate.pem", str(certificates.key): box.path / "tls/key.pem"}
@@ -194,7 +194,7 @@ def root(box):
     wait_until(lambda: events(provider.log(), "reloaded"), "the reload")
     serve.terminate()
     check(serve.wait(20) == 0, f"exit {serve.returncode}")
-    # From a spool of root there is no way but chown, and the error names it.
+    # If the spool belongs to root, chown is needed, and the error names it.
     for directory, _, _ in os.walk(provider.spool):
         os.chown(directory, 0, 0)
     serve = box.run(*command)

@@ -1,9 +1,9 @@
-"""The settlement of a message with several recipients, of which one is accepted, one deferred and one rejected: cut by
-SIGKILL, and met by a disk that fails, at each of its system calls, wherever mail waits.
+"""The settlement of a message with several recipients, of which one is accepted, one deferred and one rejected, in each queue:
+interrupted by SIGKILL, and with a failing disk, at each of its system calls.
 
-What must hold: nothing is lost, nothing is left, the sender hears of the rejection. A killed program may send messages
-again that it had not settled yet; a program whose disk fails goes on to the next message, and sends again only what it could
-not settle.
+What must hold: no message is lost or left, and the sender gets a DSN about the rejection. A killed program may send messages
+again that it had not settled; a program whose disk fails continues with the next message, and sends again only messages that it
+could not settle.
 """
 
 import collections
@@ -36,13 +36,13 @@ def name_in(octets):
 
 
 class Choosy(Hop):
-    """A mail server that rejects `no@…`, and while it is `moody` defers `later@…` (after the content if it is told so)."""
+    """A mail server that rejects `no@…`, and while it is `moody` defers `later@…` (after the content if so configured)."""
 
     def __init__(self, path=None, *, lmtp=True, after=False):
         super().__init__(path, lmtp=lmtp)
         self.moody, self.after = True, after
-        self.greedy = True  # if `after`: takes `first@…` only
-        self.at = {}  # what is done at a "recipient", at the begin of a "content", and when that is "taken"
+        self.greedy = True  # if `after`: accepts `first@…` only
+        self.at = {}  # called at a "recipient", at the beginning of a "content", and when that is "taken"
 
     def meet(self, event):
         self.at.get(event, lambda: None)()
@@ -72,7 +72,7 @@ class Choosy(Hop):
 
 
 class ProvidesSession(Session):
-    """A provider that has no mail and takes some."""
+    """A provider that holds no mail and accepts mail."""
 
     def until(self, mark):
         while (line := super().until(mark)) is not None and mark == b"\r\n":
@@ -95,7 +95,7 @@ class Provides(Choosy):
 
 
 def turned_call(provider, hop, turned=lambda: None):
-    """One call of a customer that is played here, to its end. `turned` is done after the 250 to ATRN."""
+    """One call of a customer that the scenario plays, until it ends. `turned` is called after the 250 to ATRN."""
     before = len(provider.log())
     with Smtp(provider.odmr) as line:
         line.hello()
@@ -112,18 +112,19 @@ def turned_call(provider, hop, turned=lambda: None):
 
 
 class Place:
-    """Where mail waits. `directories`: what is watched, of which `queues` are ours alone; `messages`: what `prepare` puts
-    there, by the ends of their names."""
+    """A place where mail waits. `directories`: those to watch, of which `queues` are only ours; `messages`: those that
+    `prepare` puts there,
+    by the ends of their names."""
 
-    doubles = 2  # after SIGKILL: one that was not settled yet, and with it the one whose content was under way
+    doubles = 2  # after SIGKILL: one that was not settled yet, and the one whose content was under way
     messages = ("one", "two")
-    reported = ("one", "two")  # those whose sender can be told
+    reported = ("one", "two")  # those whose sender can get a DSN
 
     def alive(self):
         return True
 
     def ended(self):
-        """Gives a provider that was killed the time to be gone."""
+        """Waits until a provider that was killed has ended."""
         try:
             self.provider.process.wait(0.05)
         except subprocess.TimeoutExpired:
@@ -141,13 +142,13 @@ class Place:
             os.utime(file)
         words = strace(self.output, inject)
         code = self.wait_for_end(self.box.start(self.customer.log_name, *words, ODMR, "pull", "-c", self.customer.config))
-        # Each thread has an n-th call: the main thread's may be that of the summary, after all is done.
+        # Each thread has an n-th call: that of the main thread may be in the summary, after all mail is settled.
         silent = code == 74 and "standard output: " in self.customer.log()
         check(code in (0, 75) or silent or code == -signal.SIGKILL and "SIGKILL" in inject, f"{inject}: pull: exit {code}")
         return code < 0 or "(INJECTED)" in self.output.read_text()
 
     def again(self):
-        """One more try, without any fault. True: nothing waits any more."""
+        """One more attempt, without any fault. Returns whether no mail waits."""
         due(self.customer)
         for file in queued(self.customer):
             os.utime(file)
@@ -163,10 +164,10 @@ class Place:
 
 
 class Turned(Place):
-    """Held mail, ours and another agent's and mail without a sender, for a customer that is played here."""
+    """Held mail, from us, from another agent, and without a sender, for a customer that the scenario plays."""
 
     title, about = "turn", "held mail, ours, another agent's and without a sender"
-    doubles = 4  # the session goes on while so many messages are being settled
+    doubles = 4  # the session continues while so many messages are being settled
     messages = ("ours", "other", "null", "last")
     reported = ("ours", "other")
 
@@ -197,7 +198,7 @@ class Turned(Place):
             attach = lambda: stack.enter_context(Tracer(self.box, self.provider.process.pid, inject, follow=False))
             try:
                 turned_call(self.provider, self.hop, attach)
-            except (OSError, Failed):  # the provider was killed, or did not go on: to be seen by what came
+            except (OSError, Failed):  # the provider was killed, or did not continue: the messages that arrived show it
                 pass
             if "SIGKILL" in (inject or ""):
                 self.ended()
@@ -217,16 +218,16 @@ class Turned(Place):
         return self.provider.held()
 
     def reports(self):
-        """The files in which somebody is told."""
+        """The files of DSNs."""
         return contents(lambda: self.provider.spool.glob("outgoing/*/[nc]*/*"))
 
     def kept(self):
-        """Rejected mail whose sender cannot be told."""
+        """Rejected mail whose sender cannot get a DSN."""
         return contents(lambda: self.provider.spool.glob("domains/*/.refused/[nc]*/*"))
 
 
 def contents(listed):
-    """What the files of a list have in them. The list is made anew if one gets another name or goes meanwhile."""
+    """The contents of the files of a list. The list is read again if a file is renamed or removed during this."""
     while True:
         with contextlib.suppress(FileNotFoundError):
             return [file.read_bytes() for file in listed()]
@@ -263,7 +264,7 @@ class HandedOver(Place):
 
 
 class Submitted(Place):
-    """The customer's outgoing mail, for a provider that is played here."""
+    """The customer's outgoing mail, for a provider that the scenario plays."""
 
     title, about = "submission", "the customer's outgoing mail"
 
@@ -291,7 +292,7 @@ class Submitted(Place):
 
 
 class ChoosyHouse(House):
-    """A host of the world that says what Choosy says, and waits at MAIL until it is told to go on."""
+    """A remote host that replies as Choosy, and waits at MAIL until the test permits it to continue."""
 
     def __init__(self, box, **more):
         self.moody, self.told, self.at = True, threading.Event(), {}
@@ -339,11 +340,11 @@ class Relayed(Place):
             for end in self.messages:
                 three = [f"{one}@dest.example" for one in ("yes", "later", "no")]
                 check((reply := line.send(OURS, three, numbered(f"{name}-{end}"))).startswith("250"), reply)
-        self.restart(hold=True)  # or the relay takes its time
+        self.restart(hold=True)  # or the relay needs some time
         wait_until(lambda: self.hop.open, "the relay to begin")
 
     def restart(self, hold):
-        """All that waits is due now. `hold`: the host waits at MAIL until it is told to go on."""
+        """Makes all waiting mail due. `hold`: the host waits at MAIL until the test permits it to continue."""
         if self.alive():
             check((code := self.provider.stop()) == 0, f"serve: exit {code}")
         self.box.children.remove(self.provider.process)
@@ -366,7 +367,7 @@ class Relayed(Place):
         return not self.alive() or "(INJECTED)" in self.output.read_text()
 
     def rests(self):
-        """No connection for a while: a relay that has lost one may come back."""
+        """No connection for a while: a relay that has lost one may connect again."""
         if self.hop.open:
             return False
         time.sleep(0.05)
@@ -394,17 +395,17 @@ class Relayed(Place):
 
 
 def swept(place):
-    """Nothing stays in the tmp of a queue for ever: after 36 hours the next session removes it (maildir(5))."""
+    """No file stays in the tmp of a queue for ever: after 36 hours the next session removes it (maildir(5))."""
     drafts = lambda: [file for top in place.queues for file in top.rglob("tmp/*")]
     for file in drafts():
         os.utime(file, times=(time.time() - 40 * 3600,) * 2)
     place.prepare(f"{place.title.replace('-', '')}-9999")
     place.act(None)
     place.recover()
-    if isinstance(place, Relayed):  # what its senders are told is held for them
+    if isinstance(place, Relayed):  # the DSNs for its senders are held
         customer = Customer(place.box, place.provider.odmr, tls="none", file="told")
         check((code := customer.pull()) == 0, f"pull: exit {code}")
-    if isinstance(place, Turned):  # what is reported waits for the relay
+    if isinstance(place, Turned):  # the DSNs wait for the relay
         for file in place.provider.spool.glob("outgoing/*/new/*"):
             with contextlib.suppress(FileNotFoundError):  # the relay has just tried it, and recorded that in its name
                 os.utime(file)
@@ -413,7 +414,7 @@ def swept(place):
 
 
 def all_moments(place):
-    """A rehearsal. Two of them: the first makes directories that are there afterwards."""
+    """A rehearsal. It is done twice: the first time makes directories that exist the second time."""
     name = place.title.replace("-", "")
     for number in (9000, 9001):
         place.prepare(f"{name}-{number}")
@@ -429,7 +430,8 @@ def told(place, subject):
 
 
 def check_step(place, name, step, doubles):
-    """Nothing lost. Gives the messages that somebody has twice; no recipient has one more often, nor one it rejects."""
+    """Checks that no message is lost. Returns the messages that a recipient has twice; none has one more often, or one
+    that it rejects."""
     counts = place.hop.counts()
     twice = set()
     for end in place.messages:
@@ -450,8 +452,8 @@ def check_step(place, name, step, doubles):
 
 
 def recorded_messages(place):
-    """The names of those that wait and whose settlement is on record, as strace saw it: two marks (one octet each of the
-    file, overwritten: one recipient was sent the message, one rejected it), or a new file in place of the old one."""
+    """The names of waiting messages whose settlement is recorded, as strace shows: two marks (one octet each of the file,
+    overwritten: one recipient was sent the message, one rejected it), or a new file that replaces the old one."""
     marks = collections.Counter()
     for call, _, rest in calls(place.output):
         if written := call == "pwrite64" and re.search(r"/([^/>]+)>, .* = 1$", rest):
@@ -485,7 +487,7 @@ def kill_at_each(place):
 
 
 def not_offered(place, name):
-    """The messages that the session did not go on to."""
+    """The messages that the session did not offer."""
     counts = place.hop.counts()
     return [end for end in place.messages if not counts[f"{name}-{end}", "yes"]]
 
@@ -502,7 +504,7 @@ def fail_at_each(place):
             missed = not_offered(place, f"{name}-{number}")
             hit = injected(place.output)
             unread = sum(one.call == "openat" and "O_CREAT" not in one.rest for one in hit)  # cannot be opened
-            others = any(not changes(one, place.directories) for one in hit)  # without its lock a session does not begin
+            others = any(not changes(one, place.directories) for one in hit)  # a session does not begin without its lock
             check(place.alive(), f"{step}: serve ended")
             place.recover()
             check(len(missed) <= unread or others, f"{step}: the session did not go on to {missed}; what failed: {hit}")

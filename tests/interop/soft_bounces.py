@@ -1,7 +1,7 @@
 """Customers that reject mail by mistake, and recipients that do not exist, at times that the scenario sets.
 
 What must hold: a customer that rejects all its mail for a day loses none of it, and no sender gets a DSN; after two days they
-do; an unknown recipient among known ones costs its sender no time; a clock that is wrong by years bounces nothing.
+do; the DSN about an unknown recipient among known ones is not delayed; with a clock that is wrong by years no message bounces.
 """
 
 import re
@@ -14,7 +14,7 @@ SENDER = "lester@dot.example"
 
 
 class Rejecting(Server):
-    """A customer's server. `mail`, `rcpt` and `content` give the reply to a command or a content, or None for 250."""
+    """A customer's server. `mail`, `rcpt` and `content` return the reply to a command or a content, or None for 250."""
 
     def __init__(self, sock, received, mail=None, rcpt=None, content=None):
         super().__init__(sock, received=received)
@@ -82,7 +82,7 @@ class Place:
             return client.say(f"RCPT TO:<{recipient}>")
 
     def call(self, **replies):
-        """One call of the customer, to the end of the session in the log."""
+        """One call of the customer, until the log has the end of the session."""
         ended = len(events(self.provider.log(), "turn-ended"))
         with Smtp(self.provider.odmr) as client:
             client.turn("acme")
@@ -92,7 +92,7 @@ class Place:
         return server
 
     def dsns(self):
-        """To whom DSNs are on their way: the recipients that they are about."""
+        """The recipients about whom DSNs are in the queue."""
         found = []
         for file in self.provider.spool.glob("outgoing/@all/[nc]*/*"):
             found += re.findall(r"(?m)^Final-Recipient: rfc822; (\S+)$", file.read_text())
@@ -120,7 +120,7 @@ REJECT_ALL = [
 
 @scenario("soft-bounce")
 def soft_bounce(box):
-    """A customer that rejects all its mail in eight ways for a day, each hour, and is then mended: nothing bounced"""
+    """A customer rejects all its mail in eight ways for a day, each hour, and is then corrected: no message bounces"""
     place = Place(box)
     for number in range(10):
         place.send(f"a{number}@example.org", f"b{number}@example.org")
@@ -142,7 +142,7 @@ def soft_bounce(box):
 
 @scenario("soft-bounce-is-over")
 def soft_bounce_is_over(box):
-    """A customer that rejects all its mail for two days: DSNs at the first call after 48 h, a minute before none"""
+    """A customer rejects all its mail for two days: the senders get DSNs at the first call after 48 h, and none a minute before"""
     place = Place(box)
     place.send("alice@example.org", "bob@example.org")
     place.send("carol@example.com")
@@ -150,7 +150,7 @@ def soft_bounce_is_over(box):
         place.clock.set(offset)
         place.call(rcpt=lambda *_: "550 5.1.1 no such user")
         check(place.waiting() == 2 and not place.dsns(), f"after {offset} s: DSNs about {place.dsns()}")
-    # It arrives late, and has two days of its own.
+    # It arrives later, and has its own two days.
     place.send("dave@example.org")
     place.clock.set(49 * HOUR + 60)
     place.call(mail=lambda *_: "554 5.7.1 no")
@@ -161,18 +161,18 @@ def soft_bounce_is_over(box):
 
 @scenario("soft-bounce-of-others")
 def soft_bounce_of_others(box):
-    """Of two recipients one is rejected until it bounces, the other's mailbox is full: its first rejection later is a deferral"""
+    """Of two recipients, one is rejected until it bounces, and the other is deferred: its first rejection after that is a deferral"""
     place = Place(box)
     place.send("alice@example.org", "bob@example.org")
     full, no = "450 4.2.2 full", "550 5.7.1 no"
     for offset, bob, dsns, warned in (
         (HOUR, full, [], True),
         (50 * HOUR, full, ["alice@example.org"], True),
-        # Nothing is rejected now: no person need look after that server.
+        # No recipient is rejected now, so no administrator need check that server.
         (51 * HOUR, full, ["alice@example.org"], False),
         (52 * HOUR, no, ["alice@example.org"], True),
         (99 * HOUR, no, ["alice@example.org"], True),
-        # The DSN about the other one has expired by now.
+        # The DSN about the other recipient has expired by now.
         (101 * HOUR, no, ["alice@example.org", "bob@example.org"], False),
     ):
         place.clock.set(offset)
@@ -184,7 +184,7 @@ def soft_bounce_of_others(box):
 
 @scenario("unknown-among-known")
 def unknown_among_known(box):
-    """Unknown recipients before, in and after a message that is accepted: a DSN for each in the same call, none of the rest"""
+    """Unknown recipients before, in and after an accepted message: a DSN about each in the same call, and none about the others"""
     place = Place(box)
     known = {"known@example.org"}
     rcpt = lambda address: None if address in known else "550 5.1.1 no such user"  # noqa: E731
@@ -198,7 +198,7 @@ def unknown_among_known(box):
     check(place.waiting() == 1, f"{place.waiting()} wait")
     ended = events(place.provider.log(), "turn-ended")[-1]
     check((ended["sent"], ended["rejected"], ended["deferred"]) == ("1", "3", "1"), f"{ended}")
-    # The same with many: what does not fit into what a session remembers is settled by the next call.
+    # The same with many: the next call settles those that the session has no room to store.
     place.send_each([f"u{number}@example.org"] for number in range(1200))
     place.send("known@example.org")
     place.call(rcpt=rcpt)
@@ -216,7 +216,7 @@ def learned_at(place):
 
 @scenario("recipients-learned")
 def recipients_learned(box):
-    """`recipients = "learn"`: two calls an hour apart, then 550 at each listener and in each process; forgotten after a day and at a 250"""
+    """`recipients = "learn"`: after rejections in two calls an hour apart, each listener and process replies 550; a day or a 250 ends that"""
     place = Place(box, 'recipients = "learn"')
     rcpt = lambda address: "550 5.1.1 no such user" if address.lower().startswith("bob") else None  # noqa: E731
     everything = ("alice@example.org", "bob@Example.org")
@@ -235,7 +235,7 @@ def recipients_learned(box):
     lines = f"HELO w.example\r\nMAIL FROM:<{SENDER}>\r\nRCPT TO:<bob@EXAMPLE.org>\r\nQUIT\r\n"
     done = place.clock.run("serve", "-c", place.provider.config, "--inetd", "inbound", input=lines)
     check("550 5.1.1" in done.stdout, f"inetd: {done.stdout}")
-    # A restart knows it too, until a day after the last rejection.
+    # After a restart the provider still rejects it, until a day after the last rejection.
     place.provider.stop()
     place.provider.start()
     place.clock.set(26 * HOUR - 60)
@@ -247,7 +247,7 @@ def recipients_learned(box):
         place.send(*everything)
         place.call(rcpt=rcpt)
     check(place.rcpt("bob@example.org").startswith("550"), "not learned again")
-    # Another agent delivers into the spool, and by now there is a mailbox.
+    # Another agent delivers into the spool, and the mailbox exists now.
     file = place.provider.spool / "domains/example.org/new/1.agent"
     file.parent.mkdir(parents=True, exist_ok=True)
     (file.parent.parent / "tmp").mkdir(exist_ok=True)
@@ -260,7 +260,7 @@ def recipients_learned(box):
 
 @scenario("soft-bounce-clock")
 def soft_bounce_clock(box):
-    """A clock that is set forward and back by years, while the customer rejects all: nothing is bounced, nothing is learned"""
+    """The clock is set forward and back by years, while the customer rejects all mail: no message bounces, and no recipient is learned"""
     place = Place(box, 'recipients = "learn"')
     place.send("alice@example.org")
     place.send("bob@example.org", "carol@example.org")

@@ -1,4 +1,4 @@
-"""Messages a second, of odmr and of a Postfix on the same machine and disk. It prints figures and demands no speed."""
+"""Messages a second, of odmr and of a Postfix on the same machine and disk. It prints figures and checks no speed."""
 
 import os
 import select
@@ -16,7 +16,7 @@ MANY = 20  # connections of Postfix to one destination, its default
 
 
 def fill(box, port, recipient):
-    """Sends all messages over SENDERS connections. Gives how many were accepted a second."""
+    """Sends all messages over SENDERS connections. Returns the messages accepted a second."""
     begin = time.monotonic()
     done = box.run("smtp-source", "-s", SENDERS, "-m", COUNT, "-l", SIZE, "-f", "bob@sender.example", "-t", recipient, f"{LOOPBACK}:{port}", seconds=120)
     check(done.returncode == 0, f"smtp-source: {done.stdout}{done.stderr}")
@@ -24,7 +24,7 @@ def fill(box, port, recipient):
 
 
 def sink(box):
-    """A server that answers 250 and forgets: it costs both programs the same. Gives its port."""
+    """A server that replies 250 and discards: it costs both programs the same. Returns its port."""
     port = free_port()
     box.start("sink.log", "smtp-sink", "-u", "nobody", f"{LOOPBACK}:{port}", 1000)
 
@@ -37,7 +37,7 @@ def sink(box):
 
 
 def pump(one, other):
-    """Carries octets both ways until one side closes, as fetchmail does after the turn."""
+    """Carries octets in both directions until one side closes, as fetchmail does after the turn."""
     ends = {one: other, other: one}
     while True:
         for ready in select.select(list(ends), [], [])[0]:
@@ -60,7 +60,7 @@ def over_a_turn(provider, port):
 
 
 def of_postfix(box, port):
-    """Messages a second that a Postfix accepts; and sends into the sink over one connection, then over MANY."""
+    """Messages a second that a Postfix accepts; and that it sends into the sink over one connection, then over MANY."""
     inbound = free_port()
     postfix = Postfix(
         box,
@@ -93,7 +93,7 @@ queue_run_delay = 1h""",
 
 @scenario("speed", needs=["postfix", "smtp-sink", "smtp-source"], root=True)
 def speed(box):
-    """2,000 messages of 4 KiB: accepted, and sent over a turn into smtp-sink and by odmr pull, beside a Postfix; figures only"""
+    """Measures 2,000 messages of 4 KiB a second: accepted, sent after a turn into smtp-sink, fetched by odmr pull; with the figures of a Postfix"""
     port = sink(box)
     provider = Provider(box, require_tls=False).start()
     accepted = fill(box, provider.inbound, "eva@example.org")

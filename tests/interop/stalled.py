@@ -1,4 +1,4 @@
-"""Customers that stall must not delay anybody else: one delivery thread, and it never waits for one peer."""
+"""Customers that stall must not delay others: there is one delivery thread, and it never waits for one peer."""
 
 import os
 import statistics
@@ -23,7 +23,7 @@ def drop(provider, domain, size, name="1767323045.stall.local"):
 
 
 def good_round(provider):
-    """Fills a hundred messages and measures how long a customer that behaves needs for them."""
+    """Puts a hundred messages into the queue. Returns the time in which a good customer fetches them."""
     content = b"Subject: x\r\n\r\n" + (b"y" * 70 + b"\r\n") * 57  # 4 KiB
     with Smtp(provider.inbound) as sender:
         sender.hello()
@@ -41,19 +41,19 @@ def good_round(provider):
 
 
 def stall(provider, number):
-    """Turns the line and then stalls in one of three manners. Gives the open connection."""
+    """Turns the connection and then stalls in one of three ways. Returns the open connection."""
     manner = number % 3
     line = Smtp(provider.odmr, receive_buffer=4096 if manner == 2 else None)
     line.turn(f"stalled{number}")
     server = Server(line.socket, received=line.received, keywords=("SIZE",))
     server.say("220 mail.example.org ready to receive email")
-    if manner == 0:  # never an answer to EHLO
+    if manner == 0:  # no reply to EHLO
         return line
     check(server.until(b"\r\n")[:4] == b"EHLO", "no EHLO")
-    if manner == 1:  # in the middle of a reply
+    if manner == 1:  # within a reply
         line.socket.sendall(b"250-mail.example.org\r\n250-foo")
         return line
-    server.say("250 SIZE")  # in the middle of a large message: asked for, never read
+    server.say("250 SIZE")  # within a large message: after 354 it does not read
     check(server.until(b"\r\n")[:4] == b"MAIL", "no MAIL")
     server.say("250 ok")
     check(server.until(b"\r\n")[:4] == b"RCPT", "no RCPT")
@@ -65,14 +65,14 @@ def stall(provider, number):
 
 @scenario("stalled")
 def stalled(box):
-    """100 customers stall; the 101st gets its 100 messages in no more than twice the time"""
+    """100 customers stall: the 101st gets its 100 messages in at most twice the time"""
     customers = {f"stalled{number}": [f"d{number}.stalled.example"] for number in range(STALLED)}
     provider = Provider(box, require_tls=False, customers=customers | {"good": ["good.example"]})
     for number in range(STALLED):
         drop(provider, f"d{number}.stalled.example", 8 * MIB if number % 3 == 2 else 1000)
-    os.sync()  # those files are not to be written while we measure
+    os.sync()  # these files must not be written during the measurement
     provider.start()
-    good_round(provider)  # warm
+    good_round(provider)  # a first round, not measured
     alone = [good_round(provider) for _ in range(ROUNDS)]
     lines = [stall(provider, number) for number in range(STALLED)]
     for line in lines:
@@ -84,7 +84,7 @@ def stalled(box):
     time.sleep(1)
     with open(f"/proc/{provider.process.pid}/stat") as stat:
         ticks = sum(map(int, stat.read().rsplit(")", 1)[1].split()[11:13])) - before
-    one, other = min(alone), min(crowded)  # what else the machine does only ever adds
+    one, other = min(alone), min(crowded)  # other work of the machine only adds time
     ratio = other / one
     facts = (
         f"alone {one * 1000:.0f} ms, with {STALLED} stalled {other * 1000:.0f} ms, ratio {ratio:.2f};"
@@ -92,7 +92,7 @@ def stalled(box):
     )
     check(ratio <= 2.0 or other <= 0.5, facts)
     check(ticks <= 20, f"the stalled ones keep the processor busy: {facts}")
-    # They hang up: their mail must still be there, and may be had.
+    # They disconnect: their mail is still held, and can be fetched.
     for line in lines:
         line.close()
     check(len(provider.held()) == STALLED, f"{len(provider.held())} messages of the stalled ones are left")

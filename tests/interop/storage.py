@@ -1,4 +1,4 @@
-"""The storage threads: what a disk does to one customer must not be felt by another."""
+"""The storage threads: the disk of one customer must not delay another."""
 
 import os
 import pathlib
@@ -12,8 +12,8 @@ from hop import Hop, Session
 from harness import MIB, Provider, Server, Smtp, check, end, events, hang_up, scenario, thread_statuses, wait_until
 from stalled import drop
 
-# Replaces calls of the C library: fsync takes SLOW_FSYNC microseconds, and while the file HANG is there, removing a message
-# of a domain that begins with `hang` does not return, and the same of HANG_LISTING and its directories, as on a network file system whose server is gone.
+# Replaces calls of the C library: fsync needs SLOW_FSYNC microseconds; while the file HANG exists, the removal of a message of
+# a domain that begins with `hang` does not return, and so for HANG_LISTING and directories, as on a network file system whose server is down.
 SHIM = r"""
 #define _GNU_SOURCE
 #include <dirent.h>
@@ -60,7 +60,7 @@ def fill(provider, domain, count, mark="m", size=1000):
 
 
 def fetch(provider, customer):
-    """A whole call of a customer that behaves. Gives the seconds it has taken from ATRN on, and the messages."""
+    """A whole call of a good customer. Returns the seconds from ATRN to the end, and the messages."""
     with Smtp(provider.odmr) as line:
         line.hello()
         line.log_in(customer)
@@ -88,7 +88,7 @@ def drop_errors(serve):
 
 
 def turned(box, provider, customer, serves):
-    """A turned session of its own thread, which ends with its connection."""
+    """A turned session with its own thread, which ends with its connection."""
     line = Smtp(provider.odmr, seconds=120)
     line.turn(customer)
     box.keep(line.socket)
@@ -100,7 +100,7 @@ def turned(box, provider, customer, serves):
 
 @scenario("storage-slow", needs=("cc",))
 def storage_slow(box):
-    """fsync takes 20 ms, and sixteen customers reject all their mail: another one gets 200 messages as fast as alone"""
+    """fsync needs 20 ms, and sixteen customers reject all their mail: another one gets 200 messages as fast as alone"""
     customers = {f"bad{number}": [f"bad{number}.example"] for number in range(16)}
     provider = Provider(box, require_tls=False, customers=customers | {"good": ["good.example"]})
     start_with_shim(box, provider, SLOW_FSYNC="20000")
@@ -119,14 +119,14 @@ def storage_slow(box):
     left = len(provider.held())
     check(left > 0, "the others had nothing left to reject")
     facts = f"alone {alone * 1000:.0f} ms, beside them {', '.join(f'{one * 1000:.0f}' for one in beside)} ms; {left} left of theirs"
-    # What else the machine does only ever adds.
+    # Other work of the machine only adds time.
     check(min(beside) <= 3 * alone + 0.1, facts)
     return facts
 
 
 @scenario("storage-hangs", needs=("cc",))
 def storage_hangs(box):
-    """The disk of 24 customers hangs: nobody else waits; of one more, ATRN gets 451; it answers again: all is sent once"""
+    """The disk of 24 customers hangs: other customers do not wait, and one more gets 451 to ATRN. When the disk works again, all mail is sent once"""
     hanging = {f"hang{number}": [f"hang{number}.example"] for number in range(HANGING + 2)}
     provider = Provider(box, require_tls=False, customers=hanging | {"good": ["good.example"]})
     flag = box.write("hang", "")
@@ -143,7 +143,7 @@ def storage_hangs(box):
     beside, messages = fetch(provider, "good")
     check(len(messages) == MESSAGES, f"{len(messages)} messages came beside them")
     check(beside <= 2 * alone + 0.2, f"alone {alone * 1000:.0f} ms, beside them {beside * 1000:.0f} ms")
-    # One more hangs, and then nobody is let in.
+    # The disk of one more customer hangs, and then no turn is accepted.
     servers.append(turned(box, provider, names[HANGING], Server))
     wait_until(lambda: any(jobs["jobs"] == str(HANGING + 1) for jobs in events(provider.log(), "storage-blocked")), "one more")
     with Smtp(provider.odmr) as line:
@@ -164,7 +164,7 @@ def storage_hangs(box):
 
 @scenario("storage-hangs-stop", needs=("cc",))
 def storage_hangs_stop(box):
-    """The disk hangs and serve gets SIGTERM: it ends in time, and sends again at most what it could not settle"""
+    """The disk hangs and serve gets SIGTERM: it ends in time, and sends again only messages that it could not settle"""
     provider = Provider(box, require_tls=False, customers={"hang": ["hang.example"]}, more="[timeouts]\nshutdown = \"2s\"\n")
     flag = box.write("hang", "")
     start_with_shim(box, provider, HANG=str(flag))
@@ -202,7 +202,7 @@ def storage_hangs_tidy(box):
 
 @scenario("storage-no-thread", needs=("strace",))
 def storage_no_thread(box):
-    """The system gives one storage thread and no other: a customer that rejects its mail is served beside a busy one, and the log says it now and then"""
+    """The system permits only one storage thread: a customer that rejects its mail and a busy one are both served, and the log reports it now and then"""
     customers = {"busy": ["busy.example"], "bad": ["bad.example"]}
     provider = Provider(box, require_tls=False, customers=customers).start()
     fill(provider, "busy.example", 3000)
@@ -223,7 +223,7 @@ def storage_no_thread(box):
 
 @scenario("storage-descriptors", needs=("cc",))
 def storage_descriptors(box):
-    """24 sessions have fewer descriptors than they would use: each message comes, and no session ends as if there were no more"""
+    """24 sessions have too few descriptors: each message arrives, and no session ends as if the queue were empty"""
     customers = {f"few{number}": [f"few{number}.example"] for number in range(24)}
     provider = Provider(box, require_tls=False, customers=customers, more="[limits]\nconnections-per-address = 100\n").start()
     resource.prlimit(provider.process.pid, resource.RLIMIT_NOFILE, (100, 100))
@@ -279,13 +279,13 @@ def trace_delivery(box, provider, *words):
     return tracer
 
 
-# What the delivery thread must not call: each of these may wait for a disk.
+# Calls that the delivery thread must not make: each may wait for a disk.
 FILE_CALLS = r"open|openat|openat2|creat|stat|lstat|fstat|newfstatat|statx|access|faccessat2?|fsync|fdatasync|sync_file_range"
 FILE_CALLS += r"|rename|renameat2?|link|linkat|unlink|unlinkat|mkdir|mkdirat|rmdir|getdents|getdents64|ftruncate|fallocate|utimensat|flock"
 
 
 class Moody(Hop):
-    """Accepts, defers and rejects recipients and contents by their local parts, and hangs up on some contents."""
+    """Accepts, defers and rejects recipients and contents by their local parts, and closes the connection at some contents."""
 
     def __init__(self):
         super().__init__(lmtp=False)
@@ -298,7 +298,7 @@ class Moody(Hop):
 
 
 class HangsUp(Server):
-    """Accepts a content and does not say so."""
+    """Accepts a content and does not reply."""
 
     def data(self):
         super().data()
@@ -308,7 +308,7 @@ class HangsUp(Server):
 
 @scenario("delivery-thread", needs=("strace",))
 def delivery_thread(box):
-    """strace of the delivery thread: messages accepted, rejected, deferred, in doubt and large, and no call on a file"""
+    """strace of the delivery thread with accepted, rejected, deferred, in-doubt and large messages: it makes no call on a file"""
     customers = {"moody": ["moody.example"], "doubt": ["doubt.example"], "large": ["large.example"]}
     provider = Provider(box, require_tls=False, customers=customers).start()
     drop(provider, "moody.example", 1000)  # makes the directories
@@ -344,14 +344,14 @@ def delivery_thread(box):
     calls = {line.split("(")[0] for line in lines}
     check(calls & {"write", "sendto", "writev"} and calls & {"read", "recvfrom"}, f"it does not send and receive: {calls}")
     files = [line for line in lines if re.match(rf"({FILE_CALLS})\(", line) or re.match(r"\w+\(\d+</", line)]
-    # The C library reads that when it gives memory back.
+    # The C library reads that when it frees memory.
     files = [line for line in files if "/proc/sys/vm/overcommit_memory" not in line]
     check(not files, f"calls on files: {files[:5]}")
     return f"{len(lines)} calls: {' '.join(sorted(calls))}"
 
 
 class Paced(Server):
-    """A customer that takes a while for each message; notes how long it waits for the next one."""
+    """A customer that needs some time for each message; records how long it waits for the next one."""
 
     def __init__(self, *arguments, **named):
         super().__init__(*arguments, **named)
@@ -366,14 +366,14 @@ class Paced(Server):
 
 
 def resident(provider):
-    """Octets of its memory now."""
+    """Its resident memory in octets."""
     status = pathlib.Path(f"/proc/{provider.process.pid}/status").read_text()
     return int(re.search(r"VmRSS:\s+(\d+) kB", status)[1]) * 1024
 
 
 @scenario("storage-large")
 def storage_large(box):
-    """60,000 messages in one domain, and one message of 30,000 recipients: the oldest come first, others do not wait"""
+    """60,000 messages in one domain, and one message with 30,000 recipients: the oldest are sent first, and other customers do not wait"""
     count, recipients = 60_000, 30_000
     customers = {"big": ["big.example"], "head": ["h.example"], "good": ["good.example"]}
     provider = Provider(box, require_tls=False, customers=customers).start()
@@ -430,7 +430,7 @@ class Defers(Server):
 
 @scenario("storage-domains")
 def storage_domains(box):
-    """An account with 1,000 domains: ATRN makes no directory and no lock; mail for one is fetched, no lock stays; few descriptors"""
+    """An account with 1,000 domains: ATRN makes no directory and no lock file; mail of one domain is fetched, no lock file stays; few descriptors are used"""
     domains = [f"d{number}.example" for number in range(1000)]
     provider = Provider(box, require_tls=False, customers={"many": domains}).start()
     held = lambda: sorted(path.name for path in (provider.spool / "domains").glob("*"))
@@ -458,7 +458,7 @@ def storage_domains(box):
     check(held() == ["d7.example"], f"made: {held()[:5]}")
     for domain in domains:
         drop(provider, domain, 100)
-    # The session that defers all mail offers that of the last domain too.
+    # The session that defers all mail offers the message of the last domain too.
     resource.prlimit(provider.process.pid, resource.RLIMIT_NOFILE, (250, 250))
     with Smtp(provider.odmr) as line:
         line.hello()
@@ -482,7 +482,7 @@ def storage_domains(box):
 
 
 class RejectsAllButOne(Rejecting):
-    """Rejects each recipient but one, which it accepts at last."""
+    """Rejects each recipient but one, which it accepts last."""
 
     def until(self, mark):
         while (line := Server.until(self, mark)) is not None and line[:4].upper() == b"RCPT" and b"<known@" not in line:
@@ -491,7 +491,7 @@ class RejectsAllButOne(Rejecting):
 
 
 def drop_from(provider, sender, domain, name, *recipients):
-    """The same as `drop`, from a sender of its own."""
+    """The same as `drop`, but from another sender."""
     drop(provider, domain, 0, name)
     to = "".join(f"Delivered-To: {recipient}@{domain}\n" for recipient in recipients)
     file = provider.spool / "domains" / domain / "new" / name
@@ -506,7 +506,7 @@ def addresses(field, files):
 
 @scenario("storage-postponed", needs=("cc",))
 def storage_postponed(box):
-    """fsync takes 20 ms, and four customers reject 1,100 messages and then accept one: 4,000 DSNs delay nobody, SIGKILL loses none"""
+    """fsync needs 20 ms, and four customers reject 1,100 messages and then accept one: 4,000 DSNs delay no other customer, and SIGKILL loses none"""
     bad = [f"bad{number}" for number in range(4)]
     customers = {name: [f"{name}.example"] for name in (*bad, "good")}
     accounts = dict.fromkeys(bad, 'soft-bounce = "2d"')

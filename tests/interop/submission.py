@@ -18,7 +18,7 @@ ACCOUNTS = {
 
 @scenario("submission", needs=["swaks"])
 def submission(box):
-    """swaks submits on 366 after AUTH; 530 before, 550 for a foreign sender and for relay = false; rate and size"""
+    """swaks submits on port 366 after AUTH; it gets 530 before, 550 for a foreign sender and for relay = false; rate and size are enforced"""
     certificates = Certificates(box)
     nowhere = f'[relay]\nresolver = "{LOOPBACK}:{free_port()}"\n'
     provider = Provider(box, certificates=certificates, customers=CUSTOMERS, accounts=ACCOUNTS, more=nowhere).start()
@@ -48,7 +48,7 @@ def submission(box):
         check(field(file, "Return-Path") == "<adam@example.com>", f"{file[:300]!r}")
         check(" ESMTPSA " in field(file, "Received") + " ", field(file, "Received"))
 
-    # The customer's mail server relays: a header that lacks fields stays as it came (RFC 5321 section 6.4).
+    # The customer's mail server relays: a header without some fields stays unchanged (RFC 5321 section 6.4).
     done = swaks("--data", "Subject: bare\n\nbare\n")
     check(done.returncode == 0, f"bare: {done.text[-600:]}")
     bare = [path.read_bytes() for path in provider.held() if field(path.read_bytes(), "Subject") == "bare"]
@@ -68,7 +68,7 @@ def submission(box):
     wrong = swaks("--auth-password", "wrong")
     check(wrong.returncode == 28, f"wrong password: exit {wrong.returncode}, {wrong.text[-300:]}")
     check(not list(provider.spool.glob("outgoing/*/new/*")), "something went out")
-    # A foreign recipient is for the relay.
+    # The relay sends to a foreign recipient.
     done = swaks(to="someone@dest.invalid")
     check(done.returncode == 0, f"to the world: {done.text[-600:]}")
     return f"{len(provider.held())} held"

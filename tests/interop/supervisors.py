@@ -1,4 +1,4 @@
-"""inetd-style supervisors: one process a connection, on descriptors the supervisor opened."""
+"""inetd-style supervisors: one process for each connection, on descriptors of the supervisor."""
 
 import socket
 import time
@@ -7,7 +7,7 @@ from harness import LOOPBACK, ODMR, Certificates, Customer, Provider, Smtp, chec
 
 
 def works(box, provider, certificates, inbound, odmr):
-    """A message comes in and is fetched under STARTTLS through the two ports; nothing but SMTP is on the line."""
+    """A message comes in and is fetched under STARTTLS through the two ports; the connection carries only SMTP."""
     for port in (inbound, odmr):
         wait_until(lambda: listens(port), f"port {port}", seconds=5)
     transcript = b""
@@ -51,7 +51,7 @@ def listens(port):
 
 @scenario("tcpserver", needs=["tcpserver"])
 def tcpserver(box):
-    """tcpserver (ucspi-tcp): in by --inetd inbound, out by --inetd odmr under STARTTLS"""
+    """tcpserver (ucspi-tcp): mail comes in by --inetd inbound, and is fetched by --inetd odmr under STARTTLS"""
     certificates = Certificates(box)
     provider = Provider(box, certificates=certificates)
     ports = {"inbound": free_port(), "odmr": free_port()}
@@ -66,7 +66,7 @@ def tcpserver(box):
 
 @scenario("inetd", needs=["inetd"], root=True)
 def inetd(box):
-    """openbsd-inetd: the same, where descriptor 2 is the connection too"""
+    """openbsd-inetd: mail comes in and is fetched under STARTTLS, where descriptor 2 is the connection too"""
     certificates = Certificates(box)
     provider = Provider(box, certificates=certificates)
     ports = {"inbound": free_port(), "odmr": free_port()}

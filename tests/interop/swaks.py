@@ -5,7 +5,7 @@ from harness import LOOPBACK, Certificates, Provider, check, field, scenario
 
 @scenario("swaks", needs=["swaks"])
 def swaks(box):
-    """swaks with STARTTLS delivers; a foreign domain gets 550 5.7.1; too big is said at MAIL"""
+    """swaks with STARTTLS sends a message; a foreign domain gets 550 5.7.1; a message that is too large is rejected at MAIL"""
     certificates = Certificates(box)
     provider = Provider(box, certificates=certificates, more='[inbound]\nmax-size = "1MiB"\n').start()
 

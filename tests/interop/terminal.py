@@ -1,4 +1,4 @@
-"""A person at a terminal: how long lines and colours are there, and that neither is anywhere else."""
+"""Text for a user at a terminal: the width of lines and the colours there; other output is unchanged."""
 
 import fcntl
 import os
@@ -11,14 +11,14 @@ from harness import ODMR, check, scenario, wait_until
 from mistakes import Place
 
 COLOUR = re.compile(r"\x1b\[[\d;]*m")
-# What somebody may copy stays in one piece.
+# Text that a user may copy is not divided.
 COPIED = re.compile(r"`[^`]*`|[\w-]+ = \S+")
 WIDTH = 60
 HELP = [["help"], ["help", "send"], ["queue", "-h"], ["help", "exit-codes"], []]
 
 
 def at_terminal(place, *words, **environment):
-    """Runs odmr on a terminal of 60 columns. Gives the lines of its output and errors."""
+    """Runs odmr on a terminal of 60 columns. Returns the lines of its output and errors."""
     screen = Screen(place.box)
     fcntl.ioctl(screen.slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, WIDTH, 0, 0))
     settings = {key: value for key, value in os.environ.items() if key != "NO_COLOR"} | {"TERM": "xterm"} | environment
@@ -32,9 +32,9 @@ def at_terminal(place, *words, **environment):
 
 @scenario("terminal", needs=["openssl"])
 def terminal(box):
-    """on a terminal lines are divided between words, and warnings and errors have a colour, unless NO_COLOR or TERM=dumb"""
+    """On a terminal lines are divided between words, and warnings and errors have a colour, unless NO_COLOR or TERM=dumb is set"""
     place = Place(box)
-    # Without a certificate, of which each second may change the days that are left.
+    # Without a certificate, whose remaining days may change at any second.
     place.provider("-tls", "odmr.require-tls = false", 'spol = "x"', 'colour = "blue"')()
     checked = ("check", "-c", "provider.toml")
     lines = at_terminal(place, *checked)
@@ -53,7 +53,7 @@ def terminal(box):
     for words in HELP:
         long = [line for line in at_terminal(place, *words) if len(COLOUR.sub("", line)) > WIDTH]
         check(not long, f"{words}: longer than {WIDTH}: {long}")
-    # What programs read is never divided.
+    # Output for programs is never divided.
     place.provider('relay.tls-for = { "one.example" = "verify", "two.example" = "must", "three.example" = "may" }')()
     as_it_is = box.run(ODMR, *checked, "--print", cwd=box.path).stdout.splitlines()
     check(at_terminal(place, *checked, "--print") == as_it_is, "--print is not as elsewhere")

@@ -1,4 +1,4 @@
-"""A thin line: messages take longer than a session may, in both directions, and lose nothing by it."""
+"""A slow line: messages need more time than a session may last, in both directions, and none is lost."""
 
 import pathlib
 import re
@@ -16,7 +16,7 @@ SMALL = 3
 
 
 def thin_line(box, target):
-    """A proxy that reads at RATE only, so that the sender is held back. Gives its port."""
+    """A proxy that reads at RATE only, so that the sender must wait. Returns its port."""
 
     def carry(source, sink):
         try:
@@ -54,7 +54,7 @@ def names(files):
 
 
 def outgoing_names(provider):
-    """None while the relay renames a file, because it has tried it."""
+    """None while the relay renames a file after an attempt."""
     try:
         return names(file for part in ("new", "cur") for file in pathlib.Path(provider.spool).glob(f"outgoing/*/{part}/*"))
     except FileNotFoundError:
@@ -63,7 +63,7 @@ def outgoing_names(provider):
 
 @scenario("thin-line")
 def run(box):
-    """Messages that take longer than `session` and `turn` get through; incoming mail does not wait for a long upload"""
+    """Messages that need more time than `session` and `turn` are sent; incoming mail does not wait for a long upload"""
     certificates = Certificates(box)
     times = '[timeouts]\nsession = "2s"\nturn = "2s"\n'
     provider = Provider(box, certificates=certificates, more=times, accounts={"acme": "relay = true"}).start()
@@ -102,7 +102,7 @@ def run(box):
 
 @scenario("thin-line-one-connection")
 def one_connection(box):
-    """The provider permits one connection: incoming mail comes after a long upload; a stopped upload does not succeed"""
+    """The provider permits one connection: incoming mail is fetched after a long upload; a call with a stopped upload fails"""
     limits = "[limits]\nconnections-per-address = 1\n"
     provider = Provider(box, require_tls=False, more=limits, accounts={"acme": "relay = true"}).start()
     with Smtp(provider.inbound) as sender:

@@ -1,4 +1,5 @@
-"""Certificates of clients (SASL EXTERNAL): openssl and swaks at the provider, our customer at a server of OpenSSL's, keys changed."""
+"""Certificates of clients (SASL EXTERNAL): openssl and swaks at the provider, our customer at a server with OpenSSL,
+changes of keys."""
 
 import base64
 import re
@@ -14,7 +15,7 @@ KINDS = ["rsa", "p256", "p384", "ed25519"]
 
 
 def pins(box, certificate):
-    """`sha256:` and `spki-sha256:` of a certificate, as openssl makes them."""
+    """`sha256:` and `spki-sha256:` of a certificate, as computed by openssl."""
     print_one = box.run("openssl", "x509", "-in", certificate, "-noout", "-fingerprint", "-sha256").stdout
     key = f"openssl x509 -in {certificate} -noout -pubkey | openssl pkey -pubin -outform der | openssl dgst -sha256 -binary"
     digits = box.run("sh", "-c", f"{key} | openssl base64").stdout.strip()
@@ -22,7 +23,7 @@ def pins(box, certificate):
 
 
 def expired(box):
-    """A self-signed certificate whose time is over, and its key: another one each time."""
+    """An expired self-signed certificate, and its key: another one each time."""
     key, request, certificate = (box.path / f"expired.{end}" for end in ("key", "csr", "pem"))
     for command in (
         ["req", "-new", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=expired", "-keyout", key, "-out", request],
@@ -41,7 +42,7 @@ def account(provider, name, certificates, with_secret=False):
 
 @scenario("client-certificates", needs=["openssl"])
 def client_certificates(box):
-    """openssl s_client -cert: EXTERNAL by each kind of key, X.509 1 and 3, expired; never asked on port 25"""
+    """openssl s_client -cert logs in by EXTERNAL with each kind of key, X.509 1 and 3, expired; port 25 never asks for a certificate"""
     certificates = Certificates(box)
     provider = Provider(box, certificates=certificates)
     own = {f"{kind}-{version}": made(box, kind, version) for kind in KINDS for version in (1, 3)}
@@ -67,17 +68,17 @@ def client_certificates(box):
                 check("\n453 4.3.2 " in text and "No client certificate CA names sent" in text, text[-700:])
                 check(re.search(r"(?m)^250[- ]AUTH EXTERNAL CRAM-MD5 (SCRAM-SHA-256-PLUS )?SCRAM-SHA-256 PLAIN", text), text[-700:])
                 logins += 1
-    # A certificate of the same name whose key is another one; none; port 25.
+    # A certificate of the same name with another key; none; port 25.
     (certificate, key), lines = own["p256-3"], ["auth external =", "atrn"]
-    stranger = expired(box)
-    text = client(provider.odmr_tls, [], lines, "-cert", stranger[0], "-key", stranger[1])
+    old = expired(box)
+    text = client(provider.odmr_tls, [], lines, "-cert", old[0], "-key", old[1])
     check("\n504 5.5.4 " in text and "\n530 " in text, text[-700:])
     unknown = wait_until(lambda: events(provider.log(), "unknown-certificate"), "the unknown certificate in the log")
-    digest = base64.b64decode(pins(box, stranger[0])[1].split(":")[1]).hex()
+    digest = base64.b64decode(pins(box, old[0])[1].split(":")[1]).hex()
     check(unknown[0]["pin"] == f"spki-sha256:{digest}", unknown)
     text = client(provider.odmr_tls, [], lines)
     check("\n504 5.5.4 " in text and "\n530 " in text, text[-700:])
-    # A key that cannot be verified: the client shows none, or the handshake fails, and the log says why.
+    # A key that cannot be verified: the client sends no certificate, or the handshake fails, and the log has the reason.
     for kind, version in (("p521", "-tls1_3"), ("p521", "-tls1_2"), ("rsa-1024", "-tls1_3")):
         weak = made(box, kind, 3)
         text = client(provider.odmr_tls, [], lines, version, "-cipher", "DEFAULT:@SECLEVEL=0", "-cert", weak[0], "-key", weak[1])
@@ -92,7 +93,7 @@ def client_certificates(box):
 
 @scenario("swaks-certificate", needs=["swaks", "openssl"])
 def swaks_certificate(box):
-    """swaks --tls-cert: a certificate does no harm beside a secret; without a secret only the certificate opens the account"""
+    """swaks --tls-cert: with a secret a certificate changes nothing; without a secret only the certificate opens the account"""
     provider = Provider(box, certificates=Certificates(box))
     certificate, key = made(box, "p256", 3)
     account(provider, "both", [pins(box, certificate)[0]], with_secret=True)
@@ -113,7 +114,7 @@ def swaks_certificate(box):
         check(done.returncode == 28 and "535 5.7.8" in done.stdout, f"{mechanism}: {done.stdout[-900:]}")
     found = {event["mechanism"]: event["pin"] for event in events(provider.log(), "authenticated")}
     check(set(found) == {"PLAIN", "CRAM-MD5"}, found)
-    # swaks has no EXTERNAL; the same key opens two accounts, so the client has to say which it wants.
+    # swaks has no EXTERNAL; the same key opens two accounts, so the client has to name one.
     context = ssl.create_default_context(cafile=str(box.path / "ca.pem"))
     context.load_cert_chain(certificate, key)
     with Smtp(provider.odmr_tls, tls=context) as client:
@@ -134,7 +135,7 @@ def customer_with(box, provider, certificate, key, name="acme"):
 
 @scenario("key-change", needs=["openssl"])
 def key_change(box):
-    """Calls by EXTERNAL go on while keys change on both sides: two pins meanwhile, and no call fails"""
+    """Both sides change their keys while a customer calls by EXTERNAL: with two pins during the change, no call fails"""
     provider = Provider(box, certificates=Certificates(box))
     keys = [made(box, kind, 3) for kind in ("p256", "rsa", "ed25519")]
     names = [pins(box, certificate)[1] for certificate, _ in keys]
@@ -177,7 +178,7 @@ def key_change(box):
 
 @scenario("external-elsewhere", needs=["openssl"])
 def external_elsewhere(box):
-    """Our customer at a server with OpenSSL's TLS that asks for its certificate: TLS 1.2 and 1.3, each kind of key"""
+    """Our customer at a server with OpenSSL that asks for its certificate: TLS 1.2 and 1.3, each kind of key"""
     Certificates(box)
     calls = 0
     for kind in KINDS:

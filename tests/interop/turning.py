@@ -1,4 +1,4 @@
-"""A provider that lets its test say every word after the turn."""
+"""A provider whose part of the dialogue after the turn is scripted by the test."""
 
 import queue
 import time
@@ -9,9 +9,9 @@ SENDER = "lester@sender.example"
 
 
 class Turning:
-    """Listens, lets customers in, and counts their calls.
+    """Listens, authenticates customers, and counts their calls.
 
-    `mail`: there is some, so ATRN turns the line, which is to be had by `line`; `away`: it hangs up at once.
+    `mail`: there is mail, so ATRN turns the connection, which `line` returns; `away`: it closes each connection at once.
     """
 
     def __init__(self, box, *, mail=False, away=False):
@@ -24,7 +24,7 @@ class Turning:
         self.times.append(time.monotonic())
         try:
             if not self.away and self.introduced(sock):
-                return  # the test has it
+                return  # the test uses it
         except (OSError, Failed):
             pass
         sock.close()
@@ -51,7 +51,7 @@ class Turning:
         check(self.done == count, f"{self.done} calls, wanted {count}")
 
     def line(self):
-        """The next turned line, its customer greeted."""
+        """The next turned connection, after the customer's greeting."""
         try:
             line = self.lines.get(timeout=10)
         except queue.Empty:
@@ -61,14 +61,14 @@ class Turning:
 
 
 class Line(Smtp):
-    """A client on a line that is there already."""
+    """A client on an existing connection."""
 
     def __init__(self, sock, received):
         sock.settimeout(20)
         self.socket, self.received = sock, bytearray(received)
 
     def knows(self, recipient):
-        """Whether that one has a mailbox."""
+        """Whether that recipient has a mailbox."""
         self.want("250", f"MAIL FROM:<{SENDER}>")
         reply = self.say(f"RCPT TO:<{recipient}>")
         self.want("250", "RSET")

@@ -1,6 +1,6 @@
-"""A twin of this machine for a recipe of dist/: its files are an overlay on those of this one, its processes, its network
-and its users are its own. So users, /etc, /var and the ports 25 and 366 are as the recipes name them, word for word, and nothing
-is left of it.
+"""A twin of this machine for a recipe of dist/: its files are an overlay on those of this machine; it has its own
+processes, network
+and users. So users, /etc, /var and the ports 25 and 366 are as in the recipes, word for word, and all is removed at the end.
 """
 
 import contextlib
@@ -111,7 +111,7 @@ class Twin:
         return ["nsenter", "--target", self.pid, "--all", "--root", "--wd", *words]
 
     def run(self, *words, code=0, **options):
-        """Runs a command there; `code`: the exit code that it must have, None: any."""
+        """Runs a command there; `code`: the expected exit code, None: any."""
         done = self.box.run(*self.command(*words), env=ENVIRONMENT, **options)
         told = f"{words}: exit {done.returncode}: {done.stdout}{done.stderr}"
         check(code is None or done.returncode == code, told)
@@ -135,7 +135,7 @@ class Twin:
         file.chmod(mode)
 
     def text(self, path):
-        """A file there; nothing, if there is none."""
+        """A file there; empty if it does not exist."""
         try:
             return (self.root / path.lstrip("/")).read_text(errors="backslashreplace")
         except FileNotFoundError:
@@ -150,7 +150,7 @@ class Twin:
 
     @contextlib.contextmanager
     def network(self):
-        """Sockets that this thread makes meanwhile are in the network of the machine."""
+        """Sockets that this thread opens within the block are in the network of the machine."""
         enter = ctypes.CDLL(None, use_errno=True).setns
         with open("/proc/thread-self/ns/net") as ours, open(f"/proc/{self.pid}/ns/net") as theirs:
             check(enter(theirs.fileno(), NEW_NET) == 0, "setns")
@@ -160,7 +160,7 @@ class Twin:
                 enter(ours.fileno(), NEW_NET)
 
     def connect(self, port, **options):
-        """A client, once somebody listens there."""
+        """A client, as soon as a server listens there."""
 
         def connected():
             try:
@@ -178,7 +178,7 @@ class Twin:
         return list(self.root.glob("var/mail/odmr/*/*/new/*"))
 
     def serves(self, port=25):
-        """The provider accepts a message on `port`, and a call brings it."""
+        """The provider accepts a message on `port`, and a call fetches it."""
         before = len(self.fetched())
         self.connect(366).close()
         with self.connect(port) as line:
@@ -191,7 +191,7 @@ class Twin:
 
 
 def own_cgroup(box):
-    """A new cgroup of version 2 for a systemd, which takes the whole tree below it for its own."""
+    """A new cgroup of version 2 for a systemd, which uses the whole tree below it."""
     mounts = [line.split() for line in pathlib.Path("/proc/mounts").read_text().splitlines()]
     found = [mount[1] for mount in mounts if mount[2] == "cgroup2"]
     check(found, "no cgroup2 is mounted")

@@ -1,4 +1,4 @@
-"""The words of the command line, exit codes and ends."""
+"""The subcommands, exit codes and signals."""
 
 import os
 import signal
@@ -20,7 +20,7 @@ def code(box, *words, wanted, says=None):
 
 @scenario("usage")
 def usage(box):
-    """help, version, wrong words"""
+    """help, version and wrong words of the command line"""
     for words in (["-h"], ["--help"], ["serve", "-h"], ["pull", "-h"], ["check", "-h"], ["demo", "-h"]):
         done = code(box, *words, wanted=0)
         check("odmr" in done.stdout, f"{words}: help is on standard output, got {done.stdout!r}")
@@ -35,7 +35,7 @@ def usage(box):
 
 @scenario("check")
 def check_files(box):
-    """check and configuration errors: file, line, exit code 78"""
+    """check, and mistakes in the configuration: file, line, exit code 78"""
     certificates = Certificates(box)
     provider = Provider(box, certificates=certificates)
     customer = Customer(box, 366, authority=certificates.authority)
@@ -60,19 +60,19 @@ def check_files(box):
     code(box, "pull", "-c", bad, wanted=CONFIGURATION, says=f"bad-pull.toml:{number}")
     code(box, "pull", "-c", box.path / "absent.toml", wanted=CONFIGURATION)
 
-    # A secret anyone can read is none.
+    # A secret that every user can read is a mistake.
     os.chmod(customer.config, 0o644)
     code(box, "check", "-c", customer.config, wanted=1, says="pull.toml")
     code(box, "pull", "-c", customer.config, wanted=CONFIGURATION)
     account = box.path / "serve-customers.d/acme.toml"
     os.chmod(account, 0o644)
-    # `serve` skips that file: one customer's mistake stops nobody else.
+    # `serve` skips that file: one customer's mistake does not affect others.
     code(box, "check", "-c", provider.config, wanted=1, says="acme.toml")
 
 
 @scenario("pull-exit-codes")
 def pull_exit_codes(box):
-    """pull: mail, no mail, wrong secret, wrong certificate, nobody there"""
+    """The exit codes of pull: mail, no mail, wrong secret, wrong certificate, no listener"""
     certificates = Certificates(box)
     provider = Provider(box, certificates=certificates).start()
     customer = Customer(box, provider.odmr, authority=certificates.authority)
@@ -87,8 +87,8 @@ def pull_exit_codes(box):
     check((result := implicit.pull()) == 0, f"implicit TLS: exit {result}")
     wrong = Customer(box, provider.odmr, authority=certificates.authority, password="wrong", file="wrong")
     check((result := wrong.pull()) == PERMISSION, f"wrong secret: exit {result}, wanted {PERMISSION}")
-    stranger = Customer(box, provider.odmr, authority=certificates.authority, name="nobody", file="stranger")
-    check((result := stranger.pull()) == PERMISSION, f"unknown name: exit {result}, wanted {PERMISSION}")
+    unknown = Customer(box, provider.odmr, authority=certificates.authority, name="nobody", file="unknown")
+    check((result := unknown.pull()) == PERMISSION, f"unknown name: exit {result}, wanted {PERMISSION}")
     untrusting = Customer(box, provider.odmr, file="untrusting")
     untrusted = untrusting.pull()
     check(untrusted != 0, "a certificate of an unknown authority was taken")
@@ -101,7 +101,7 @@ def pull_exit_codes(box):
 
 @scenario("sigterm")
 def sigterm(box):
-    """SIGTERM ends serve with 0, idle and with sessions open"""
+    """SIGTERM ends serve with exit code 0, when it is idle and with open sessions"""
     provider = Provider(box, require_tls=False).start()
     begin = time.monotonic()
     check((result := provider.stop()) == 0, f"idle: exit {result}")
@@ -116,7 +116,7 @@ def sigterm(box):
         provider.process.send_signal(signal.SIGTERM)
         for session in (one, other):
             check((reply := session.reply()).startswith("421"), f"an idle session got {reply!r}")
-        try:  # at its next safe point, which may be now
+        try:  # after the command or message under way, which may be now
             third.want("250", "RCPT TO:<eva@example.org>")
             third.want("354", "DATA")
             third.socket.sendall(b"Subject: last\r\n\r\nlast\r\n.\r\n")
@@ -138,7 +138,7 @@ def sigterm(box):
 
 @scenario("busy")
 def busy(box):
-    """a second turn gets 450 4.4.5 while the first has the domain; the mail is safe when the first one drops the line"""
+    """A second turn gets 450 4.4.5 while the first has the domain; the mail is still held after the first one has closed the connection"""
     provider = Provider(box, require_tls=False).start()
     with Smtp(provider.inbound) as sender:
         sender.hello()
@@ -158,7 +158,7 @@ def busy(box):
 
 @scenario("demo")
 def demo(box):
-    """demo ends well in under 5 s and shows the turn"""
+    """demo succeeds in less than 5 s and shows the turn"""
     begin = time.monotonic()
     done = box.run(ODMR, "demo", cwd=box.path)
     seconds = time.monotonic() - begin

@@ -1,4 +1,4 @@
-"""The world that outgoing mail meets: names by dnsmasq, and mail hosts that say what they are told to."""
+"""The Internet for outgoing mail: names by dnsmasq, and mail hosts with scripted replies."""
 
 import base64
 import collections
@@ -16,9 +16,8 @@ Attempt = collections.namedtuple("Attempt", "time verb line reply")
 
 
 class Names:
-    """A dnsmasq that knows these names and no others. `mx`: domain -> [(preference, host)]; `hosts`: name -> address,
-    or addresses in order; `null`: domains with a null MX (RFC 7505); `aliases`: name -> canonical name; `more`: lines of
-    its configuration."""
+    """A dnsmasq with these names only. `mx`: domain -> [(preference, host)]; `hosts`: name -> address, or addresses in order;
+    `null`: domains with a null MX (RFC 7505); `aliases`: name -> canonical name; `more`: lines of its configuration."""
 
     def __init__(self, box, *, mx=None, hosts=None, null=(), aliases=None, more=()):
         self.port = free_port()
@@ -37,7 +36,7 @@ class Names:
 
 
 class Host(Server):
-    """One connection to a mail host: STARTTLS, AUTH, BDAT, and rejections for as long as there are any."""
+    """One connection to a mail host: STARTTLS, AUTH, BDAT, and scripted rejections as long as there are any."""
 
     def __init__(self, sock, house):
         self.house = house
@@ -85,7 +84,7 @@ class Host(Server):
                 sender, recipients, chunks = None, [], b""
                 reply = "250 2.0.0 ok"
             elif verb == "QUIT":
-                house.leave(self)  # before the peer can know, and come back
+                house.leave(self)  # before the peer can notice, and connect again
                 self.say("221 2.0.0 bye")
                 return True
             house.note(verb, line, reply or "250 2.0.0 ok")
@@ -137,8 +136,9 @@ class Host(Server):
 
 
 class House:
-    """A mail host on an address of loopback. `rejections`: verb -> the replies to its next uses; None: that one is
-    taken. `tls`: (certificate, key); `accounts`: name -> secret, AUTH is demanded then."""
+    """A mail host on an address of loopback. `rejections`: verb -> the replies to its next uses; None: accepted. `tls`:
+    (certificate,
+    key); `accounts`: name -> secret, AUTH is then required."""
 
     def __init__(self, box, *, address=LOOPBACK, port=0, name="mx.dest.example", tls=None, accounts=None, **more):
         self.keywords = more.get("keywords", ("PIPELINING", "8BITMIME", "SIZE 100000000", "SMTPUTF8", "ENHANCEDSTATUSCODES"))
@@ -202,7 +202,7 @@ class House:
 
 
 def self_signed(box, name, label="mx"):
-    """Certificate and key that nobody's authority has signed."""
+    """A self-signed certificate and its key."""
     certificate, key = box.path / f"{label}.pem", box.path / f"{label}.key"
     done = box.run(
         *["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"],
@@ -214,7 +214,7 @@ def self_signed(box, name, label="mx"):
 
 
 def sendmail(box, customer, *arguments, text="", by="sendmail", seconds=20, **options):
-    """The odmr binary under the name programs call, with the customer's file."""
+    """The odmr binary under the name that programs call, with the customer's file."""
     program = box.path / by
     if not program.exists():
         program.symlink_to(ODMR)
@@ -223,7 +223,7 @@ def sendmail(box, customer, *arguments, text="", by="sendmail", seconds=20, **op
 
 
 def queued(customer):
-    """The files of what waits to go out."""
+    """The files of outgoing mail."""
     queue = customer.box.path / f"{customer.log_name[:-4]}-queue"
     return [file for part in ("new", "cur") for file in queue.glob(f"{part}/*")]
 

@@ -1,16 +1,21 @@
-"""What was promised and what has come of it: the count of messages, and the rules of the verdict about them.
+"""The ledger: which messages were accepted, which have arrived, and the rules of the verdict.
 
-A message has a number and a body that is made of the number, so that each file or content says by itself whether it is
-whole. For each recipient of a message one of these must be true in the end, once the sender has seen the 250:
-it has arrived, a DSN about its failure has arrived, or it is still held. Such a DSN is wrong unless nobody has that address.
+A message has a number and a body that is made from the number, so that a file or content shows by itself whether it is
+complete.
+For each recipient of a message one of these must be true in the end, if the sender has got the 250: the message has
+arrived, a DSN
+about its failure has arrived, or it is still held. Such a DSN is wrong, unless the address does not exist.
 
-A receiving script that cuts the connection before its reply to the content has not got the message: it must come again.
+If a receiving script cuts the connection before its reply to the content, the message has not arrived: it must be sent again.
 
-The kill rule. A recipient gets a message twice only if one side of that delivery came to an abrupt end (`abrupt`: a process
-killed, a session broken off) within WINDOW of the arrival of an earlier copy: the reply was on its way, or was not yet
-recorded; and one such end explains no more than IN_FLIGHT copies of each account, because no more messages are under way or
-unrecorded in a session. A queue of `odmr send` sends a message again when its upload ended so (`resends`): then the end may
-be at any time since the message was queued.
+The kill rule. A recipient may get a message twice only if one side of that delivery ended abruptly (`abrupt`: a process
+killed, a
+session broken off) within WINDOW of the arrival of an earlier copy, because the reply was on its way or not recorded
+yet. One such
+end explains at most IN_FLIGHT copies of each account, because no more messages of a session are under way or
+unrecorded. A queue of
+`odmr send` sends a message again if its upload ended so (`resends`): then the end may be at any time after the message
+was queued.
 """
 
 import collections
@@ -18,7 +23,7 @@ import re
 import threading
 import time
 
-WINDOW = 15.0  # seconds, for a machine that is busy; a kill is in flight for as long as sockets and slow readers have octets of before
+WINDOW = 15.0  # seconds, for a busy machine; a kill affects copies as long as sockets and slow readers have octets from before it
 IN_FLIGHT = 24  # messages of one session that are sent and not recorded
 
 LINE = 64
@@ -40,12 +45,12 @@ def compose(number, size, sender, recipients):
 
 
 class Ledger:
-    """Thread-safe. Times are those of `time.time()`, as the times of files."""
+    """Thread-safe. Times are those of `time.time()`, as those of files."""
 
     def __init__(self):
         self.lock = threading.Lock()
         self.numbers = 0
-        self.promised = {}  # (number, recipient) -> when the 250 was seen
+        self.promised = {}  # (number, recipient) -> time of the 250
         self.arrivals = collections.defaultdict(list)
         self.returned = set()
         self.resends = set()
@@ -68,7 +73,7 @@ class Ledger:
             self.ends.append((time.time(), account))
 
     def arrive(self, octets, recipients, when=None):
-        """Reads what a recipient has got; a DSN or a message."""
+        """Reads a file or content that a recipient has received: a DSN or a message."""
         found = self.read(octets)
         with self.lock:
             if found is None:
@@ -83,7 +88,7 @@ class Ledger:
 
     @staticmethod
     def read(octets):
-        """(number, None) of a whole message, (number, failed recipients) of a DSN, None of anything else."""
+        """(number, None) for a complete message, (number, failed recipients) for a DSN, None for anything else."""
         octets = octets.replace(b"\r\n", b"\n")
         head, _, content = octets.partition(b"\n\n")
         if about := SOAK.search(head):
@@ -97,7 +102,7 @@ class Ledger:
         return int(about[1]), [name[1].decode() for name in names if name]
 
     def held_in(self, file):
-        """The recipients for whom a file of a queue waits, and what a waiting DSN will report."""
+        """The recipients for whom a file of a queue waits, and those in a waiting DSN."""
         try:
             octets = file.read_bytes()
         except OSError:
@@ -109,17 +114,17 @@ class Ledger:
         return {(found[0], one) for one in found[1]} if found and found[1] else set()
 
     def missing(self, promised, held):
-        """Of what was promised: what has neither arrived nor come back, and is not held."""
+        """Accepted recipients whose message has neither arrived nor bounced, and is not held."""
         with self.lock:
             return [key for key in promised if key not in self.arrivals and key not in self.returned and key not in held]
 
     def bounced(self, may_return):
-        """Of what was promised: what has come back though its recipient exists."""
+        """Accepted recipients whose message has bounced although they exist."""
         with self.lock:
             return [key for key in self.promised if key in self.returned and not may_return(key[1])]
 
     def duplicates(self, account_of):
-        """(all copies that are too many, those that the kill rule permits, the keys of the others)."""
+        """(all duplicates, those that the kill rule permits, the keys of the others)."""
         extra, wrong, explained = 0, [], collections.Counter()
         with self.lock:
             for key, times in self.arrivals.items():
@@ -128,7 +133,7 @@ class Ledger:
                 for earlier in sorted(times)[:-1]:
                     begin = self.promised.get(key, 0) if key[0] in self.resends else earlier - WINDOW
                     ends = [end for end in self.ends if begin <= end[0] <= earlier + WINDOW]
-                    # Mail that is sent again was cut on the way up: at the provider or by any customer's kill.
+                    # Mail that is sent again was interrupted on the way up: by a kill of the provider or of any customer.
                     ends = [end for end in ends if end[1] in (None, account) or key[0] in self.resends]
                     one = next((end for end in ends if explained[end, account] < IN_FLIGHT), None)
                     if one:

@@ -1,4 +1,5 @@
-"""Those who send, fetch and receive mail the whole time: senders on port 25, a hundred customers, and the world's mail host."""
+"""The parties that send, fetch and receive mail the whole time: senders on port 25, a hundred customers, and a remote
+mail host."""
 
 import base64
 import collections
@@ -15,9 +16,9 @@ from ledger import Ledger, compose
 from world import House, Names, outgoing_table
 
 ACCOUNTS = [f"c{number:02}" for number in range(100)]
-# Who fetches how: daemons, single calls of `odmr pull`, a light client, one with bad manners, and one that never calls.
+# How customers fetch: daemons, single calls of `odmr pull`, a light client, a faulty client, and one that never calls.
 DAEMONS, PULLS, LIGHT, RUDE, SLEEPER = ACCOUNTS[:6], ACCOUNTS[6:36], ACCOUNTS[36:90], ACCOUNTS[90:99], ACCOUNTS[99]
-EXTRA = "extra"  # an account that comes and goes
+EXTRA = "extra"  # an account that is added and removed
 KINDS = ("cram", "scram", "plain", "certificate", "default")
 WORLD = [f"d{number}.world.example" for number in range(10)]
 SINK = "127.0.0.3"
@@ -34,26 +35,26 @@ def domains(account):
 
 
 def account_of(recipient):
-    """None: one in the world."""
+    """None: a remote recipient."""
     domain = recipient.split("@")[1]
     return None if domain.endswith(".world.example") else domain.split(".")[0]
 
 
 def may_return(recipient):
-    """Nobody has the address, its mail expires, or its account may be gone."""
+    """Whether its message may bounce: the address does not exist, its mail expires, or its account may be removed."""
     return recipient.startswith("nobody@") or account_of(recipient) in (SLEEPER, EXTRA)
 
 
 class Soak:
-    """What all share: the place, the provider, the ledger, and the word to pause or stop."""
+    """The state that all share: the directory, the provider, the ledger, and the requests to pause or stop."""
 
     def __init__(self, box, seed, rate):
         self.box, self.seed, self.rate = box, seed, rate
         self.ledger = Ledger()
         self.stop, self.paused = threading.Event(), threading.Event()
         self.lock, self.working = threading.Lock(), 0
-        self.counts = collections.Counter()  # kills, reloads, exit codes, …: of interest
-        self.defects = []  # what must not happen
+        self.counts = collections.Counter()  # kills, reloads, exit codes, …: for the report
+        self.defects = []  # events that must not happen
         self.processes = {}  # account -> its `odmr pull` that may be killed
         self.sink = Sink(self)
         self.names = Names(box, mx={name: [(1, "mx.world.example")] for name in WORLD}, hosts={"mx.world.example": SINK})
@@ -88,7 +89,7 @@ class Soak:
                 self.working -= 1
 
     def has_extra(self):
-        """Who logs in to an account that is gone guesses passwords."""
+        """Whether the account that comes and goes exists. A login to a removed account would count as a guess."""
         return (self.provider.config.parent / f"serve-customers.d/{EXTRA}.toml").exists()
 
     def over_inetd(self, listener):
@@ -121,13 +122,13 @@ class Soak:
 
 
 def forget_clock(pid):
-    """What libfaketime leaves of a process that was killed."""
+    """Removes the files that libfaketime leaves after a process was killed."""
     for name in (f"faketime_shm_{pid}", f"sem.faketime_sem_{pid}"):
         pathlib.Path("/dev/shm", name).unlink(missing_ok=True)
 
 
 def own_certificate(box):
-    """A key for the customers that log in by one. Gives its pin."""
+    """A key for the customers that log in by certificate. Returns its pin."""
     done = box.run(
         *["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "9"],
         *["-subj", "/CN=customer", "-keyout", box.path / "me.key", "-out", box.path / "me.pem"],
@@ -164,7 +165,7 @@ def make_customer(soak, account):
 
 
 class Actor(threading.Thread):
-    """Does `act` again and again, with a pause of so many seconds on average, until the soak stops."""
+    """Calls `act` again and again, with a pause of so many seconds on average, until the soak stops."""
 
     def __init__(self, soak, name, pause):
         super().__init__(daemon=True, name=name)
@@ -188,7 +189,7 @@ class Actor(threading.Thread):
             self.soak.defects.append(f"the script: {traceback.format_exc()[-800:]}")
 
     def recipients(self):
-        """One to ten, in the whole hundred."""
+        """One to ten recipients, or all hundred."""
         count = self.dice.choice((1, 1, 1, 1, 2, 2, 3, 5, 10))
         accounts = self.dice.sample(ACCOUNTS, count) + [EXTRA] * (self.dice.random() < 0.03)
         if SLEEPER in accounts and count > 1 and self.dice.random() < 0.5:
@@ -202,7 +203,7 @@ class Actor(threading.Thread):
         return self.dice.randrange(1024, most + 1)
 
     def transfer(self, line, sender, recipients):
-        """One transaction; what is answered 250 is promised."""
+        """One transaction; recipients with a 250 are recorded as accepted."""
         number = self.soak.ledger.next_number()
         content = compose(number, self.size(len(recipients)), sender, recipients)
         group = [f"MAIL FROM:<{sender}>", *(f"RCPT TO:<{one}>" for one in recipients), "DATA"]
@@ -221,7 +222,7 @@ class Actor(threading.Thread):
 
 
 class Sender(Actor):
-    """The world: some messages in a connection to port 25, one of four under TLS, one of twenty to an inetd process."""
+    """The Internet: some messages in a connection to port 25, one of four under TLS, one of twenty to an inetd process."""
 
     def act(self):
         soak, process = self.soak, None
@@ -239,7 +240,7 @@ class Sender(Actor):
                     if soak.paused.is_set():
                         break
                     if process and self.dice.random() < 0.1:
-                        process.kill()  # no queue of ours sends again: no end to note
+                        process.kill()  # no queue of ours sends it again, so no end is recorded
                         soak.counts["inetd kills"] += 1
                     self.transfer(line, f"s@{self.dice.choice(WORLD)}", self.recipients())
                     soak.stop.wait(self.dice.expovariate(soak.rate))
@@ -250,7 +251,7 @@ class Sender(Actor):
 
 
 class Turned(Server):
-    """The SMTP server after the turn, with or without manners."""
+    """The SMTP server after the turn, correct or faulty."""
 
     def __init__(self, line, soak, account, manner, dice):
         super().__init__(line.socket, received=line.received)
@@ -302,7 +303,7 @@ class Turned(Server):
         if rude and self.manner == "full":
             return self.say("452 4.3.1 no room")
         if rude and self.manner == "stalls":
-            time.sleep(self.dice.uniform(5, 14))  # longer than it takes to be taken over
+            time.sleep(self.dice.uniform(5, 14))  # longer than a takeover needs
         if rude and self.manner == "cuts reply":
             raise ConnectionError("cut before the reply")
         self.say("250 2.0.0 ok")
@@ -310,7 +311,7 @@ class Turned(Server):
 
 
 class Light(Actor):
-    """Customers as a small client: log in as their kind does, now and then submit mail, turn, receive."""
+    """Customers as a small client: they log in as their kind does, now and then submit mail, turn, receive."""
 
     def __init__(self, soak, name, pause, accounts, manners=(None,)):
         super().__init__(soak, name, pause)
@@ -372,14 +373,14 @@ class Light(Actor):
         soak.counts["turns"] += 1
 
     def submit(self, line, account):
-        """Outgoing mail: into the world, and to other customers."""
+        """Outgoing mail: to remote recipients, and to other customers."""
         users = ["u", "v", "w"] * 8 + ["nobody"]
         to = [f"{self.dice.choice(users)}@{self.dice.choice(WORLD)}" for _ in range(self.dice.randrange(1, 4))]
         self.transfer(line, f"eva@{account}.example", list(dict.fromkeys(to)) + self.recipients()[:1])
 
 
 class Puller(Actor):
-    """Customers that `odmr pull` calls for, one after the other; some have queued mail with `odmr send` before."""
+    """Customers for which `odmr pull` calls, one after the other; some have queued mail with `odmr send` before."""
 
     def __init__(self, soak, name, pause, accounts):
         super().__init__(soak, name, pause)
@@ -407,7 +408,7 @@ class Puller(Actor):
 
 
 def queue_mail(actor, account):
-    """`odmr send` for the world; the queue is sent with the next call, and again if that is cut."""
+    """`odmr send` to remote recipients; the next call sends the queue, and again if it is interrupted."""
     soak = actor.soak
     number = soak.ledger.next_number()
     to = [f"u@{actor.dice.choice(WORLD)}"]
@@ -418,7 +419,7 @@ def queue_mail(actor, account):
 
 
 class Watcher(Actor):
-    """Keeps the daemons running, gives them mail to send, and empties their mailboxes."""
+    """Restarts the daemons, gives them mail to send, and empties their mailboxes."""
 
     def act(self):
         self.keep()
@@ -441,7 +442,7 @@ class Watcher(Actor):
 
 
 class Sink(House):
-    """The mail host of the world: defers now and then, knows nobody of that name, cuts between content and reply."""
+    """The remote mail host: defers now and then, rejects unknown names, closes between content and reply."""
 
     def __init__(self, soak):
         self.soak, self.dice, self.moody = soak, random.Random(f"{soak.seed} sink"), True

@@ -1,4 +1,4 @@
-"""What goes wrong the whole time: hostile peers, kills, reloads; and what is timed: disks, name server, clock, log."""
+"""The faults: hostile peers, kills and reloads at random; disks, name server, clock and log at fixed times."""
 
 import base64
 import errno
@@ -13,8 +13,8 @@ from clock import HOUR, Clock
 from harness import Failed, Smtp, secret
 from parties import ACCOUNTS, EXTRA, Actor, forget_clock
 
-# A line of the level `error` is a defect, unless its event is one of these: a bad file and a slow reader of the log are
-# faults of this script, and so is a full disk.
+# A line of the level `error` is a defect, unless its event is one of these: an invalid file, a slow reader of the log and a full
+# disk are faults of this script.
 EXPECTED = {"reload-failed", "customer-skipped", "log-lost"}
 EXPECTED_WHEN_FULL = {"storage-failed", "dsn-failed", "spool-failed", "settle-failed"}
 LOG_SIZE = 20_000_000
@@ -23,7 +23,7 @@ TMPFS = {"spool": 512, "customer": 64}  # MiB
 
 
 class Hostile(Actor):
-    """One of these at a time, from networks of its own."""
+    """One of these clients at a time, from its own networks."""
 
     def act(self):
         kinds = [self.garbage, self.half_handshake, self.guess, self.flood, self.trickle, self.injection, self.many_recipients, self.begin]
@@ -33,7 +33,7 @@ class Hostile(Actor):
         try:
             kind()
         except (OSError, Failed):
-            pass  # to be thrown out is what they are for
+            pass  # the server is expected to end these connections
 
     def connect(self, **options):
         provider = self.soak.provider
@@ -100,7 +100,7 @@ class Hostile(Actor):
 
 
 class Chaos(Actor):
-    """Kills and reloads at random. One after the other, so that each finds the files of the last one mended."""
+    """Kills and reloads at random, one after the other, so that each finds the files of the last one restored."""
 
     def __init__(self, soak, pause):
         super().__init__(soak, "chaos", pause)
@@ -116,8 +116,8 @@ class Chaos(Actor):
             self.clock = None
         environment = self.clock.environment | {"FAKETIME_CACHE_DURATION": "1"} if self.clock else dict(os.environ)
         environment.pop("FAKETIME_NO_CACHE", None)
-        # glibc gives each of many threads a heap of its own (eight for each processor), and each of these keeps what its
-        # own peak was: for hours that grows ever more slowly, and hides what leaks. Two are full after minutes.
+        # glibc gives each of many threads its own heap (eight for each processor), and each heap keeps its own peak: for hours that
+        # grows ever more slowly, and hides leaks. Two heaps are full after minutes.
         environment.setdefault("MALLOC_ARENA_MAX", "2")
         soak.provider.environment = environment
 
@@ -175,7 +175,7 @@ class Chaos(Actor):
             self.soak.defects.append(f"serve has ended by itself: {code}")
 
     def end_serve(self, number):
-        """A SIGTERM must end it in time, with exit code 0."""
+        """SIGTERM must end it in time, with exit code 0."""
         soak, process = self.soak, self.soak.provider.process
         self.check_alive()
         soak.ledger.abrupt()
@@ -214,13 +214,13 @@ class Chaos(Actor):
     # The configuration.
 
     def reload(self):
-        """Sends SIGHUP and waits a moment: for a line of the log one may wait in vain while that is stalled."""
+        """Sends SIGHUP and waits a moment, not for a line of the log, which may be stalled."""
         self.soak.provider.process.send_signal(signal.SIGHUP)
         self.soak.counts["reloads"] += 1
         self.soak.stop.wait(self.dice.uniform(0.2, 1))
 
     def reload_account(self):
-        """An account comes, or goes with its mail."""
+        """Adds an account, or removes it with its mail."""
         file = self.accounts / f"{EXTRA}.toml"
         if file.exists():
             file.unlink()
@@ -240,7 +240,7 @@ class Chaos(Actor):
         self.spoil(self.accounts / f"{self.dice.choice(ACCOUNTS)}.toml")
 
     def spoil(self, file):
-        """A typing error before a reload, mended before the next one."""
+        """Makes a typing error before a reload, and corrects it before the next one."""
         good = file.read_text()
         try:
             file.write_text(good.replace("=", "", 1))
@@ -249,10 +249,11 @@ class Chaos(Actor):
             file.write_text(good)
         self.reload()
 
-    # What is timed.
+    # Faults at fixed times.
 
     def burst(self):
-        """More connections at once than ever after, in clear and under TLS, with content: the heap has then had its peak."""
+        """More connections at once than ever after, in clear and under TLS, with content, so that the heap has reached
+        its peak."""
         provider, content = self.soak.provider, b"Subject: x\r\n\r\n" + b"x" * 72 * 1000
         for _ in range(BURSTS):
             lines = []
@@ -286,7 +287,7 @@ class Chaos(Actor):
             self.soak.box.at_end(lambda: subprocess.run(["umount", "-l", str(path)], capture_output=True))
 
     def fill(self, path, seconds):
-        """The disk is full for so long."""
+        """Fills the disk for so many seconds."""
         if not self.has_mount:
             return "skipped: cannot mount"
         self.full = time.monotonic() + seconds + 30

@@ -59,7 +59,7 @@ fn mistakes_in_mailboxes_are_named() {
     toml("domain-aliases = { \"example.com\" = \"example.org\" }", 1, "example.com has rules of its own");
     toml("domain-aliases = { \"a.example\" = \"example.org\", \"b.example\" = \"a.example\" }", 1, "a.example is itself another name only");
     toml("domain-aliases = { \"a.example\" = \"a.example\" }", 1, "a.example is itself another name only");
-    toml("[mailboxes.domain-aliases]\n\"A.example\" = \"example.org\"\n\"a.example\" = \"example.org\"", 3, "a.example is here a second time");
+    toml("[mailboxes.domain-aliases]\n\"A.example\" = \"example.org\"\n\"a.example\" = \"example.org\"", 3, "a.example occurs a second time here");
     toml("domain-aliases = { \"a.example\" = \"localhost\" }", 1, "has no dot");
     toml("domain-aliases = { localhost = \"example.org\" }", 1, "has no dot");
     toml("separator = \"a\"", 1, "'a' cannot separate a detail from a name");
@@ -89,7 +89,7 @@ fn mistakes_in_mailboxes_are_named() {
     toml("[mailboxes.deliver]\n\"alice+x@example.org\" = \"lmtp:a\"", 2, "is a mailbox with a detail, which goes where the mailbox does: write alice@example.org");
     toml("[mailboxes.deliver]\n\"abuse@example.org\" = \"lmtp:a\"", 2, "mail for abuse@example.org goes to postmaster@example.org");
     toml("[mailboxes.deliver]\n\"a@b@c\" = \"lmtp:a\"", 2, "is not a valid address");
-    toml("[mailboxes.deliver]\n\"Example.com\" = \"lmtp:a\"\n\"example.com\" = \"lmtp:b\"", 3, "@example.com is here a second time");
+    toml("[mailboxes.deliver]\n\"Example.com\" = \"lmtp:a\"\n\"example.com\" = \"lmtp:b\"", 3, "@example.com occurs a second time here");
     toml("domain-aliases = { \"example.net\" = \"example.org\" }\ndeliver = { \"example.net\" = \"lmtp:a\" }", 2, "example.net is another name of example.org only");
     toml("aliases = { \"x@example.com\" = \"alice\" }\ndeliver = { \"x@example.com\" = \"lmtp:a\" }", 2, "x@example.com gets no mail, as an alias (odmr.toml:9) sends it elsewhere");
     toml("deliver = { \"alice@example.org\" = 5 }", 1, "invalid type: integer `5`, expected a string");
@@ -105,7 +105,7 @@ fn mistakes_in_a_catch_all_are_named() {
     toml("catch-all = { \"example.com\" = [\"alice@example.org\"] }", 1, "expected an address such as");
     toml("catch-all = { \"@example.com\" = \"create\" }", 1, "\"@example.com\"");
     toml("catch-all = { \"example.org\" = \"create\" }", 1, "a catch-all for example.org has no effect: it is for the domains that are in `accept` as a whole, and \"@example.org\" is not among them");
-    toml("[mailboxes.catch-all]\n\"Example.com\" = \"create\"\n\"example.com\" = \"create\"", 3, "example.com is here a second time");
+    toml("[mailboxes.catch-all]\n\"Example.com\" = \"create\"\n\"example.com\" = \"create\"", 3, "example.com occurs a second time here");
     toml("domain-aliases = { \"a.example\" = \"example.com\" }\ncatch-all = { \"a.example\" = \"create\" }", 2, "a.example is another name of example.com only: write example.com");
     toml("catch-all = { \"example.com\" = \"create\" }\ndeliver = { \"example.com\" = \"lmtp:a\" }", 1, "a catch-all for example.com has no effect, as `deliver` gives all its names to a next hop");
     toml("catch-all = \"carol@example.org\"", 1, "carol@example.org leads to no mailbox here (no rule matches it), and `catch-all` must: name another address");

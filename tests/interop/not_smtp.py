@@ -1,4 +1,4 @@
-"""Connections that are not mail: a reply or a close, a line in the log, and life goes on."""
+"""Connections of clients that do not speak SMTP: the server replies or closes, logs one line, and serves the next client."""
 
 import os
 import socket
@@ -11,7 +11,7 @@ HTTP = b"GET / HTTP/1.1\r\nHost: relay.example.net\r\nUser-Agent: curl/8\r\n\r\n
 
 
 def client_hello():
-    """A real one, as a browser on the wrong port would send."""
+    """A real one, as a browser sends it to a wrong port."""
     incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
     client = ssl.create_default_context().wrap_bio(incoming, outgoing, server_hostname="relay.example.net")
     try:
@@ -22,7 +22,7 @@ def client_hello():
 
 
 def visit(port, octets, wait_greeting):
-    """Sends and gives what came back before the close; None if it was not closed in time."""
+    """Sends, and returns the octets before the close; None: the server did not close in time."""
     with socket.create_connection((LOOPBACK, port), timeout=15) as sock:
         got = b""
         try:
@@ -30,8 +30,8 @@ def visit(port, octets, wait_greeting):
                 got += sock.recv(4096)
             sock.sendall(octets)
         except (ConnectionError, TimeoutError):
-            pass  # it may well hang up on us in the middle; what it said is still to be read
-        sock.settimeout(0.5)  # long enough on loopback; a listener may leave the line open, with a 5xx
+            pass  # the server may close the connection before all is sent; its reply is still read
+        sock.settimeout(0.5)  # long enough on loopback; a listener may leave the connection open after a 5xx
         try:
             while some := sock.recv(65536):
                 got += some
@@ -42,9 +42,9 @@ def visit(port, octets, wait_greeting):
             return got, False
 
 
-@scenario("strangers")
-def strangers(box):
-    """HTTP, a TLS hello on a clear port, 10 MB without a line end, NULs, noise; on both listeners"""
+@scenario("not-smtp")
+def not_smtp(box):
+    """HTTP, a TLS hello on a clear port, 10 MB without a line end, NULs and noise, on both listeners: serve closes the connection and goes on"""
     provider = Provider(box, require_tls=False).start()
     visits = {
         "http": HTTP,
@@ -77,7 +77,7 @@ def strangers(box):
                 if name == "endless" and wait_greeting:
                     answer = (replies or [b"close"])[-1][:9].decode()
                     facts.append(f"10 MB on {where}: {answer} in {time.monotonic() - begin:.1f} s")
-        # The same, but with the caller hanging up in the middle of things.
+        # The same, but the client closes the connection before the reply.
         for octets in (b"EHLO", b"EHLO x\r\nMAIL FROM:<", HTTP[:7], client_hello()[:50], b"EHLO x\r\nAUTH CRAM-MD5\r\n"):
             with socket.create_connection((LOOPBACK, port), timeout=5) as sock:
                 sock.sendall(octets)
@@ -90,7 +90,7 @@ def strangers(box):
         peak = next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
     check(peak < 32 * 1024, f"peak of resident memory {peak} KiB")
     log = provider.log()
-    check(max(map(len, log.splitlines())) < 4000, "a stranger can write very long log lines")
+    check(max(map(len, log.splitlines())) < 4000, "an untrusted client can write very long log lines")
     clean = all(character.isprintable() or character == "\n" for character in log)
-    check(clean, "a stranger can write control characters into the log")
+    check(clean, "an untrusted client can write control characters into the log")
     return f"{len(visits) * 4} visits; {'; '.join(facts)}; peak {peak / 1024:.1f} MiB"
