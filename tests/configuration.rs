@@ -552,7 +552,7 @@ fn a_reload_changes_each_key_that_needs_no_restart() {
                 break line;
             }
         };
-        let named = line.split_once("reason=\"").unwrap().1.split(" changed, and stays").next().unwrap();
+        let named = line.split_once("reason=\"").unwrap().1.split(" changed, which").next().unwrap();
         // A customer's daemon names the key alone.
         let name = |row: &&Row| match row.file == PROVIDER && !row.table.is_empty() {
             true => format!("[{}] `{}`", row.table, row.key),

@@ -1,5 +1,5 @@
 //! Logs the end of the provider's certificate once a day from 14 days before it: otherwise the administrator would
-//! notice it only when customers cannot call.
+//! see it only when customers cannot call.
 
 use crate::clock::Timestamp;
 use crate::net::tls::ServerTls;

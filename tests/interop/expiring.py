@@ -135,7 +135,7 @@ def expiry(box):
     ]:
         held.look(seconds)
         expect(held.state(), wanted, f"after {seconds} s")
-    # A running serve notices that the time has come.
+    # A running serve acts when the time has come.
     held.start(14 * DAY - 30)
     begun = time.monotonic()
     wait_until(lambda: held.state() == (0, 1, 2), "expiry by a running serve", 100)

@@ -1,4 +1,4 @@
-"""Supervisors of daemons, with the files of dist/: each starts the provider, notices that it is ready, reloads and stops it.
+"""Supervisors of daemons, with the files of dist/: each starts the provider, waits until it is ready, reloads and stops it.
 And root, which binds the ports and becomes `user`."""
 
 import os
@@ -137,7 +137,7 @@ def activated(box, provider):
 
 @scenario("supervisors", needs=["runsv", "sv", "s6-supervise", "supervise", "svc", "systemd-socket-activate"])
 def supervisors(box):
-    """runit, daemontools, s6 and the protocols of systemd: each starts the provider, notices that it is ready, reloads and stops it"""
+    """runit, daemontools, s6 and the protocols of systemd: each starts the provider, waits until it is ready, reloads and stops it"""
     provider = Provider(box, require_tls=False)
     kinds = [runit, daemontools, s6, notified, activated]
     for kind in kinds:

@@ -84,7 +84,7 @@ class Host(Server):
                 sender, recipients, chunks = None, [], b""
                 reply = "250 2.0.0 ok"
             elif verb == "QUIT":
-                house.leave(self)  # before the peer can notice, and connect again
+                house.leave(self)  # before the peer can know it, and connect again
                 self.say("221 2.0.0 bye")
                 return True
             house.note(verb, line, reply or "250 2.0.0 ok")
