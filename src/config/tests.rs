@@ -35,7 +35,7 @@ root = "mail"
 accept = ["alice@example.org", "@example.com"]
 "#;
 
-/// Files in a directory of their own, which others may not read.
+/// Files in a new directory, which other users may not read.
 fn files(files: &[(&str, &str)]) -> TempDir {
     let directory = TempDir::new().unwrap();
     fs::create_dir(directory.path().join("customers.d")).unwrap();
@@ -931,7 +931,7 @@ fn a_key_that_opens_two_accounts_needs_a_name() {
     assert_eq!(accounts.account_of(&renewed, Some("beta")), Ok(None));
 }
 
-/// A typing error in an account's file must not make the provider reject its login for good.
+/// A typing error in an account's file must not make the provider reject its login permanently.
 #[test]
 fn a_certificate_may_belong_to_an_account_whose_file_has_a_mistake() {
     let key = CertificateDigests { certificate: [1; 32], key: [2; 32] };
@@ -945,14 +945,14 @@ fn a_certificate_may_belong_to_an_account_whose_file_has_a_mistake() {
     assert_eq!(accounts.account_of(&key, Some("acme")), Err(Unavailable));
     assert_eq!(accounts.account_of(&key, Some("beta")), Ok(None));
     assert!(accounts.knows(&foreign));
-    // After a reload the account is as it was.
+    // After a reload the account is unchanged.
     accounts.keep_skipped(&earlier);
     assert_eq!(accounts.account_of(&key, None), Ok(Some("acme".to_owned())));
     assert!(!accounts.knows(&foreign));
 }
 
-/// A customer may be replacing its list at that moment. The configuration is read all the same, and after a reload the old
-/// list holds.
+/// A customer may be replacing its list at that moment. The configuration is read all the same, and after a reload the
+/// old list stays in use.
 #[test]
 fn a_mistake_in_a_list_of_recipients_is_not_one_of_the_configuration() {
     let directory = with_tls("domains = [\"example.org\"]\nsecret = \"open sesame\"\nrecipients-file = \"list\"\n");
@@ -1226,7 +1226,7 @@ fn ten_thousand_customers_load_at_once() {
     assert_eq!(owner.unwrap().name, "c4711");
 }
 
-/// The same function reads all text files of an administrator, so each accepts what an editor writes around the text.
+/// The same function reads all text files of an administrator, so each may begin and end as any editor writes it.
 #[test]
 fn byte_order_marks_and_line_ends_do_not_matter_and_utf_16_is_named() {
     let crlf = |text: &str| format!("\u{feff}{}", text.trim_end().replace('\n', "\r\n"));

@@ -164,7 +164,7 @@ impl Entry {
         Some(EndedSessions { sessions, skip, at: seconds(numbers.next()?)? })
     }
 
-    /// Returns the entry with this record instead of its own. If the name would be too long for the system, it gets
+    /// Returns the entry with this record instead of the old one. If the name would be too long for the system, it gets
     /// another unique part, and loses its other fields.
     pub(super) fn with_record(&self, record: &AttemptRecord) -> Entry {
         let is_record = |field: &[u8]| RECORD_KEYS.iter().any(|key| field.starts_with(key));

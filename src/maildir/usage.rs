@@ -208,7 +208,7 @@ impl UsageLimit {
         (hash, settled.then_some(hash))
     }
 
-    /// Counts the files like `odmr status`. A file that is removed meanwhile may count.
+    /// Counts the files as `odmr status` does. A file that is removed during the count may count.
     fn count(&self) -> io::Result<(Usage, Option<u64>)> {
         let mut files: HashMap<u64, u64> = HashMap::new();
         let mut changes = None;

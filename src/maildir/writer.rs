@@ -132,7 +132,7 @@ impl MessageCopy {
         let entry = Entry { name: name.into(), seen: false };
         let to = self.maildir.file(&entry);
         let publish = || move_file(&self.temporary, &to);
-        // Another process may be removing the queue: `tmp` stays because a file is in it, but `new` may be gone.
+        // Another process may be removing the queue: `tmp` stays because a file is in it, but `new` may not exist.
         if self.maildir.kind == Kind::Queue {
             self.maildir.remade(publish)?
         } else {

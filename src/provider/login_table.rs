@@ -19,7 +19,7 @@
 //! failed 1795689600 12 network 192.0.2.0/24     time of the last failure, failures
 //! failed 1795689600 12 account DIGEST
 //! known 1795689600 0 DIGEST 192.0.2.0/24        time of a login or of the last failure, failures since the last login
-//! waits 1795689630 12 ID 192.0.2.1              end of the wait, failures; `gone` if the attempt is displaced
+//! waits 1795689630 12 ID 192.0.2.1              end of the wait, failures; `gone` in place of `waits`: the attempt is displaced
 //! ```
 
 use std::fmt::{self, Write as _};

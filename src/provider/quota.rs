@@ -1,8 +1,8 @@
 //! The quotas of accounts: the maximum of mail that is held for each, in all its domains together.
 //!
-//! The quota is checked at RCPT, with the size that MAIL declares, and again by [`UsageLimit`] with the exact size when the
-//! message is stored. Messages that the provider itself must store, such as DSNs, count for the quota and may exceed it.
-//! `.refused` has limits of its own.
+//! The quota is checked at RCPT, with the size that MAIL declares, and again by [`UsageLimit`] with the exact size when
+//! the message is stored. Messages that the provider itself must store, such as DSNs, count for the quota and may
+//! exceed it. `.refused` has other limits.
 
 use std::collections::HashMap;
 use std::io;

@@ -110,7 +110,7 @@ impl RecipientRules {
         for DomainAlias { name, domain, source } in &aliases {
             if known.contains(name) {
                 return Err(source.error(format!(
-                    "{name} has rules of its own, in `accept` or in aliases, and cannot be another name of {domain}: \
+                    "{name} has rules, in `accept` or in aliases, and cannot be another name of {domain}: \
                      remove those, or this"
                 )));
             }

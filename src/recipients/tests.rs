@@ -116,7 +116,7 @@ fn a_queued_message_makes_no_mailbox_for_a_name_without_one() {
     check(CatchAll::Create, "word", false, "maildir:/var/mail/example.org/word");
     check(to("caught"), "word+x", false, "maildir:/var/mail/example.org/caught");
     check(to("caught"), "caught", false, "maildir:/var/mail/example.org/caught");
-    // The recipient has one status, so one mailbox gets the message. A next hop would not know the name.
+    // The recipient has one status, so one mailbox gets the message. A next hop would reject the name.
     check(to("team"), "word", false, "maildir:/var/mail/example.org/bob");
     check(to("lmtp"), "word", false, "maildir:/var/mail/example.org/word");
 }

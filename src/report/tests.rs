@@ -1,4 +1,4 @@
-//! What follows an attempt: DSNs, delays, expiry.
+//! The steps after an attempt: DSNs, delays, expiry.
 
 use std::sync::Mutex;
 
@@ -263,7 +263,7 @@ fn a_message_that_a_session_defers_expires_by_its_age() {
     }
 }
 
-/// The recipient that has the message is settled all the same.
+/// The recipient that was sent the message is settled even if the delay cannot be recorded.
 #[test]
 fn if_a_delay_cannot_be_recorded_no_recipient_gets_the_message_twice() {
     let case = Case::new("<a@b.example>", "", 5 * HOUR);

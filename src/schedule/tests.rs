@@ -115,7 +115,8 @@ fn with_every_the_first_call_is_at_once_and_the_next_counts_from_its_start() {
     assert_eq!(timer.time_left(machine.0), Duration::ZERO, "at once after one that took longer");
 }
 
-/// The schedule goes on, and growing pauses add calls to it: neither a storm of calls, nor a delay for the mail of others.
+/// The schedule continues, and growing pauses add calls to it: there are not too many calls, and other mail is not
+/// delayed.
 #[test]
 fn after_mail_was_deferred_the_next_call_is_after_a_pause_or_by_the_schedule() {
     let mut machine = Machine::at("2026-01-02T00:00:00Z");
@@ -323,7 +324,7 @@ fn the_clock_may_change_over_midnight() {
         "2026-03-29",
         &["2026-03-30T00:45:00+01:00", "2026-03-30T00:50:00+01:00", "2026-04-05T23:50:00+01:00"],
     );
-    // The skipped hour has all of a weekly window: the next one is a week later.
+    // The skipped hour has all of a weekly window: the next one is after a week.
     check(
         "CET-1CEST,M3.5.0,M10.5.0/3",
         "[\"sun 02:00-03:00 every 50m\"]",

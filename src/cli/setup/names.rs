@@ -1,4 +1,4 @@
-//! Names that a person types: of hosts, domains, customers and users. An error says what to type instead.
+//! Names that a user types: of hosts, domains, customers and users. An error has the text to type instead.
 
 use std::net::IpAddr;
 

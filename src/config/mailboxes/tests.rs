@@ -13,7 +13,7 @@ use crate::mail::address::Domain;
 const HEAD: &str = "hostname = \"mail.example.org\"\n[provider]\naddress = \"relay.example.net\"\n\
                     name = \"acme\"\nsecret = \"s\"\n[mailboxes]\n";
 
-/// Loads a customer's file with this table, beside a file called `aliases`. The error is without their directory.
+/// Loads a customer's file with this table, in a directory with a file `aliases`. The error is without that directory.
 fn load(table: &str, aliases: &str) -> Result<MailboxesConfig, String> {
     load_below(HEAD, table, aliases)
 }
@@ -56,7 +56,7 @@ fn mistakes_in_mailboxes_are_named() {
     toml("except = [\"x@example.com\"]\naliases = { X = \"alice\" }", 1, "x@example.com is an alias too");
     toml("except = [\"Abuse@example.com\"]", 1, "abuse@example.com must be accepted (RFC 5321 section 4.5.1");
     toml("domain-aliases = { \"example.net\" = \"example.edu\" }", 1, "example.edu has no rules here: add it to `accept`");
-    toml("domain-aliases = { \"example.com\" = \"example.org\" }", 1, "example.com has rules of its own");
+    toml("domain-aliases = { \"example.com\" = \"example.org\" }", 1, "example.com has rules, in `accept`");
     toml("domain-aliases = { \"a.example\" = \"example.org\", \"b.example\" = \"a.example\" }", 1, "a.example is itself another name only");
     toml("domain-aliases = { \"a.example\" = \"a.example\" }", 1, "a.example is itself another name only");
     toml("[mailboxes.domain-aliases]\n\"A.example\" = \"example.org\"\n\"a.example\" = \"example.org\"", 3, "a.example occurs a second time here");
@@ -145,8 +145,7 @@ fn a_domain_without_a_postmaster_here_needs_a_catch_all() {
         format!("(an alias leads to /dev/null), and so in 1 other domains: below [mailboxes] write {line}, or");
     assert!(error.starts_with("odmr.toml:8: postmaster@example.org gets mail") && error.contains(&expected), "{error}");
     load(&format!("{table}{line}\n"), "").unwrap();
-    // No catch-all is needed if the file says that mail is discarded, if a next hop gets it, or if postmaster has a mailbox
-    // too.
+    // No catch-all is needed if the file discards such mail, if a next hop gets it, or if postmaster has a mailbox too.
     let good = |lines: &str| {
         let table = format!("root = \"mail\"\naccept = [\"alice@example.org\", \"@example.com\"]\n{file}\n{lines}\n");
         load(&table, "postmaster: no\nno: /dev/null").unwrap();
@@ -225,7 +224,7 @@ fn mistakes_in_the_file_of_aliases_are_named() {
     check("alias-file = 5", "", "1", "expected a string, or a list of them");
 }
 
-/// A line for another mail server must not stop the mail of all other aliases.
+/// A line for another mail server must not affect the other aliases.
 #[test]
 fn aliases_that_are_not_served_are_warnings() {
     let check = |lines: &str, aliases: &str, expected: &[(&str, &str)]| {
@@ -264,7 +263,7 @@ fn aliases_that_are_not_served_are_warnings() {
                      deferred with 451, and only mail that is submitted here is sent there; for both, remove that alias";
     check("", &format!("x: bob,\n  dave@example.net{root}"), &[("aliases:2", elsewhere)]);
     check("aliases = { x = \"dave@example.net\" }", root, &[("odmr.toml:9", elsewhere)]);
-    // Such a line does not contradict other rules, wherever it is.
+    // Such a line contradicts no other rule, at any place.
     let served =
         "aliases = { list = \"bob\" }\nexcept = [\"x@example.com\"]\ndeliver = { \"bob@example.org\" = \"lmtp:/x\" }";
     check(

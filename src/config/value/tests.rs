@@ -1,11 +1,11 @@
-//! Each kind of value: what texts are read as, and the errors about mistakes.
+//! Each kind of value: the values of valid texts, and the errors about mistakes.
 
 use std::fmt;
 use std::time::Duration;
 
 use super::*;
 
-/// What a value is read as, or a phrase of the error about it.
+/// The value of a text, or a phrase of the error about it.
 fn check<T, U: PartialEq + fmt::Debug>(kind: &Text<T>, text: &str, value: fn(T) -> U, expected: Result<U, &str>) {
     match (kind.parse(text).map(value), expected) {
         (Ok(got), Ok(expected)) => assert_eq!(got, expected, "{text:?}"),

@@ -199,7 +199,7 @@ fn many_writers_fill_an_account_and_never_exceed_it() {
         }
     });
     assert!(place.held().octets <= 100_000);
-    // Then exactly what is left can be stored.
+    // Then a message can be stored that needs exactly the rest.
     let left = 100_000 - place.held().octets;
     place.store_after_count(0, "last", usize::try_from(left).unwrap());
     assert_eq!(place.held().octets, 100_000);

@@ -87,7 +87,7 @@ fn a_full_listener_displaces_the_untrusted_connection_whose_command_is_oldest() 
     for (member, ms) in members.iter().zip([40, 10, 30, 20]) {
         member.permit.accepted.note_command(crowd.at(ms));
     }
-    // The oldest has authenticated meanwhile.
+    // The oldest has authenticated.
     members[1].permit.accepted.trust();
     let (mut displaced, mut kept) = (Vec::new(), Vec::new());
     for (ms, oldest) in [(100, 3), (101, 2), (102, 0)] {
@@ -174,7 +174,7 @@ fn an_eighth_of_the_places_is_reserved_for_known_networks() {
     assert_eq!(Member::count_displaced(&unknown_clients), 1);
     unknown_clients.push(crowd.admit(unknown, 30).unwrap());
     assert_eq!((Member::count_displaced(&unknown_clients), Member::count_displaced(&customers)), (2, 0));
-    // More connections from known networks displace those of unknown ones, however new these are.
+    // More connections from known networks displace those of unknown ones, even new ones.
     customers.push(crowd.admit(customer, 40).unwrap());
     assert_eq!((Member::count_displaced(&unknown_clients), Member::count_displaced(&customers)), (3, 0));
     // Beyond the eighth, the untrusted connections of known networks are displaced like all others.

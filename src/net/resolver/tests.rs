@@ -289,7 +289,7 @@ fn records_of_each_type_are_found() {
     }
 }
 
-/// The user of a command does not wait long for a server that does not reply, and sees that it does not.
+/// A command does not wait long for a server that does not reply, and reports that.
 #[test]
 fn a_hurried_query_reports_that_no_server_replies() {
     let silent = UdpSocket::bind("127.0.0.1:0").unwrap();
@@ -485,7 +485,7 @@ fn the_next_server_is_queried_and_again_those_that_did_not_reply() {
     assert_eq!(error, "MX records of n.example: no name server is known");
 }
 
-/// Names for which no server replies must not hold up a worker of the relay, nor the end of the program.
+/// Names for which no server replies must delay neither a worker of the relay nor the end of the program.
 #[test]
 fn all_queries_end_at_one_deadline_or_when_they_are_cancelled() {
     let silent = FakeServer::start(|_| vec![]);

@@ -308,7 +308,7 @@ fn client_with(client: ClientTls, certificate: &str, key: &str) -> ClientTls {
     ClientTls { identity: Some(Arc::new(CertifiedKey::new(chain, key))), ..client }
 }
 
-/// With any issuer, version and dates: the provider compares it with its pins.
+/// The certificate may have any issuer, version and dates: the provider compares it with its pins.
 #[test]
 fn each_certificate_of_a_client_is_accepted_and_its_digests_are_known() {
     let (tls, _) = server();
@@ -379,7 +379,7 @@ fn a_client_without_the_key_of_its_certificate_is_rejected() {
     }
 }
 
-/// The files of a client's certificate: its version does not matter, its key does.
+/// The files of a client's certificate: its version does not matter, but its key does.
 #[test]
 fn a_client_needs_the_key_of_its_own_certificate() {
     let directory = tempfile::tempdir().unwrap();
@@ -610,7 +610,7 @@ fn errors_in_pem_files_name_the_file() {
     assert!(fault.contains("holds no certificate"), "{fault}");
 }
 
-/// People join files to make a chain, and each may begin with a byte order mark.
+/// Users join files to make a chain, and each may begin with a byte order mark.
 #[test]
 fn no_certificate_of_joined_files_is_lost() {
     let pems = [fixture("p384"), fixture("rsa-v1")];

@@ -139,7 +139,7 @@ fn a_message_expires_at_its_age() {
         assert_eq!(dsn.contains("Will-Retry-Until: "), action == "delayed" && !keys.contains("never"), "{keys} {age}");
         let found = dsn.lines().find_map(|line| line.strip_prefix("Action: ")).unwrap_or_default();
         assert_eq!((found, case.left()), (action, left), "{keys} {age} {head}");
-        // Neither is reported twice, by this process or by the next one.
+        // Neither this process nor the next one reports a message twice.
         case.pass();
         assert_eq!(case.dsn(), dsn, "{keys} {age}");
         let next = Case { plan: ExpiryPlan::default(), ..case };
@@ -198,7 +198,7 @@ fn the_dsn_has_the_reason_and_the_last_reply() {
     }
 }
 
-/// Settled recipients are not reported again, and a recipient that cannot be read keeps the file.
+/// Settled recipients are not reported again, and a file with an unreadable recipient is not removed.
 #[test]
 fn only_open_recipients_expire() {
     let case = Case::new("");
@@ -211,7 +211,7 @@ fn only_open_recipients_expire() {
     assert_eq!(case.dsn(), dsn);
 }
 
-/// If a customer's file has a mistake, its mail does not expire; nor while a session has it.
+/// Mail does not expire if its customer's file has a mistake, or while a session has it.
 #[test]
 fn a_mistake_and_a_session_stop_expiry() {
     let case = Case::new("");
@@ -249,7 +249,7 @@ fn a_pass_yields_to_a_session() {
     });
 }
 
-/// Otherwise its sender would never know.
+/// Otherwise its sender would get no DSN.
 #[test]
 fn a_message_stays_if_its_dsn_cannot_be_stored() {
     let case = Case::new("");

@@ -91,7 +91,7 @@ fn of_many_attempts_at_once_eight_are_free_eight_wait_and_the_others_are_rejecte
     assert_eq!(table.begin(&attempt("late", 2, "192.0.2.1"), NOW + 2), Admission::Delayed(30));
 }
 
-/// For instance after one address translator, or all on loopback.
+/// For instance all use one NAT address, or loopback.
 #[test]
 fn customers_that_call_at_once_from_one_network_have_no_delay() {
     let mut table = LoginTable::default();
@@ -145,7 +145,7 @@ fn in_a_known_network_only_the_accounts_own_failures_there_count() {
     assert_eq!(table.text(), text);
     assert_eq!(log_in(&mut table, ACME, "203.0.113.1", NOW + 86_400), Some(0));
     assert!(table.text().contains(&format!("known {} 0 ", NOW + 86_400)));
-    // Its own failures count there until it has logged in.
+    // The failures of the account count there until it has logged in.
     let delays: Vec<_> = (0..5).map(|_| guess(&mut table, ACME, "203.0.113.1", NOW + 86_400)).collect();
     assert_eq!(delays, [0, 0, 0, 1, 2].map(Some));
     assert_eq!(log_in(&mut table, ACME, "203.0.113.1", NOW + 86_400), Some(4));
@@ -162,7 +162,7 @@ fn of_many_attempts_at_once_from_a_known_network_eight_are_free() {
     assert_eq!(admissions, [[Admission::Free; 8].as_slice(), &delayed].concat());
 }
 
-/// Otherwise a guesser with an account could clear its network.
+/// Otherwise a client that guesses and has an account could clear the count of its network.
 #[test]
 fn a_login_clears_neither_its_network_nor_its_account() {
     let mut table = LoginTable::default();
@@ -198,7 +198,7 @@ fn failures_are_halved_each_quarter_of_an_hour_even_if_the_clock_is_set_back() {
     assert_eq!(guess(&mut table, ACME, "192.0.2.1", past), Some(30));
     let mut table = reread(&table);
     assert_eq!(guess(&mut table, ACME, "192.0.2.1", past + 3600), Some(1));
-    // Waiting attempts do not have their places for a year.
+    // Waiting attempts do not occupy their places for a year.
     let mut table = LoginTable::default();
     for number in 0..20 {
         table.begin(&attempt(&number.to_string(), ACME, "192.0.2.1"), NOW);
@@ -206,7 +206,7 @@ fn failures_are_halved_each_quarter_of_an_hour_even_if_the_clock_is_set_back() {
     assert_eq!(table.begin(&attempt("other", ACME, "192.0.2.1"), past), Admission::Delayed(30));
 }
 
-/// A customer calls from a new network while others guess at its account from many.
+/// A customer calls from a new network while clients of many networks guess its secret.
 #[test]
 fn an_attempt_from_a_network_with_fewer_failures_displaces_the_one_with_the_most() {
     let mut table = LoginTable::default();
@@ -222,7 +222,7 @@ fn an_attempt_from_a_network_with_fewer_failures_displaces_the_one_with_the_most
     assert_eq!(table.begin(&customer, NOW), Admission::Delayed(30));
     let displaced = |table: &LoginTable| (0..100).filter(|number| table.is_displaced(&format!("a{number}"))).count();
     assert_eq!(displaced(&table), 1);
-    // All of them come again, and the customer keeps its place. Another process reads the same.
+    // All of them try again, and the customer is not displaced. Another process reads the same.
     for number in 0..100 {
         assert_ne!(table.begin(&attempt(&format!("b{number}"), ACME, &address(number)), NOW), Admission::Free);
     }
@@ -247,7 +247,7 @@ fn among_equals_an_attempt_from_a_network_without_rejections_comes_first() {
     assert!(!table.is_displaced("customer"));
 }
 
-/// One client in a customer's own network guesses, and has all the network's places.
+/// One client in a customer's network guesses, and occupies all places of the network.
 #[test]
 fn an_address_does_not_lock_out_the_others_of_its_network() {
     let mut table = LoginTable::default();
@@ -261,7 +261,7 @@ fn an_address_does_not_lock_out_the_others_of_its_network() {
     assert_eq!((0..20).filter(|number| table.is_displaced(&format!("a{number}"))).count(), 1);
 }
 
-/// An attacker has 65,536 networks of IPv6, and uses each once.
+/// An attacker uses 65,536 networks of IPv6, each once.
 #[test]
 fn a_site_with_many_networks_does_not_lock_others_out() {
     let mut table = LoginTable::default();
@@ -275,7 +275,7 @@ fn a_site_with_many_networks_does_not_lock_others_out() {
     assert!(!table.is_displaced("customer"));
 }
 
-/// A customer's secret was wrong for days, and is corrected while others guess from everywhere.
+/// A customer's secret was wrong for days, and is corrected while clients of many networks guess.
 #[test]
 fn an_attempt_from_a_known_network_comes_first() {
     let mut table = LoginTable::default();
@@ -307,14 +307,14 @@ fn the_table_is_bounded_and_invented_names_clear_no_count() {
         let attempt = invented(number);
         let counted = matches!(table.begin(&attempt, NOW + 1), Admission::Delayed(_));
         table.end(&attempt, counted, AttemptEnd::Failed, NOW + 1);
-        // The attacker also has an account, and logs in from everywhere.
+        // The attacker also has an account, and logs in from all its networks.
         table.learn([9; 16], attempt.network(), NOW + 1);
     }
     let text = table.text();
     let lines = text.lines().filter(|line| !line.starts_with("waits"));
     assert_eq!(lines.count(), 2 * COUNTED_LIMIT + KNOWN_LIMIT_EACH + 1);
     assert_eq!(guess(&mut table, ACME, "192.0.2.1", NOW + 1), Some(30));
-    // Two subjects that replace each other in the table are not free either.
+    // Two subjects that replace each other in the table have delays, too.
     let delays: Vec<_> = (3000..3020).map(|number| table.begin(&invented(3000 + number % 2), NOW + 40)).collect();
     assert!(!delays.contains(&Admission::Free), "{delays:?}");
     assert!(table.knows(network("203.0.113.9")) && !table.knows(network("203.0.114.9")));

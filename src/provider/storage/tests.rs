@@ -126,7 +126,7 @@ fn a_lane_ends_after_a_last_job_a_panic_or_the_drop_of_its_handle() {
     assert_eq!(owner.received(1), [LaneReport::Job(0), LaneReport::Ended { panicked: true }]);
     assert_eq!(owner.received(2), [LaneReport::Job(0), ENDED]);
     assert!(alive.iter().all(|alive| alive.upgrade().is_none()), "the state of the lanes is dropped");
-    // The threads go on.
+    // The threads continue.
     let after = owner.pool.lane(7, FakeWork::default());
     after.submit(FakeJob::Number(0));
     owner.until("a job after the panic", |owner| owner.received(7).len() == 1);
@@ -191,7 +191,7 @@ fn jobs_that_hang_block_only_their_lanes_and_their_threads_end() {
         owner.until("a job of another lane", |owner| owner.received(24).len() as u32 == number + 1);
     }
     assert!(owner.threads() <= THREADS_LIMIT, "{}", owner.threads());
-    // To drop a handle does not wait for its lane.
+    // Dropping a handle does not wait for its lane.
     let lanes: Vec<_> = senders.into_iter().map(|(lane, keep)| (drop(lane), keep).1).collect();
     assert!((0..24).all(|lane| owner.received(lane).is_empty()));
     drop(lanes);

@@ -29,7 +29,7 @@ fn a_clock_that_is_set_makes_no_message_older() {
         ("the machine was off, or cron looks seldom", &[0, 99], &[(0, 99), (-10, 109)]),
         ("set forward", &[10, 10 + YEARS], &[(0, 10), (9, 1), (10, 0), (10 + YEARS, 0)]),
         ("set forward, and two weeks later", &[10, 10 + YEARS, 24 + YEARS], &[(0, 24), (10 + YEARS, 14)]),
-        // It is not known how long the clock was fast.
+        // The time for which the clock was fast is unknown.
         ("set forward and back", &[10, 10 + YEARS, 11], &[(0, 10), (10, 0), (11, 0), (10 + YEARS, 0)]),
         ("back, and past that time again", &[10, 10 + YEARS, 11, 25], &[(0, 24), (11, 14), (10 + YEARS, 0)]),
         ("back by less", &[10, 10 + YEARS, 10 + YEARS / 2, 12 + YEARS / 2], &[(0, 12), (9, 3), (12 + YEARS / 2, 0)]),

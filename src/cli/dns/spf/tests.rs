@@ -1,4 +1,4 @@
-//! Tests of SPF: a zone, and what each record in it lets three addresses do.
+//! Tests of SPF: a zone, and the result of each record in it for three addresses.
 
 use super::*;
 use crate::cli::dns::zone::zone_of;
@@ -67,7 +67,7 @@ const ZONE: &str = "
     goodmodifier.example TXT v=spf1 x-1_2.z=%{s}:/y +all
     broken.example FAIL";
 
-/// `domain`, what becomes of 192.0.2.1, of 2001:db8::1, of 203.0.113.1.
+/// `domain`, the results for 192.0.2.1, for 2001:db8::1, for 203.0.113.1.
 const RESULTS: &str = "
     ip pass pass fail
     case pass fail fail
