@@ -121,7 +121,7 @@ pub(super) fn run(matches: &Matches) -> Result<(), ExitError> {
     }
 }
 
-/// Where the keys of a file are. They are found before this process becomes a user that may not read the file.
+/// The lines of the keys of a file. They are found before this process becomes a user that may not read the file.
 struct Places<'a> {
     file: &'a Path,
     root: SourceLine,

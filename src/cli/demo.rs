@@ -126,7 +126,7 @@ fn collect_dialogue() -> Receiver<String> {
 /// Prints the demonstration.
 struct Output {
     dialogue: Receiver<String>,
-    /// What is not printed yet of [`TOUR`]; `None`: nothing is explained.
+    /// The rest of [`TOUR`] that is not printed yet; `None`: nothing is explained.
     tour: Option<&'static str>,
 }
 
@@ -276,7 +276,7 @@ fn deliver(inbound: SocketAddr) -> io::Result<()> {
 mod tests {
     use super::*;
 
-    /// What is printed of a tour for these lines; `None`: it does not fit them.
+    /// The printed part of a tour for these lines; `None`: it does not fit them.
     fn explained(tour: &str, lines: &[&str]) -> Option<String> {
         let (mut rest, mut printed) = (tour, String::new());
         for line in lines.iter().copied().chain([""]) {

@@ -26,7 +26,7 @@ use crate::report::clock_watch::ClockWatch;
 
 pub(super) const EXPIRE_SUMMARY: &str = "\
 Lets the mail that is held for customers expire, and warns its senders of the delay, as the customers' files demand. `odmr serve` does
-that by itself once a minute; where it runs only with --inetd, cron runs this once an hour or once a day.";
+that itself once a minute; if only `--inetd` is used, cron runs this once an hour or once a day.";
 
 /// How long to wait for a session that has a queue.
 const LOCK_WAIT: Duration = Duration::from_secs(5);

@@ -39,7 +39,7 @@ impl LogLine {
     }
 }
 
-/// Where log lines go.
+/// A target of log lines.
 pub(super) trait LogSink: Send {
     /// Writes one line; it may block without limit.
     ///

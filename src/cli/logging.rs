@@ -59,7 +59,7 @@ pub(super) fn options(options: &mut Options) {
     options.optflag("", "log-time", "puts the time (RFC 3339, UTC) before each log line on stderr");
 }
 
-/// Where the log goes.
+/// The target of the log.
 pub(super) struct LogTarget {
     /// `Some(None)`: the system's socket.
     syslog: Option<Option<PathBuf>>,

@@ -55,14 +55,14 @@ use process::{DaemonSignals, print, print_fitted};
 const HELP: &str = "\
 odmr: On-Demand Mail Relay (RFC 2645), provider and customer in one program
 
-    odmr setup            makes what a provider or a customer needs on this machine
+    odmr setup            makes the user, directories and files of a provider or a customer
     odmr serve -c FILE    the provider: holds mail for its customers, and sends it to them when they call
     odmr pull  -c FILE    the customer: calls its provider, sends its outgoing mail, receives its own
     odmr send             for users and programs of the customer: accepts a message as sendmail(8) does
-    odmr check -c FILE    reports what is wrong with a configuration
-    odmr status -c FILE   what waits, for whom, since when; the last calls; of either side
+    odmr check -c FILE    reports the mistakes in a configuration
+    odmr status -c FILE   shows the mail that waits and the last calls, of either side
     odmr customer -c FILE  adds, lists, shows and removes a provider's customers
-    odmr secret           makes what a provider stores in place of a customer's secret
+    odmr secret           makes the verifier that a provider stores in place of a customer's secret
     odmr queue -c FILE    lists, shows, removes, bounces, retries, exports and imports messages
     odmr expire -c FILE   lets held mail expire, as `odmr serve` does; for cron, with `odmr serve --inetd`
     odmr demo             provider and customer on loopback, with the dialogue
@@ -116,7 +116,7 @@ const SUBCOMMANDS: [Subcommand; 11] = [
     },
     Subcommand {
         name: "status",
-        summary: "Shows what waits, for whom, since when, and the last calls, from the files of either side.",
+        summary: "Shows the mail that waits, by account or domain, with its age, and the last calls, from the files of either side.",
         has_config: true,
         arguments: " [ACCOUNT|DOMAIN]",
         options: status::options,

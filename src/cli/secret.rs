@@ -31,7 +31,7 @@ the secret is its first line.
 
 const HINT: &str = "odmr secret -h";
 
-/// Where a new secret belongs. `odmr setup customer` makes a separate file for it.
+/// The comment about the place of a new secret. `odmr setup customer` makes a separate file for it.
 const FOR_CUSTOMER: &str = "# for the customer, in [provider] of its file; if that has `secret-file`, write nothing but the secret into that file";
 
 /// The characters of a secret that is made here: those that are not mistaken for each other. 32 of them, five bits each.

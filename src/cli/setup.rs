@@ -69,7 +69,7 @@ fn directory_of(config: &Path) -> &Path {
     config.parent().filter(|directory| !directory.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
-/// How a daemon is started: by systemd, if it runs here and its unit reads this file.
+/// The command that starts a daemon: by systemd, if it runs here and its unit reads this file.
 fn start_command(unit: &str, is_default: bool, command: &str) -> String {
     match is_default && Path::new("/run/systemd/system").exists() {
         true => format!("systemctl enable --now {unit}"),

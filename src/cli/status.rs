@@ -1,4 +1,4 @@
-//! `odmr status`: what waits, for whom, since when, and the results of the last calls. It reads files only.
+//! `odmr status`: the mail that waits, by domain, with its age, and the results of the last calls. It only reads files.
 
 use std::fmt::{Display, Write as _};
 use std::path::Path;
@@ -44,7 +44,7 @@ pub(super) fn options(options: &mut Options) {
     options.optopt("", "by", "a line for each domain instead of each account: --by domain", "domain");
 }
 
-/// How the status is shown.
+/// The options for the output.
 struct Show {
     now: Timestamp,
     by_domain: bool,

@@ -12,7 +12,7 @@ use rustix::io::Errno;
 use super::log_queue::{LogLine, LogSink};
 use crate::clock::Zone;
 
-/// Where syslogd listens: Linux and most BSDs; FreeBSD and NetBSD; macOS.
+/// The sockets of syslogd: on Linux and most BSDs; FreeBSD and NetBSD; macOS.
 const USUAL_PATHS: [&str; 3] = ["/dev/log", "/var/run/log", "/var/run/syslog"];
 
 /// The facility `mail` of RFC 3164 section 4.1.1.

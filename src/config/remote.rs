@@ -201,9 +201,9 @@ pub(super) fn lacks(login: &Login, mechanism: Mechanism) -> Option<&'static str>
     }
 }
 
-/// What CRAM-MD5 needs.
+/// The need of CRAM-MD5, for errors.
 pub(super) const SECRET_IN_CLEAR: &str = "a `secret` in clear";
-/// What SCRAM needs.
+/// The need of SCRAM, for errors.
 pub(super) const ASCII_SECRET: &str = "a name and a secret in printable ASCII";
 
 /// Octets of a secret; a shorter one can be guessed.

@@ -21,7 +21,7 @@ const FORMER_NAMES: [(&str, &str); 1] = [("delay-notice", "delay-warning")];
 /// A table, whose unknown keys have been noted as errors.
 pub(super) struct Table<'s> {
     pub(super) file: &'s Source,
-    /// Where the table begins.
+    /// The line on which the table begins.
     pub(super) line: SourceLine,
     values: DeTable<'s>,
 }

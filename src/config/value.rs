@@ -22,13 +22,13 @@ pub(super) trait ValueKind<T> {
     ///
     /// # Errors
     ///
-    /// What is wrong with the value, and what to write.
+    /// The mistake in the value, and the remedy.
     fn read(&self, value: &DeValue<'_>) -> Result<T, String>;
 }
 
 /// A value that is written as a string.
 pub(super) struct Text<T> {
-    /// What to write, for the error about a value of another type.
+    /// The expected text, for the error about a value of another type.
     expected: &'static str,
     /// Whether a number without quotes is accepted too.
     number: bool,
@@ -174,7 +174,7 @@ pub(super) fn check_secret(secret: &[u8]) -> Result<(), &'static str> {
     Ok(())
 }
 
-/// What SCRAM stores in place of a secret. The error does not contain it.
+/// The verifier that SCRAM stores in place of a secret. The error does not contain it.
 pub(super) const VERIFIER: Text<ScramVerifier> = Text::new("a verifier as `odmr secret` prints it", |text| {
     ScramVerifier::parse(text).map_err(|error| {
         format!(
@@ -303,7 +303,7 @@ impl Network {
 }
 
 impl fmt::Display for Network {
-    /// As it is written in the file.
+    /// In the form of the file.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.0.prefix_len() == self.0.max_prefix_len() {
             true => self.0.addr().fmt(f),
@@ -470,7 +470,7 @@ pub(super) const DURATION_OR_NONE: Text<Duration> = Text::new("a time such as \"
 /// Reads a time, such as `4h`, from the command line: from 1 ms to 365 days.
 ///
 /// # Errors
-/// What is wrong with the text, and what to write.
+/// The mistake in the text, and the remedy.
 pub fn duration(text: &str) -> Result<Duration, String> {
     DURATION.parse(text)
 }

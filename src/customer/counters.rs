@@ -165,7 +165,7 @@ impl CallCounters {
         self.lock().total.waiting = messages;
     }
 
-    /// What was counted so far. `seconds`: the duration of the call.
+    /// The result so far. `seconds`: the duration of the call.
     pub fn summary(&self, seconds: f64) -> Summary {
         let counts = self.lock();
         let deferred = counts.deferred.values().sum();

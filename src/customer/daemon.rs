@@ -41,7 +41,7 @@ const NETWORK_CALL_PAUSE: Duration = Duration::from_secs(3);
 /// The file in `ROOT/.odmr` that the daemon locks, and writes its process id into.
 const LOCK_FILE: &str = "daemon";
 
-/// What the loop waits for.
+/// The events of the loop.
 #[derive(Debug)]
 pub enum DaemonEvent {
     /// Call every provider now.

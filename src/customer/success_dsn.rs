@@ -1,4 +1,4 @@
-//! The DSN of success for recipients to whom the customer itself delivers (RFC 3461 section 5.2.3).
+//! The DSN of success for recipients whose mail the customer itself delivers (RFC 3461 section 5.2.3).
 
 use super::mailboxes::Routing;
 use crate::net::trace::quoted;
@@ -15,7 +15,8 @@ pub struct SuccessDsn {
     reporter: Reporter,
     /// The message with the recipients that get it in a Maildir here.
     message: QueuedEnvelope,
-    /// Recipients at next hops for whom the DSN is ours: they were expanded, or the next hop sends none.
+    /// Recipients at next hops about which the customer must send the DSN: they were expanded, or the next hop sends
+    /// none.
     others: Vec<(Recipient, Action)>,
     requested: bool,
     header: Vec<u8>,

@@ -209,7 +209,7 @@ impl fmt::Display for Host {
 pub struct Mailbox {
     /// The address as it was received.
     text: String,
-    /// Where the `@` before the host is in the text.
+    /// The index of the `@` before the host in the text.
     at: usize,
     local: String,
     host: Host,
@@ -456,7 +456,7 @@ fn path_mailbox(path: &str) -> Result<Mailbox, PathError> {
     Mailbox::parse_any(rest)
 }
 
-/// Where the local part of a mailbox ends: at the last `@` outside of quotes.
+/// The index of the end of the local part: that of the last `@` outside of quotes.
 fn local_end(text: &str) -> Option<usize> {
     let (mut quoted, mut escaped, mut end) = (false, false, None);
     for (at, octet) in text.bytes().enumerate() {

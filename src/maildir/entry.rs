@@ -42,7 +42,7 @@ pub struct Entry {
     pub seen: bool,
 }
 
-/// What the name of a message records about the attempts to send it.
+/// The record of the attempts to send a message, in the name of its file.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct AttemptRecord {
     /// When the message was first seen. Only a message whose time of arrival is impossible has it.

@@ -103,7 +103,7 @@ struct Quota {
     /// The first line of the file. It is never changed: it may have limits that this program does not know.
     definition: String,
     limits: Usage,
-    /// What is stored in the mailbox; `None`: the file has no valid sum.
+    /// The usage of the mailbox; `None`: the file has no valid sum.
     used: Option<Usage>,
     /// `used` is a recent count, which is valid even if the mailbox is full by it.
     fresh: bool,

@@ -350,7 +350,7 @@ impl PreparedMessage {
         Ok(self.copies.iter().filter_map(|copy| copy.moved.clone()).collect())
     }
 
-    /// What the message adds to each limit, in the order of their names.
+    /// The usage that the message adds to each limit, in the order of their names.
     fn amounts(&self) -> Vec<(Arc<UsageLimit>, Usage)> {
         let mut amounts: BTreeMap<&str, (Arc<UsageLimit>, Usage)> = BTreeMap::new();
         for (copy, limit) in &self.limits.of_copies {

@@ -78,7 +78,7 @@ pub struct Resolver {
     cancel: Option<CancelToken>,
 }
 
-/// Where the mail of a domain goes.
+/// The route for the mail of a domain.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum MxRoute {
     /// The hosts of its MX records, the lowest preference first, those of equal preference in random order, none twice, 100
@@ -164,7 +164,7 @@ impl Resolver {
         self.look_up(name, kind)
     }
 
-    /// Finds where the mail of `domain` goes.
+    /// Finds the route for the mail of `domain`.
     ///
     /// # Errors
     ///

@@ -579,7 +579,7 @@ fn provider() -> CryptoProvider {
     rustls::crypto::aws_lc_rs::default_provider()
 }
 
-/// How a peer's certificate is verified.
+/// The rule by which a peer's certificate is verified.
 #[derive(Debug)]
 enum Verification {
     Chain {

@@ -197,7 +197,7 @@ pub enum Admission {
     Rejected,
 }
 
-/// How an attempt has ended.
+/// The end of an attempt.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum AttemptEnd {
     /// The client is authenticated.

@@ -56,7 +56,7 @@ pub struct AccountStatus {
 }
 
 impl AccountStatus {
-    /// How much of the quota is used, in percent: the higher of octets and messages. `None`: the account has no quota.
+    /// The used part of the quota, in percent: the higher of octets and messages. `None`: the account has no quota.
     pub fn quota_used(&self) -> Option<u64> {
         let (bytes, messages) = (self.held.bytes, self.held.messages);
         let percent = |used: u64, limit: u64| {

@@ -85,7 +85,7 @@ pub trait LaneWork: Send + 'static {
     fn run(&mut self, job: Self::Job, report: &mut dyn FnMut(Self::Report)) -> ControlFlow<()>;
 }
 
-/// What a lane reports, in the order of its jobs.
+/// A report of a lane. They come in the order of its jobs.
 #[derive(Debug, PartialEq, Eq)]
 pub enum LaneReport<R> {
     Job(R),

@@ -31,7 +31,8 @@ pub struct TurnSettings {
     pub abort: CancelToken,
 }
 
-/// How much one turned session sends, and for how long. A reload does not change the limits of a session under way.
+/// The limits of one turned session: messages, octets and time. A reload does not change the limits of a session under
+/// way.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct TurnLimits {
     /// When this many messages are accepted or under way, no other is begun; 0: no limit.

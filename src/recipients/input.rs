@@ -116,7 +116,7 @@ pub struct AliasTarget {
     pub source: SourceLine,
 }
 
-/// Where a target of an alias leads.
+/// The kind of an alias's target.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum TargetKind {
     /// A mailbox here or elsewhere. `direct`: written `\alice`, the mailbox itself, even if an alias has that name.
@@ -136,7 +136,7 @@ pub struct DomainAlias {
     pub source: SourceLine,
 }
 
-/// Where the mail of some recipients is delivered to.
+/// A route for the mail of some recipients.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct RouteRule {
     /// An address or a domain; `None`: all recipients without their own route.
@@ -247,7 +247,7 @@ impl fmt::Display for SourceLine {
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct ConfigError {
     pub source: SourceLine,
-    /// What is wrong, what is allowed, and what to change.
+    /// The mistake and its remedy.
     pub text: String,
 }
 

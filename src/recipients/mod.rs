@@ -67,7 +67,7 @@ pub struct Delivery {
     pub fallback: bool,
 }
 
-/// Where a message is delivered to.
+/// The destination of a delivery.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub enum Destination {
     Maildir {
@@ -530,7 +530,7 @@ impl RecipientRules {
         }
     }
 
-    /// Where a target of an alias leads. A target that is the alias itself leads to the mailbox of that name.
+    /// Resolves a target of an alias. A target that is the alias itself leads to the mailbox of that name.
     fn follow(&self, alias: &Alias, target: &AliasTarget) -> Match<'_> {
         let (mailbox, direct) = match &target.kind {
             TargetKind::Mailbox { mailbox, direct } => (mailbox, *direct),

@@ -30,7 +30,7 @@ use crate::net::trace::quoted;
 /// Octets of a record that are read at most.
 const RECORD_LIMIT: u64 = 1 << 24;
 
-/// How a call ended.
+/// The result of a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CallResult {
     /// The session ended with QUIT, and no mail was deferred.

@@ -31,7 +31,7 @@ use crate::smtp::limits::CONTENT_LINE;
 /// Octets of a line at most, if text can be folded between words (RFC 5322 section 2.1.1).
 const FOLD_WIDTH: usize = 76;
 
-/// What was done for a recipient (RFC 3464 section 2.3.3). The most important comes first: it decides the subject of a
+/// The action for a recipient (RFC 3464 section 2.3.3). The most important comes first: it decides the subject of a
 /// DSN.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub enum Action {
@@ -47,7 +47,7 @@ pub enum Action {
     Expanded,
 }
 
-/// What happened to one recipient.
+/// The report about one recipient.
 #[derive(Clone, Debug)]
 pub struct RecipientReport<'a> {
     pub recipient: &'a Mailbox,
@@ -317,7 +317,7 @@ impl Dsn<'_> {
     }
 }
 
-/// How a DSN describes an action.
+/// The texts of a DSN about an action.
 struct Wording {
     /// The value of the field `Action`.
     name: &'static str,
@@ -390,7 +390,7 @@ impl RecipientReport<'_> {
         if valid { &self.status } else { default }
     }
 
-    /// What the sender can do about a failure, by its status code (RFC 3463).
+    /// The advice for the sender after a failure, by its status code (RFC 3463).
     fn advice(&self) -> &'static str {
         let subject = self.status().split_once('.').map_or("", |(_, subject)| subject);
         match subject {

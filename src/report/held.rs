@@ -61,7 +61,7 @@ impl HeldExpiry {
         self.expire_after.into_iter().chain(self.delay_warning).min()
     }
 
-    /// What a DSN reports of the last call.
+    /// The text about the last call in a DSN.
     fn last_call(&self) -> String {
         match self.last_call {
             LastCall::Never => "no call of the recipient's mail server for its mail is known".to_owned(),

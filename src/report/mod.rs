@@ -76,7 +76,7 @@ pub trait DsnSink: Send + Sync {
     fn is_ours(&self, to: &Mailbox) -> bool;
 }
 
-/// How a message is sent; `via=` in the log.
+/// The way by which a message is sent; `via=` in the log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Via {
     /// The provider to its customer, after the turn.

@@ -54,7 +54,7 @@ enum ServerState {
     Over,
 }
 
-/// What the server needs for the client-final message.
+/// The state that the server needs for the client-final message.
 struct Challenged {
     account: String,
     verifier: ScramVerifier,

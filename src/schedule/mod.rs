@@ -7,10 +7,10 @@
 //!                        └───────────── call_ended(begun, ended, outcome, chance) ◀──────────────────────┘
 //! ```
 //!
-//! After a failed call there is a pause, whatever the schedule. After a call in which the customer deferred mail, for
-//! instance because a disk is full, the next call is due after such a pause, or by the schedule if that is earlier: one
-//! full mailbox must not delay the mail of the others. The pauses grow, so that a customer that fails does not call all
-//! the time. Otherwise:
+//! After a failed call there is a pause, regardless of the schedule. After a call in which the customer deferred mail,
+//! for instance because a disk is full, the next call is due after such a pause, or by the schedule if that is earlier:
+//! one full mailbox must not delay the mail of the others. The pauses grow, so that a customer that fails does not call
+//! all the time. Otherwise:
 //!
 //! - `every`: the first call is due at once. Each other call is due this time after the last one began, or at once if that
 //!   one took longer.
@@ -40,7 +40,7 @@ pub struct Clocks {
     pub ticks: Duration,
 }
 
-/// How a call has ended.
+/// The outcome of a call.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum CallOutcome {
     /// A call without mail (453, RFC 2645 section 5.2.1) is a success too.
@@ -59,7 +59,7 @@ pub struct CallTimer {
     extra: Option<Duration>,
     /// The moment from which the schedule counts: with `every` the begin of the last call, with `at` its end.
     since: Clocks,
-    /// How late the next call is.
+    /// The delay of the next call after its due time.
     jitter: Duration,
     /// The number of consecutive calls that failed or in which mail was deferred.
     failures: u32,

@@ -30,7 +30,7 @@ pub(super) enum DnsVerdict {
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(super) struct DnsFinding {
     pub verdict: DnsVerdict,
-    /// What the records are for: "MX", "SPF", ...
+    /// The kind of the records: "MX", "SPF", ...
     pub kind: &'static str,
     pub text: String,
     /// The records as they are, in the form of a zone file; empty: there are none, or the text names them.

@@ -107,7 +107,7 @@ pub(super) fn judge_pointer(host: &Domain, address: IpAddr, found: &Result<Answe
     }
 }
 
-/// Where the TLSA records of a mail host are (RFC 7672 section 2.2.3).
+/// The name of the TLSA records of a mail host (RFC 7672 section 2.2.3).
 pub(super) fn tlsa_name(host: &Domain) -> Option<Domain> {
     Domain::of_dns(&format!("_25._tcp.{host}"))
 }

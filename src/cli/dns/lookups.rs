@@ -21,7 +21,7 @@ pub struct DnsLookups {
     deadline: Instant,
     /// After this many questions in a row without a reply, no more are asked.
     most_unanswered: usize,
-    /// Where the name servers are configured.
+    /// The place where the name servers are configured, for errors.
     configured: &'static str,
     asked: Mutex<AskedQuestions>,
 }

@@ -13,7 +13,7 @@ const LOOKUP_LIMIT: usize = 10;
 const VOID_LIMIT: usize = 2;
 const MX_LIMIT: usize = 10;
 
-/// What a receiver concludes (RFC 7208 section 2.6).
+/// The result for a receiver (RFC 7208 section 2.6).
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(super) enum SpfResult {
     /// The domain has no SPF record.

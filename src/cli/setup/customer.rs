@@ -140,7 +140,7 @@ fn make_directories(installer: &mut Installer, config: &CustomerConfig) -> Resul
     Ok(mailbox.filter(|_| is_new))
 }
 
-/// How the provider learns the pin of our certificate.
+/// The text by which the administrator sends the pin of our certificate to the provider.
 fn about_pin(info: &CertificateInfo, config: &CustomerConfig) -> String {
     let [_, pin] = &info.pins;
     let account = config.providers.first().map_or("", |provider| provider.remote.login_name());
@@ -150,7 +150,7 @@ fn about_pin(info: &CertificateInfo, config: &CustomerConfig) -> String {
     )
 }
 
-/// What to do next. `secret`: whether there is one in `from`.
+/// The text about the next steps. `secret`: whether `from` has one.
 fn next(config: &Path, from: &str, secret: bool, postmaster: Option<&Path>) -> String {
     let file = config.display();
     let (check, pull) = (format!("odmr check -c {file} --call"), format!("odmr pull -c {file}"));

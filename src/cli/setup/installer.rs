@@ -131,7 +131,7 @@ impl Installer {
         checked_certificate(certificate, key)
     }
 
-    /// What was made, in lines.
+    /// A line for each file, directory or user that was made.
     pub fn report(&self) -> String {
         self.made.iter().map(|made| format!("made {made}\n")).collect()
     }

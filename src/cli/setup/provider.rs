@@ -39,7 +39,7 @@ pub fn options(options: &mut Options) {
 
 const USER_COMMENT: &str = "# If root starts `odmr serve`, it becomes this user when its ports are open.";
 
-/// What the command line asks for.
+/// The settings of the command line.
 struct ProviderSetup {
     hostname: String,
     config: PathBuf,
@@ -176,7 +176,7 @@ listen = [\"[::]:{odmr}\"]
         ))
     }
 
-    /// What to do next.
+    /// The text about the next steps.
     fn next(&self, installer: &Installer, info: &CertificateInfo, key: &Path) -> String {
         let (mut text, file, hostname) = (String::new(), self.config.display(), &self.hostname);
         if let Some(owner) = &installer.owner

@@ -146,7 +146,7 @@ pub(super) struct AttemptPermit {
     kind: AttemptKind,
     deadline: Instant,
     cancel: CancelToken,
-    /// How much time is left for its lookups.
+    /// The time that is left for its lookups.
     lookups: Mutex<Duration>,
 }
 

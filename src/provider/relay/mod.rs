@@ -80,7 +80,7 @@ const RESCAN_PAUSE_FACTOR: u32 = 4;
 /// How many events the scheduler handles before it begins the next attempt.
 const EVENTS_AT_ONCE: usize = 1000;
 
-/// What wakes the scheduler.
+/// An event that wakes the scheduler.
 enum RelayEvent {
     /// New mail for this destination, not due before `not_before`.
     Arrived { destination: Domain, entry: Entry, is_dsn: bool, not_before: Option<SystemTime> },

@@ -115,7 +115,7 @@ impl MessageSource for SessionQueue<'_, '_> {
     }
 }
 
-/// How a session with a host has ended.
+/// The end of a session with a host.
 enum Ended {
     Done,
     /// The host's limits (RFC 9422) are reached: it accepts more messages in another session.
