@@ -101,7 +101,7 @@ def daemon_signals(box):
     done = now(box, customer)
     check(done.returncode == DONE, f"--now without a daemon: exit {done.returncode}: {done.stdout}{done.stderr}")
     check(provider.done == calls + 1, f"--now without a daemon: {provider.done - calls} calls")
-    return f"{provider.done} calls, a second one beside it: exit {second.returncode}"
+    return f"{provider.done} calls, a second one at the same time: exit {second.returncode}"
 
 
 @scenario("daemon-pauses")

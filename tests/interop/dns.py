@@ -221,4 +221,4 @@ def many_domains(box):
     good = [name for name in domains if "MX    good" in found[name] and "SPF   good" in found[name]]
     late = [name for name in domains if "MX    warning" in found[name] and "no answer in time" in found[name]]
     check(len(good) == 994 and len(late) == 6 and took < 60, f"{len(good)} good, {len(late)} late, {took:.1f} s")
-    return f"{len(good)} good and {len(late)} without an answer in {took:.0f} s"
+    return f"{len(good)} good and {len(late)} without a reply in {took:.0f} s"

@@ -152,8 +152,8 @@ def beside(box, count, size, about):
     wait()
     fast = time.monotonic() - begun
     facts = (
-        f"{about} in {fast:.1f} s; {SLOW} messages on a slow line {alone[0]:.2f} s alone, {both[0]:.2f} s beside; "
-        f"a third customer's call {alone[1] * 1000:.1f} ms alone, {both[1] * 1000:.1f} ms beside (at most "
+        f"{about} in {fast:.1f} s; {SLOW} messages on a slow line {alone[0]:.2f} s alone, {both[0]:.2f} s with the fast one; "
+        f"a third customer's call {alone[1] * 1000:.1f} ms alone, {both[1] * 1000:.1f} ms with the fast one (at most "
         f"{both[2] * 1000:.0f}), measured for {rest:.1f} s"
     )
     check(both[0] < alone[0] * 1.2 + 0.2, f"the slow line is delayed: {facts}")

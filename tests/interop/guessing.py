@@ -282,7 +282,7 @@ def guessing_stop(box):
     before = len(events(provider.log(), "closed"))
     for line in gone:
         line.close()
-    wait_until(lambda: len(events(provider.log(), "closed")) >= before + 10, "the sessions of clients that have gone", seconds=3)
+    wait_until(lambda: len(events(provider.log(), "closed")) >= before + 10, "the end of the sessions of closed clients", seconds=3)
     begin = time.monotonic()
     code = provider.stop()
     seconds = time.monotonic() - begin

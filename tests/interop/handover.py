@@ -288,8 +288,8 @@ def lmtp_mixed(box):
     return "250: once; 452: once, by a later call; 550: a DSN"
 
 
-@scenario("handover-beside")
-def handover_beside(box):
+@scenario("handover-to-two")
+def handover_to_two(box):
     """A message for a next hop and for a Maildir that is full: the hop gets it once, and the Maildir gets it when it has room"""
     provider = Provider(box, require_tls=False).start()
     hop = Hop(box.path / "hop.sock").start(box)
@@ -344,7 +344,7 @@ def hop_slow(box):
     call = customer.start()
     check(hop.taken.wait(10), "no content came to the hop")
     call.terminate()
-    wait_until(lambda: signalled(call), "the signal to be taken")
+    wait_until(lambda: signalled(call), "the delivery of the signal")
     check(call.poll() is None, f"it ended with {call.returncode} and did not wait")
     hop.told.set()
     call.wait(10)
@@ -451,7 +451,7 @@ def hop_down(box):
     replies = {line["reply"][:10] for line in events(provider.log(), "delivery", via="atrn", status="deferred")}
     check(replies == {"451 4.4.1 "}, f"the provider saw {replies}")
     hop = Hop(path).start(box)
-    check((result := customer.pull()) == 0, f"pull when the hop is there: exit {result}")
+    check((result := customer.pull()) == 0, f"pull with the hop up: exit {result}")
     check(not provider.held(), f"{len(provider.held())} files are held")
     contents = [at_rest(content) for *_, content in hop.messages]
     check(len(contents) == len(MESSAGES), f"{len(contents)} messages came")

@@ -67,7 +67,7 @@ def not_smtp(box):
                 what = f"{name} on {where}"
                 replies = got.split(b"\r\n")[1:-1]  # after the greeting
                 check(provider.process.poll() is None, f"{what}: the provider died")
-                check(closed or name not in must_close, f"{what}: not closed, said {got[:200]!r}")
+                check(closed or name not in must_close, f"{what}: not closed, replied {got[:200]!r}")
                 answered = any(reply[:1] in (b"4", b"5") for reply in replies)
                 check(closed or answered or name in ("silent", "lf"), f"{what}: neither closed nor answered: {got[:200]!r}")
                 if name == "lf":

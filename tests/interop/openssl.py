@@ -126,7 +126,7 @@ def openssl_keys(box):
                         check("421 not now" in said, f"{label}: {said}")
             if kind == "rsa":
                 said, server = call(box, f"wrong-{x509}", files, f'pin = "{certificate[:-8]}00000000"', "-tls1_3")
-                check(certificate in said and key_only in said, f"both pins are told: {said}")
+                check(certificate in said and key_only in said, f"both pins are in the error: {said}")
                 check("alert certificate unknown" in server, f"no alert at the peer: {server[-600:]}")
     provider = Provider(box, certificates=Certificates(box)).start()
     for name in NAMES:

@@ -151,8 +151,8 @@ def export_import(box):
     return f"{len(before)} messages, {os.path.getsize(batch)} octets of batch SMTP"
 
 
-@scenario("queue-beside-calls")
-def queue_beside_calls(box):
+@scenario("queue-during-calls")
+def queue_during_calls(box):
     """While a customer fetches its mail, an administrator removes every other message: each message is either delivered or removed, once"""
     provider = Provider(box, require_tls=False, more="[limits]\nmessages-per-turn = 20\n").start()
     customer = Customer(box, provider.odmr, tls="none")

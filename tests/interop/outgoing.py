@@ -236,7 +236,7 @@ retry-first = "1s"
     check((result := customer.pull()) == 0, f"pull: exit {result}")
     wait_until(lambda: len(list(provider.spool.glob("outgoing/*/[nc]*/*"))) >= 40, "forty files", seconds=5)
     time.sleep(0.3)
-    check(1 <= gone.connections <= 5, f"{gone.connections} calls of a smarthost that is going down")
+    check(1 <= gone.connections <= 5, f"{gone.connections} connections to a smarthost that is down")
     provider.stop()
     shutil.rmtree(provider.spool / "outgoing")
 
@@ -361,9 +361,9 @@ def fallback(box):
     check(len(customer.files()) == 1, "without: no mail came")
     check(len(queued(customer)) == 1, f"without: {len(queued(customer))} in the queue")
     waits = events(customer.log(), "outgoing-waits")
-    check(len(waits) == 1 and waits[0]["reason"].startswith("550 5.7.1 "), f"not said: {customer.log()}")
+    check(len(waits) == 1 and waits[0]["reason"].startswith("550 5.7.1 "), f"not logged: {customer.log()}")
     check("1 waiting to be sent" in customer.log(), f"the summary: {customer.log()[-300:]}")
-    facts.append("kept and said without a submission host")
+    facts.append("stored and logged without a submission host")
 
     # The submission host is down: the message is stored, and incoming mail is fetched.
     more = f'submission = "localhost:{free_port()}"\nca = "{tls[0]}"'
@@ -371,8 +371,8 @@ def fallback(box):
     sendmail(box, customer, "-f", "adam@example.org", "u@dest.example", text="Subject: x\n\nx\n")
     provider.messages.append("incoming")
     check((result := customer.pull()) == 0, f"dead: exit {result}")
-    check(len(customer.files()) == 1 and len(queued(customer)) == 1, "dead: the message is gone, or no mail came")
-    check(events(customer.log(), "submission-failed"), f"not said: {customer.log()}")
+    check(len(customer.files()) == 1 and len(queued(customer)) == 1, "dead host: the message is lost, or no mail arrived")
+    check(events(customer.log(), "submission-failed"), f"not logged: {customer.log()}")
     check("1 waiting to be sent" in customer.log(), f"the summary: {customer.log()[-300:]}")
 
     # One message that the provider rejects does not block the others.

@@ -158,7 +158,7 @@ def two_days(box):
     expect(provider, "eva@branch.example", "451")
     expect(provider, "alice@example.org", "250")
     check(acme.pull() == 0 and len(acme.files()) == 1, "the other customer has no mail")
-    check(branch.pull() == 75, f"the skipped customer is not told to call again: {branch.log()}")
+    check(branch.pull() == 75, f"the skipped customer gets no temporary error: {branch.log()}")
     check(len(provider.held()) == 1, f"{len(provider.held())} are held")
 
     # The second morning: the error is corrected.

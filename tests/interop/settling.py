@@ -444,7 +444,7 @@ def check_step(place, name, step, doubles):
         check(not counts[subject, "no"], f"{step}: {subject} for one that was rejected")
         if end in place.reported:
             times = told(place, subject)
-            check(1 <= times <= 2, f"{step}: the sender of {subject} was told {times} times")
+            check(1 <= times <= 2, f"{step}: the sender of {subject} got {times} DSNs")
         elif end == "null":
             check(any(subject.encode() in file for file in place.kept()), f"{step}: {subject} is not kept")
     check(len(twice) <= doubles, f"{step}: twice: {twice}")

@@ -118,7 +118,7 @@ def storage_slow(box):
     beside = [good(f"b{number}") for number in range(3)]
     left = len(provider.held())
     check(left > 0, "the others had nothing left to reject")
-    facts = f"alone {alone * 1000:.0f} ms, beside them {', '.join(f'{one * 1000:.0f}' for one in beside)} ms; {left} left of theirs"
+    facts = f"alone {alone * 1000:.0f} ms, with them {', '.join(f'{one * 1000:.0f}' for one in beside)} ms; {left} left of theirs"
     # Other work of the machine only adds time.
     check(min(beside) <= 3 * alone + 0.1, facts)
     return facts
@@ -141,8 +141,8 @@ def storage_hangs(box):
     threads = len(list(pathlib.Path(f"/proc/{provider.process.pid}/task").iterdir()))
     fill(provider, "good.example", MESSAGES, "b")
     beside, messages = fetch(provider, "good")
-    check(len(messages) == MESSAGES, f"{len(messages)} messages came beside them")
-    check(beside <= 2 * alone + 0.2, f"alone {alone * 1000:.0f} ms, beside them {beside * 1000:.0f} ms")
+    check(len(messages) == MESSAGES, f"{len(messages)} messages arrived with them")
+    check(beside <= 2 * alone + 0.2, f"alone {alone * 1000:.0f} ms, with them {beside * 1000:.0f} ms")
     # The disk of one more customer hangs, and then no turn is accepted.
     servers.append(turned(box, provider, names[HANGING], Server))
     wait_until(lambda: any(jobs["jobs"] == str(HANGING + 1) for jobs in events(provider.log(), "storage-blocked")), "one more")
@@ -159,7 +159,7 @@ def storage_hangs(box):
     check(len(messages) == 20 and not provider.held(), f"{len(messages)} messages; {len(provider.held())} are left")
     idle = lambda: len(list(pathlib.Path(f"/proc/{provider.process.pid}/task").iterdir())) <= threads - HANGING + 4
     wait_until(idle, "the end of the threads that are not needed", seconds=20, pause=0.1)
-    return f"alone {alone * 1000:.0f} ms, beside 24 that hang {beside * 1000:.0f} ms; {threads} threads then"
+    return f"alone {alone * 1000:.0f} ms, with 24 that hang {beside * 1000:.0f} ms; {threads} threads then"
 
 
 @scenario("storage-hangs-stop", needs=("cc",))
@@ -175,7 +175,7 @@ def storage_hangs_stop(box):
     check(provider.stop() == 0, "its exit code")
     seconds = time.monotonic() - begin
     check(seconds < 8, f"it took {seconds:.1f} s")
-    check(events(provider.log(), "storage-abandoned"), "not said in the log")
+    check(events(provider.log(), "storage-abandoned"), "not in the log")
     check(len(provider.held()) == 50, f"{len(provider.held())} files")
     provider.box.children.remove(provider.process)
     provider.start()
@@ -217,8 +217,8 @@ def storage_no_thread(box):
     tracer.wait(10)
     said = len(events(provider.log(), "no-thread"))
     check(len(busy.messages) == 3000 and not provider.held(), f"{len(busy.messages)} came, {len(provider.held())} are left")
-    check(0 < said <= seconds + 1, f"said {said} times in {seconds:.1f} s")
-    return f"said {said} times in {seconds:.1f} s"
+    check(0 < said <= seconds + 1, f"logged {said} times in {seconds:.1f} s")
+    return f"logged {said} times in {seconds:.1f} s"
 
 
 @scenario("storage-descriptors", needs=("cc",))
@@ -538,4 +538,4 @@ def storage_postponed(box):
     check(len(told) == len(set(told)), "two DSNs for one message")
     lost = {sender for name in bad for sender in senders[name]} - set(held) - set(told)
     check(not lost, f"{len(lost)} lost: {sorted(lost)[:5]}")
-    return f"beside them {MESSAGES} messages in {beside * 1000:.0f} ms; {len(told)} DSNs before SIGKILL"
+    return f"with them {MESSAGES} messages in {beside * 1000:.0f} ms; {len(told)} DSNs before SIGKILL"

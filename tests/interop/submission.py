@@ -34,7 +34,7 @@ def submission(box):
         return done
 
     def rejected(code, done):
-        check(done.returncode != 0, f"wanted {code}, it was taken: {done.text[-600:]}")
+        check(done.returncode != 0, f"wanted {code}, it was accepted: {done.text[-600:]}")
         check(f"<** {code}" in done.text or f"<~* {code}" in done.text, f"wanted {code}: {done.text[-600:]}")
 
     for auth, tls in (("PLAIN", "--tls"), ("CRAM-MD5", "--tls"), ("PLAIN", "--tlsc")):

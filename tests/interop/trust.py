@@ -122,7 +122,7 @@ def swaks_certificate(box):
         client.say("EHLO client.example")
         check(client.say("AUTH EXTERNAL =").startswith("535 5.7.8"), "two accounts, no name")
         check(client.say("AUTH EXTERNAL b25seQ==").startswith("235 "), "the account that was named")
-    return "PLAIN and CRAM-MD5 beside a certificate; 535 without a secret; EXTERNAL by name"
+    return "PLAIN and CRAM-MD5 with a certificate; 535 without a secret; EXTERNAL by name"
 
 
 def customer_with(box, provider, certificate, key, name="acme"):

@@ -91,12 +91,12 @@ def pull_exit_codes(box):
     check((result := unknown.pull()) == PERMISSION, f"unknown name: exit {result}, wanted {PERMISSION}")
     untrusting = Customer(box, provider.odmr, file="untrusting")
     untrusted = untrusting.pull()
-    check(untrusted != 0, "a certificate of an unknown authority was taken")
+    check(untrusted != 0, "a certificate of an unknown authority was accepted")
     check("certificate" in untrusting.log(), "the log does not speak of the certificate")
     lonely = Customer(box, free_port(), tls="none", file="lonely")
     nobody = lonely.pull()
-    check(nobody in (UNAVAILABLE, TEMPORARY), f"nobody listens: exit {nobody}, wanted {UNAVAILABLE} or {TEMPORARY}")
-    return f"nobody listens: exit {nobody}; unknown authority: exit {untrusted}"
+    check(nobody in (UNAVAILABLE, TEMPORARY), f"no listener: exit {nobody}, wanted {UNAVAILABLE} or {TEMPORARY}")
+    return f"no listener: exit {nobody}; unknown authority: exit {untrusted}"
 
 
 @scenario("sigterm")

@@ -420,7 +420,7 @@ def wake_crowd(box):
         stop.set()
         for thread in crowd:
             thread.join(60)
-    return f"{statistics.median(took) * 1000:.0f} ms, at most {max(took) * 1000:.0f} ms, beside {len(provider.held())} messages from the world"
+    return f"{statistics.median(took) * 1000:.0f} ms, at most {max(took) * 1000:.0f} ms, with {len(provider.held())} messages on port 25"
 
 
 class SlowToEnd(Listener):
