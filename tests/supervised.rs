@@ -212,9 +212,9 @@ fn sockets_that_the_configuration_does_not_use_are_errors() {
             "write FileDescriptorName=inbound, odmr or odmr-tls in its .socket unit",
         ),
         (&place, "serve", Some("inbound"), "LISTEN_FDNAMES has 1 names for 2 sockets"),
-        (&place, "serve", Some("inbound:odmr-tls"), "the configuration has no [tls]: add it"),
+        (&place, "serve", Some("inbound:odmr-tls"), "the file has no [tls]: add it"),
         (&customer, "pull --daemon", Some("local:odmr"), "write FileDescriptorName=local in"),
-        (&customer, "pull --daemon", Some("local:local"), "the configuration has no [outgoing]: add it"),
+        (&customer, "pull --daemon", Some("local:local"), "the file has no [outgoing]: add it"),
     ] {
         let mut command = place.shell(PASSED, words);
         pass(&mut command, sockets().each_ref());

@@ -600,9 +600,8 @@ fn explain(rules: &RecipientRules, addresses: &[String]) -> Result<(), ExitError
         print(&format!("{text}\n"))?;
     }
     if let Some(error) = unseen.take() {
-        let text = format!(
-            "cannot find out whether a mailbox exists: {error}; be the owner of the mailboxes, or correct that"
-        );
+        let text =
+            format!("whether a mailbox exists is unknown: {error}; be the owner of the mailboxes, or correct that");
         return Err(check_error(text));
     }
     match rejected {

@@ -647,11 +647,8 @@ fn call_finding(about: &str, call: Option<&CallRecord>, warn: u64, now: Timestam
 
 fn reload_finding(reload: Option<&CallRecord>) -> Option<Finding> {
     let reload = reload.filter(|reload| reload.result == CallResult::Failed)?;
-    let text = format!(
-        "it could not be read at {}, so the old one stays in effect: {}",
-        reload.at.rfc3339(),
-        shown(&reload.reason)
-    );
+    let text =
+        format!("it was not read at {}, the old one is in effect: {}", reload.at.rfc3339(), shown(&reload.reason));
     Some(Finding { about: "configuration".to_owned(), text })
 }
 

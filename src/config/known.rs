@@ -244,8 +244,7 @@ impl RecipientsFile {
             Err(error) => {
                 let error = quoted(error.on(&SourceLine { file: self.path.as_path().into(), line: None }));
                 let has_list = state.list.is_some();
-                let consequence =
-                    if has_list { "the old list stays in use" } else { "mail for all recipients is deferred" };
+                let consequence = if has_list { "the old list is used" } else { "mail for all recipients is deferred" };
                 log::error!("event=recipients-unreadable account={account} error={error} consequence={consequence:?}");
             }
         }

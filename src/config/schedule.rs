@@ -117,9 +117,7 @@ fn day(text: &str) -> Result<usize, String> {
 
 fn list(text: &str) -> Result<Times, String> {
     if text.contains('-') {
-        return Err(format!(
-            "{text:?} is a window without a step: write \"{text} every 5m\", or times such as \"08:00\""
-        ));
+        return Err(format!("{text:?} has no step: write \"{text} every 5m\", or times such as \"08:00\""));
     }
     let mut minutes = Vec::new();
     for part in text.split(',') {
@@ -280,7 +278,7 @@ mod tests {
         check("mon 08:00,", "\"\" is not a valid time of day", "two digits each");
         check("mon 24:00", "24:00 is the end of a day", "write 00:00, and the day after");
         check("mon 08:00,09:00,08:00", "08:00 is twice", "write each time once");
-        check("mon 08:00-18:00", "is a window without a step", "write \"08:00-18:00 every 5m\"");
+        check("mon 08:00-18:00", "has no step", "write \"08:00-18:00 every 5m\"");
         check("mon 08:00 every 5m", "\"08:00\" is not a valid window", "such as \"08:00-18:00\"");
         check("mon 08:00-18:0 every 5m", "\"18:0\" is not a valid time of day", "two digits each");
         check("mon 24:00-24:00 every 5m", "24:00 is the end of a day", "write 00:00");

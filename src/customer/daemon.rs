@@ -102,8 +102,7 @@ impl BoundDaemon {
         let passed = sockets.take(submission::PLAIN_NAME);
         let inherited = !passed.is_empty();
         if inherited && config.outgoing.is_none() {
-            let text =
-                "the supervisor passes a socket local, and the configuration has no [outgoing]: add it, with `queue`";
+            let text = "the supervisor passes a socket local, and the file has no [outgoing]: add it, with `queue`";
             return Err(CallError::Config(text.to_owned()));
         }
         let listeners = match inherited {

@@ -184,7 +184,7 @@ impl PreparedProvider {
         }
         let config = &self.shared.config;
         if sockets.has(Listener::OdmrTls.name()) && config.tls.is_none() {
-            let text = "the supervisor passes a socket odmr-tls, and the configuration has no [tls]: add it, with `certificate` and `key`";
+            let text = "the supervisor passes a socket odmr-tls, and the file has no [tls]: add it, with `certificate` and `key`";
             return Err(StartError::Config(text.to_owned()));
         }
         for (kind, addresses) in Listener::ALL.into_iter().zip(config.listen()) {
@@ -421,9 +421,7 @@ fn begin_session(
     }
     if listener == Listener::OdmrTls {
         // A reload may have removed [tls]. The listener still runs, and must not serve clients without TLS.
-        let tls = tls
-            .take()
-            .ok_or_else(|| io::Error::other("the configuration has no certificate any more: restart odmr"))?;
+        let tls = tls.take().ok_or_else(|| io::Error::other("[tls] was removed: restart odmr"))?;
         connection.start_tls_server(&tls, Instant::now() + config.timeouts.handshake)?;
         accepted.inspect(|accepted| accepted.note_command(Instant::now()));
     }

@@ -306,7 +306,7 @@ def mistakes_of_configuration(box):
         mistake("38 a misspelt day", customer('schedule.at = ["mon-fry 08:00"]'), both, BAD,
                 'customer.toml:11: "fry" is not a valid day: write mon, tue, wed'),
         mistake("38 a window without `every`", customer('schedule.at = ["mon-fri 08:00-18:00"]'), both, BAD,
-                'customer.toml:11: "08:00-18:00" is a window without a step: write "08:00-18:00 every 5m", or times such as "08:00"'),
+                'customer.toml:11: "08:00-18:00" has no step: write "08:00-18:00 every 5m", or times such as "08:00"'),
         mistake("38 `every` without a unit", customer("schedule.every = 15"), both, BAD, 'customer.toml:11: …expected a time such as "5m"'),
         mistake("38 an unknown time zone", customer('schedule.zone = "Europe/Berln"', 'schedule.every = "15m"'), both, BAD,
                 'customer.toml:11: "Europe/Berln" is not a time zone that this machine knows: write a name from /usr/share/zoneinfo'),

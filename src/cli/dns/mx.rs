@@ -102,10 +102,8 @@ fn problems(expected: &ExpectedHost<'_>, records: &[MxFact]) -> Vec<(DnsVerdict,
     let best = records.iter().filter(|record| leads_to(record, expected)).map(|record| record.preference).min();
     for record in records {
         let Some(name) = &record.host else {
-            problems.push((
-                Error,
-                "\".\" together with other records is a mistake: remove it (RFC 7505 section 3)".to_owned(),
-            ));
+            problems
+                .push((Error, "\".\" and other records exclude each other: remove it (RFC 7505 section 3)".to_owned()));
             continue;
         };
         if address_for_name(name).is_some() {
@@ -193,7 +191,7 @@ mod tests {
             (MxFacts::NoRecords(own), (Warning, "section 5.1), 192.0.2.1, that of relay.example.net: name it"), None),
             (MxFacts::NoRecords(other), (Error, "section 5.1), 203.0.113.1, and not to relay.example.net"), None),
             (hosts(&["0 . -"]), (Error, "null MX: the domain accepts no mail at all (RFC 7505)"), None),
-            (hosts(&["0 . -", "10 relay.example.net ="]), (Error, "\".\" together with other records"), None),
+            (hosts(&["0 . -", "10 relay.example.net ="]), (Error, "\".\" and other records"), None),
             (hosts(&["10 192.0.2.1 ="]), (Error, "192.0.2.1 is an address"), None),
             (
                 hosts(&["10 mx.example.org>relay.example.net ="]),
