@@ -43,7 +43,10 @@ fn expand_line(directory: &str, line: &str) -> Result<Vec<String>, String> {
     let ends_content = !party.is_empty() && line.as_bytes()[1] == b'.';
     let mut lines = match rest.strip_prefix('{').and_then(|rest| rest.split_once("} ")) {
         _ if ends_content => messages(directory, rest)?,
-        Some((range, pattern)) if range.starts_with(|first: char| first.is_ascii_digit()) => counted(range, pattern)?,
+        Some((range, pattern)) if is_number(range) => counted(range, pattern)?,
+        None if rest.strip_prefix('{').is_some_and(is_number) => {
+            return Err(format!("a range, a space and the text, such as {{1..100}} text: {rest}"));
+        }
         _ => match rest.strip_prefix('{').and_then(|rest| rest.strip_suffix('}')) {
             Some(names) if !is_text(names) => messages(directory, names)?,
             _ => return Ok(vec![line.to_owned()]),
@@ -58,6 +61,10 @@ fn expand_line(directory: &str, line: &str) -> Result<Vec<String>, String> {
         }
     }
     Ok(lines)
+}
+
+fn is_number(text: &str) -> bool {
+    text.starts_with(|first: char| first.is_ascii_digit())
 }
 
 /// Whether the runner fills in what is written so, in braces (see `play`).
@@ -79,8 +86,12 @@ fn messages(directory: &str, names: &str) -> Result<Vec<String>, String> {
 fn counted(range: &str, pattern: &str) -> Result<Vec<String>, String> {
     let (first, last) = range.split_once("..").ok_or("a range such as 1..100")?;
     let number = |text: &str| text.parse::<u32>().map_err(|_| format!("not a range such as 1..100: {range}"));
+    let (first, last) = (number(first)?, number(last)?);
+    if first > last {
+        return Err(format!("a range without a number: {range}"));
+    }
     let line = |n: u32| pattern.replace("{n}", &n.to_string()).replace("{n+1}", &(n + 1).to_string());
-    Ok((number(first)?..=number(last)?).map(line).collect())
+    Ok((first..=last).map(line).collect())
 }
 
 /// The lines of the passage `NAME [as CONNECTION] [: EXTENSION, …]`, if there is one.
@@ -216,6 +227,8 @@ mod tests {
             "== provider quits as second ==",
             "== provider quits: DSN ==",
             "{1..x} a",
+            "{2..1} a",
+            "P: {1..2}NOOP",
         ] {
             assert_eq!(expand("customer", text).map_err(|(line, _)| line), Err(1), "{text}");
         }

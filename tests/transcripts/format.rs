@@ -161,7 +161,8 @@ pub fn parse(name: &str, text: &str) -> Result<Transcript, String> {
         if file.overlay {
             let default = DEFAULTS.iter().find(|(path, _)| *path == file.path);
             let (_, default) = default.ok_or_else(|| wrong(file.line, "there is no default file of this name"))?;
-            file.text = overlay::laid_over(default, &file.text).map_err(|what| wrong(file.line, &what))?;
+            let laid_over = overlay::laid_over(default, &file.text);
+            file.text = laid_over.map_err(|(index, what)| wrong(file.line + 1 + index, &what))?;
         }
     }
     check_roles(&transcript)?;
@@ -279,6 +280,13 @@ impl Parser<'_> {
         let file = File { line, path: path.to_owned(), text: String::new(), octets, overlay };
         match self.place {
             Place::Head | Place::Before => {
+                let elsewhere = if self.runners == "PS" { "provider.toml" } else { "customer.toml" };
+                if path == elsewhere || self.runners == "PS" && path.starts_with("customers.d/") {
+                    return Err(format!("the program under test does not read {path}"));
+                }
+                if self.transcript.before.iter().any(|other| other.path == path) {
+                    return Err(format!("{path} a second time"));
+                }
                 self.place = Place::Before;
                 self.transcript.before.push(file);
             }
@@ -444,6 +452,20 @@ fn pattern() {
     check("250-{...} x {...}", "250-a x b", true);
     check("a{...}b{...}b", "ab", false);
     check("a{...}b", "a{...}bc", false);
+}
+
+#[test]
+fn a_mistake_has_its_line() {
+    let check = |name: &str, text: &str, expected: &str| {
+        assert_eq!(parse(name, &format!("# What it proves.\n{text}")).err(), Some(format!("testdata/{name}.smtp:{expected}")));
+    };
+    check("customer/a", "== turnd ==", "2: unknown event: turnd");
+    check("customer/a", "-- customer.toml + --\nhostname = \"a\"\n- b", "4: no key b to remove");
+    check("customer/a", "-- provider.toml + --", "2: the program under test does not read provider.toml");
+    check("provider/a", "-- customer.toml --", "2: the program under test does not read customer.toml");
+    check("provider/a", "-- customers.d/acne.toml + --", "2: there is no default file of this name");
+    check("provider/a", "-- spool/a --\n-- spool/a --", "3: spool/a a second time");
+    check("relay/a", "== connect host, EHLO ==\nC: 250 OK", "3: a reply, but this party is the client here: 250 OK");
 }
 
 #[test]

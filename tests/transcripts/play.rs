@@ -136,7 +136,7 @@ impl<'a> Play<'a> {
         let host = TcpListener::bind("127.0.0.1:0").map_err(listener_error)?;
         self.write_files(&DEFAULTS[1..], &[("{host}", host.local_addr().map_err(listener_error)?)])?;
         let config = odmr::config::ProviderConfig::load(&self.directory.path().join("provider.toml"))
-            .map_err(|error| Failure::new(1, "a good configuration", error.to_string()))?;
+            .map_err(|error| self.unusable(&error.to_string()))?;
         let running = odmr::provider::Provider::start(config, Ids::fixed())
             .map_err(|error| Failure::new(1, "a provider", error.to_string()))?;
         let transcript = self.transcript;
@@ -181,7 +181,7 @@ impl<'a> Play<'a> {
         let addresses = [("{address}", address), ("{hop}", hop.local_addr().map_err(listener_error)?)];
         self.write_files(&DEFAULTS[..1], &addresses)?;
         let config = odmr::config::CustomerConfig::load(&self.directory.path().join("customer.toml"))
-            .map_err(|error| Failure::new(1, "a good configuration", error.to_string()))?;
+            .map_err(|error| self.unusable(&error.to_string()))?;
         let stop = CancelToken::new().map_err(|error| Failure::new(1, "a stop token", error.to_string()))?;
         let token = stop.clone();
         let (ended, mut pull) = channel();
@@ -292,6 +292,12 @@ impl<'a> Play<'a> {
             made.and_then(|()| OpenOptions::new().create(true).truncate(true).write(true).mode(0o600).open(&path));
         let written = created.and_then(|mut file| file.write_all(content));
         written.map_err(|error| Failure::new(line, format!("the file {}", path.display()), error.to_string()))
+    }
+
+    /// A configuration that cannot be used, at the line of the file that the error names.
+    fn unusable(&self, error: &str) -> Failure {
+        let named = self.transcript.before.iter().find(|file| error.contains(&file.path));
+        Failure::new(named.map_or(1, |file| file.line), "a good configuration", error)
     }
 
     /// Waits until the files are those under `== after ==`: the relay records the result of an attempt after its last reply,
