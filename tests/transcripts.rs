@@ -72,14 +72,22 @@
 //!
 //! # Files
 //!
+//! Without files a play has those of `testdata/default`: the customer `acme`, with the secret `tanstaaftanstaaf` and the domains
+//! `example.org` and `example.com`, and `beta` with `example.edu`. In each play the time is 2026-01-02T03:04:05Z, which is
+//! 1767323045 in the name of a file, and ids are `id1`, `id2` and so on; `id0` is that of mail from before. In files a line with
+//! `#` is text, elsewhere a comment.
+//!
 //! - `-- path --` and lines; `-- path | --` and octets as after `X|`.
 //! - `-- customer.toml + --` and lines `table.key = value` over the file in `testdata/default`; `- table.key` and `- [table]`
 //!   remove what that has. So for `provider.toml` and `customers.d/*.toml`. A whole file replaces the default, and a whole
 //!   file of a customer all default customers.
 //! - In `.toml` files the runner fills in `{dir}`, `{tls}`, `{listen-tls}`, `{require-tls}`, `{address}`, `{hop}`, `{host}`,
-//!   `{tls-mode}` and `{ca}`; `{sha256:NAME}` and `{spki-sha256:NAME}` are the pins of a certificate.
-//! - After the dialogue `-- path/ --` lists a directory exactly, without lines an empty one. `-- directory/2 --` is the second
-//!   file in name order, and no file may come after the last one named so. Control characters are shown as escapes.
+//!   `{tls-mode}` and `{ca}`, which is the line `ca = "relay.pem"` if there is a certificate, and empty otherwise.
+//!   `{sha256:NAME}` and `{spki-sha256:NAME}` are the pins of a certificate.
+//! - After the dialogue `-- path/ --` lists a directory exactly; without lines it is empty or does not exist. A name matches
+//!   without its record of attempts too (`doc/queue.md`), so `1` matches `1,A=1`. `-- directory/2 --` is the second file in
+//!   name order, and no file may come after the last one named so. `-- path is gone --`: there is no such file or directory.
+//!   Control characters are shown as escapes.
 //!
 //! `TRANSCRIPT=provider/turn/ cargo test transcripts -- --nocapture` plays those whose name contains the word. A dialogue that
 //! the program logs (`-v`) can be pasted. `tests/dialogues REVISION` shows that no dialogue differs from a revision's.

@@ -47,6 +47,8 @@ pub struct File {
     pub text: String,
     pub octets: bool,
     pub overlay: bool,
+    /// After the dialogue there may be no file or directory of this path.
+    pub gone: bool,
 }
 
 impl File {
@@ -273,11 +275,14 @@ impl Parser<'_> {
 
     fn file(&mut self, line: usize, path: &str) -> Result<(), String> {
         let (path, kind) = path.split_once(' ').unwrap_or((path, ""));
-        if !matches!(kind, "" | "|" | "+") {
+        if !matches!(
+            (kind, &self.place),
+            ("" | "|", _) | ("+", Place::Head | Place::Before) | ("is gone", Place::After)
+        ) {
             return Err(format!("what is {kind:?} after the path?"));
         }
-        let (octets, overlay) = (kind == "|", kind == "+");
-        let file = File { line, path: path.to_owned(), text: String::new(), octets, overlay };
+        let (octets, overlay, gone) = (kind == "|", kind == "+", kind == "is gone");
+        let file = File { line, path: path.to_owned(), text: String::new(), octets, overlay, gone };
         match self.place {
             Place::Head | Place::Before => {
                 let elsewhere = if self.runners == "PS" { "provider.toml" } else { "customer.toml" };
@@ -457,13 +462,17 @@ fn pattern() {
 #[test]
 fn a_mistake_has_its_line() {
     let check = |name: &str, text: &str, expected: &str| {
-        assert_eq!(parse(name, &format!("# What it proves.\n{text}")).err(), Some(format!("testdata/{name}.smtp:{expected}")));
+        assert_eq!(
+            parse(name, &format!("# What it proves.\n{text}")).err(),
+            Some(format!("testdata/{name}.smtp:{expected}"))
+        );
     };
     check("customer/a", "== turnd ==", "2: unknown event: turnd");
     check("customer/a", "-- customer.toml + --\nhostname = \"a\"\n- b", "4: no key b to remove");
     check("customer/a", "-- provider.toml + --", "2: the program under test does not read provider.toml");
     check("provider/a", "-- customer.toml --", "2: the program under test does not read customer.toml");
     check("provider/a", "-- customers.d/acne.toml + --", "2: there is no default file of this name");
+    check("provider/a", "-- spool/a is gone --", "2: what is \"is gone\" after the path?");
     check("provider/a", "-- spool/a --\n-- spool/a --", "3: spool/a a second time");
     check("relay/a", "== connect host, EHLO ==\nC: 250 OK", "3: a reply, but this party is the client here: 250 OK");
 }

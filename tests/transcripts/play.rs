@@ -314,6 +314,7 @@ impl<'a> Play<'a> {
         let after = &self.transcript.after;
         for file in after {
             match file.path.strip_suffix('/') {
+                _ if file.gone => self.check_gone(file)?,
                 Some(directory) => self.check_directory(file, directory)?,
                 None => self.check_file(file)?,
             }
@@ -333,6 +334,11 @@ impl<'a> Play<'a> {
             }
         }
         Ok(())
+    }
+
+    fn check_gone(&self, file: &File) -> Result<(), Failure> {
+        let path = self.directory.path().join(&file.path);
+        if path.exists() { Err(Failure::new(file.line, format!("no {}", file.path), "it exists")) } else { Ok(()) }
     }
 
     fn check_directory(&self, file: &File, directory: &str) -> Result<(), Failure> {
