@@ -101,6 +101,7 @@ mod unchanged;
 
 use format::Transcript;
 use play::Mode;
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -123,21 +124,26 @@ fn every_transcript_reads_as_written() {
 
     let panics = play::count_panics_of_the_program();
     let results = in_parallel(&plays);
+    let mut failed = 0;
     for transcript in &transcripts {
-        let of_this = || plays.iter().zip(&results).filter(|((played, _), _)| std::ptr::eq(*played, transcript));
-        if of_this().next().is_none() {
-            continue;
+        let of_this: Vec<_> =
+            plays.iter().zip(&results).filter(|((played, _), _)| std::ptr::eq(*played, transcript)).collect();
+        // The same difference in several plays is reported once.
+        let mut failures: BTreeMap<&str, Vec<String>> = BTreeMap::new();
+        for ((_, mode), failure) in of_this.iter().filter_map(|(play, result)| Some((play, result.as_deref()?))) {
+            failures.entry(failure).or_default().push(mode.to_string());
         }
-        let good = of_this().filter(|(_, result)| result.is_none()).count();
-        let word = if good == of_this().count() { "ok    " } else { "FAILED" };
-        println!("{word} {} ({good} of {} plays)", transcript.name, of_this().count());
+        let bad = failures.values().map(Vec::len).sum::<usize>();
+        failed += bad;
+        if bad > 0 {
+            println!("FAILED {} ({bad} of {} plays)", transcript.name, of_this.len());
+        } else if !wanted.is_empty() && !of_this.is_empty() {
+            println!("ok     {} ({} plays)", transcript.name, of_this.len());
+        }
+        failures.iter().for_each(|(failure, modes)| println!("\n{failure}  in the plays: {}\n", modes.join("; ")));
     }
-    let failures: Vec<&String> = results.iter().flatten().collect();
-    println!("{} plays, {} failed, {:?}", plays.len(), failures.len(), started.elapsed());
-    for failure in &failures {
-        println!("\n{failure}");
-    }
-    assert!(failures.is_empty(), "{} of {} plays failed", failures.len(), plays.len());
+    println!("{} plays, {failed} failed, {:?}", plays.len(), started.elapsed());
+    assert_eq!(failed, 0, "plays of {} failed", plays.len());
     assert_eq!(panics(), 0, "threads of the program panicked");
 }
 

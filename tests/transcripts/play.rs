@@ -11,7 +11,7 @@ use std::fs::OpenOptions;
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, channel};
@@ -45,7 +45,7 @@ pub fn modes(transcript: &Transcript) -> impl Iterator<Item = Mode> {
 ///
 /// # Errors
 ///
-/// The step that failed: its file and line, what was expected, and what came.
+/// The step that failed: its file and line, the line itself, what was expected, and what arrived.
 pub fn play(transcript: &Transcript, mode: Mode) -> Result<(), String> {
     let played = std::panic::catch_unwind(|| {
         let play = Play::new(transcript, mode)?;
@@ -60,16 +60,20 @@ pub fn play(transcript: &Transcript, mode: Mode) -> Result<(), String> {
             got: panic.downcast_ref::<String>().cloned().unwrap_or_default(),
         },
     };
-    let cut = if mode.bytewise { "bytewise" } else { "whole lines" };
-    let cover = if mode.tls { "TLS" } else { "clear" };
     let indented = |text: &str| text.lines().map(|line| format!("    {line}\n")).collect::<String>();
-    Err(format!(
-        "testdata/{}.smtp:{} ({cut}, {cover})\n  wanted\n{}  got\n{}",
-        transcript.name,
-        failure.line,
-        indented(&failure.wanted),
-        indented(&failure.got)
-    ))
+    let path = format!("testdata/{}.smtp", transcript.name);
+    // If the line names a passage, the reader looks for the wanted line in testdata/passages.txt.
+    let text = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(&path)).unwrap_or_default();
+    let source = text.lines().nth(failure.line.saturating_sub(1)).unwrap_or_default();
+    let (wanted, got) = (indented(&failure.wanted), indented(&failure.got));
+    Err(format!("{path}:{}: {source}\n  wanted\n{wanted}  got\n{got}", failure.line))
+}
+
+impl std::fmt::Display for Mode {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let cut = if self.bytewise { "bytewise" } else { "whole lines" };
+        write!(f, "{cut}, {}", if self.tls { "TLS" } else { "clear" })
+    }
 }
 
 /// Counts from now on the panics in threads that are not tests or players.
