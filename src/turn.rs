@@ -56,8 +56,8 @@ impl Turn {
     /// Octets have arrived after ATRN, which must be the last command of a group (RFC 2920 section 3.1), or the
     /// connection has ended. Returns the session, and the reply to ATRN.
     pub fn offer(mut session: Box<ServerSession>, lock: QueueLock) -> Result<Box<Turn>, (Box<ServerSession>, Reply)> {
-        let arrived = !matches!(session.connection.fill(), Ok(Filled::Nothing));
-        if arrived || !session.connection.received().is_empty() {
+        let quiet = matches!(session.connection.fill(), Ok(Filled::Nothing));
+        if !quiet || !session.connection.received().is_empty() {
             let reply = Reply::new(503, "5.5.1", "ATRN must be the last command: wait for its reply");
             return Err((session, reply));
         }

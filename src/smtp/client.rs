@@ -26,7 +26,7 @@
 //! Rcpt      RCPT           250        next Rcpt or Data  next Rcpt or Data; all recipients   deferred    5321 3.3
 //!                                                        failed: RSET, message done
 //! Data      DATA           354        send content       RSET, message done                  deferred    5321 3.3
-//! Session   some content   nothing    Content            421: abort; other: a violation      deferred    5321 3.8
+//! Session   no command     nothing    -                  421: abort; other: a violation      deferred    5321 3.8
 //! Content   all content    250        message done       message done                        in doubt    5321 4.2.5
 //! LoneDot   a dot          any reply  message done       message done                        as decided  2920 3.1
 //! Rset      RSET           250        ready              ready                               -           5321 4.1.1.5
@@ -36,6 +36,7 @@
 //! - *Ready*: the driver may send a message, ATRN or QUIT. *Abort*: [`ClientStep::Abort`], and the client sends QUIT.
 //!   *Message done*: [`ClientStep::MessageDone`]; with PIPELINING after the replies to the whole group. *On loss*: the status
 //!   that the loss of the connection gives to the recipients without a negative reply.
+//! - *Session*: the client waits for no reply, because it sends content (its end leads to Content) or nothing.
 //! - Only the first digit of a reply decides, except for the codes in the table, 421, and 552 to RCPT. A 3yz where none is
 //!   expected counts as 4yz.
 //! - 421 is a 4yz in any state, and the client sends nothing after it, not even QUIT (RFC 5321 section 3.8).
@@ -270,12 +271,13 @@ pub enum ClientStep {
 #[derive(Default)]
 struct ClientTransaction {
     /// The reply to MAIL, if it was negative.
-    mail: Option<Reply>,
+    mail_failure: Option<Reply>,
     /// The reply to each RCPT; `None`: it has not arrived.
-    recipients: Vec<Option<Reply>>,
-    /// How many of them are positive, and how many are negative before the first that is not.
+    rcpt_replies: Vec<Option<Reply>>,
+    /// How many of them are positive.
     accepted: usize,
-    failed: usize,
+    /// How many negative ones come before the first that is positive or has not arrived.
+    leading_failures: usize,
     /// With LMTP: the replies to the content, one for each accepted recipient.
     content_replies: Vec<Reply>,
     /// The driver adds the recipients one at a time.
@@ -293,23 +295,23 @@ struct ClientTransaction {
 impl ClientTransaction {
     /// Adds the reply to the RCPT of a recipient.
     fn record(&mut self, number: usize, reply: Reply) {
-        if let Some(recipient) = self.recipients.get_mut(number) {
+        if let Some(recipient) = self.rcpt_replies.get_mut(number) {
             self.accepted += usize::from(reply.is_positive());
             *recipient = Some(reply);
         }
-        let failed = |reply: &Option<Reply>| reply.as_ref().is_some_and(|reply| !reply.is_positive());
-        self.failed += self.recipients[self.failed..].iter().take_while(|reply| failed(reply)).count();
+        let failed = |reply: &&Option<Reply>| matches!(reply, Some(reply) if !reply.is_positive());
+        self.leading_failures += self.rcpt_replies[self.leading_failures..].iter().take_while(failed).count();
     }
 
     /// The result. `accepted`: the status of accepted recipients that have no reply to the content of their own (LMTP).
     fn result(&self, accepted: &RecipientStatus, decided_by: DecidedBy) -> DeliveryResult {
         let mut content_replies = self.content_replies.iter();
-        let status = |recipient: &Option<Reply>| match (&self.mail, recipient) {
-            (Some(mail), _) => RecipientStatus::after_negative(mail),
+        let status = |recipient: &Option<Reply>| match (&self.mail_failure, recipient) {
+            (Some(reply), _) => RecipientStatus::after_negative(reply),
             (None, Some(reply)) if !reply.is_positive() => RecipientStatus::after_rcpt(reply),
             (None, _) => content_replies.next().map_or_else(|| accepted.clone(), RecipientStatus::after_content),
         };
-        DeliveryResult { recipients: self.recipients.iter().map(status).collect(), decided_by }
+        DeliveryResult { recipients: self.rcpt_replies.iter().map(status).collect(), decided_by }
     }
 }
 
@@ -496,19 +498,18 @@ impl Client {
             return Err(DeliveryResult::all(status, recipients.len(), DecidedBy::Us));
         }
         let permitted = self.permitted_recipients(message);
-        let mut replies = vec![Some(one_too_many()); recipients.len()];
         if permitted.is_empty() || self.is_used_up() {
             let status =
                 RecipientStatus::Deferred(Reply::new(451, "4.5.3", "The peer permits no more in this session"));
             return Err(DeliveryResult::all(status, recipients.len(), DecidedBy::Us));
         }
         self.queue_mail(message);
+        let mut rcpt_replies = vec![Some(one_too_many()); recipients.len()];
         for number in permitted {
-            replies[number] = None;
+            rcpt_replies[number] = None;
             self.queue_command(Stage::Rcpt(number), self.rcpt_line(&recipients[number], utf8));
         }
-        let recipients = replies;
-        self.transactions.push_back(ClientTransaction { recipients, utf8, ..ClientTransaction::default() });
+        self.transactions.push_back(ClientTransaction { rcpt_replies, utf8, ..ClientTransaction::default() });
         self.queue_data(message.size);
         self.flush_commands(out);
         Ok(())
@@ -541,7 +542,7 @@ impl Client {
         if !recipient.mailbox.is_ascii() && !self.extensions.utf8 {
             return Err(no_utf8());
         }
-        let (number, utf8) = (transaction.recipients.len(), transaction.utf8);
+        let (number, utf8) = (transaction.rcpt_replies.len(), transaction.utf8);
         if !self.permits_recipient(recipient) {
             return Err(one_too_many());
         }
@@ -831,8 +832,9 @@ impl Client {
                 ClientStep::Replied(reply)
             }
             Some(transaction) if !reply.is_positive() => {
-                transaction.mail = Some(reply);
-                if self.drop_queued() { self.finish_transaction(None) } else { ClientStep::Wait }
+                transaction.mail_failure = Some(reply);
+                self.queued.retain(|(stage, _)| *stage == Stage::Quit);
+                if self.pending.is_empty() { self.finish_transaction(None) } else { ClientStep::Wait }
             }
             _ => ClientStep::Wait,
         }
@@ -844,15 +846,18 @@ impl Client {
         };
         if transaction.stepwise {
             if reply.is_positive() {
-                transaction.recipients.push(None);
-                transaction.record(transaction.recipients.len() - 1, reply.clone());
+                transaction.rcpt_replies.push(None);
+                transaction.record(transaction.rcpt_replies.len() - 1, reply.clone());
             }
             return ClientStep::Replied(reply);
         }
         transaction.record(number, reply);
-        if transaction.failed == transaction.recipients.len() && self.drop_queued() {
-            self.queue_reset();
-            return self.finish_transaction(None);
+        if transaction.leading_failures == transaction.rcpt_replies.len() {
+            self.queued.retain(|(stage, _)| *stage == Stage::Quit);
+            if self.pending.is_empty() {
+                self.queue_reset();
+                return self.finish_transaction(None);
+            }
         }
         self.chunk_or_wait(out)
     }
@@ -872,10 +877,10 @@ impl Client {
     /// Sends BDAT after the last reply to RCPT.
     fn chunk_or_wait(&mut self, out: &mut Vec<u8>) -> ClientStep {
         match self.transactions.front() {
-            Some(ClientTransaction { chunk: Some(octets), mail, .. })
+            Some(ClientTransaction { chunk: Some(octets), mail_failure, .. })
                 if self.pending.is_empty() && self.queued.is_empty() =>
             {
-                if mail.is_some() {
+                if mail_failure.is_some() {
                     return self.finish_transaction(None);
                 }
                 out.extend_from_slice(format!("BDAT {octets} LAST\r\n").as_bytes());
@@ -886,7 +891,7 @@ impl Client {
     }
 
     fn data_replied(&mut self, reply: Reply, out: &mut Vec<u8>) -> ClientStep {
-        let accepted = self.transactions.front().is_some_and(|front| front.mail.is_none() && front.accepted > 0);
+        let accepted = self.transactions.front().is_some_and(|open| open.mail_failure.is_none() && open.accepted > 0);
         match (reply.severity(), accepted) {
             (Severity::Intermediate, true) => ClientStep::Content { chunk: false },
             (Severity::Intermediate, false) => {
@@ -911,8 +916,8 @@ impl Client {
 
     fn content_replied(&mut self, reply: Reply) -> ClientStep {
         if ends_session(&reply) {
-            // Some LMTP servers mean only one recipient by 421, and reply for the others, too. If these replies counted for the
-            // next message, it would be lost: a 250 would mean that it was sent.
+            // Some LMTP servers mean only one recipient by 421, and reply for the others, too. Such a reply is ignored, as one
+            // to RSET is. If it counted for the next message, that would be lost: a 250 would mean that it was sent.
             self.pending
                 .iter_mut()
                 .take_while(|stage| **stage == Stage::Content)
@@ -942,7 +947,8 @@ impl Client {
             Some(last) => RecipientStatus::after_negative(last),
             None => RecipientStatus::Deferred(Reply::new(451, "4.5.0", "No reply decided on this recipient")),
         };
-        let decided_by = match (&transaction.mail, transaction.content_sent && transaction.chunk.is_none()) {
+        // A reply to BDAT counts as one to DATA: see `DecidedBy`.
+        let decided_by = match (&transaction.mail_failure, transaction.content_sent && transaction.chunk.is_none()) {
             (Some(_), _) => DecidedBy::PeerAtMail,
             (None, true) => DecidedBy::PeerAtContent,
             (None, false) if last.is_some() => DecidedBy::PeerAtData,
@@ -954,8 +960,8 @@ impl Client {
     /// Whether the content may be sent to the peer: it is 7-bit, or the peer offers 8BITMIME, or the options permit 8-bit
     /// content without it (RFC 6152 section 3). A message that needs SMTPUTF8 always needs 8BITMIME (RFC 6531 section 3.1).
     pub fn may_send_content(&self, message: &OutgoingMessage) -> bool {
-        let undeclared = self.options.without_8bitmime == Without8BitMime::Send && !message.envelope.needs_utf8();
-        !message.eight_bit || self.extensions.eight_bit || undeclared
+        let send_anyway = self.options.without_8bitmime == Without8BitMime::Send && !message.envelope.needs_utf8();
+        !message.eight_bit || self.extensions.eight_bit || send_anyway
     }
 
     /// The reply that rejects a message, if the peer lacks an extension that the message needs. The callers defer the message
@@ -1042,13 +1048,6 @@ impl Client {
 
     fn queue_command(&mut self, stage: Stage, line: impl Into<Vec<u8>>) {
         self.queued.push_back((stage, line.into()));
-    }
-
-    /// Drops the queued commands of the oldest message. Returns whether all replies to those that were sent have
-    /// arrived.
-    fn drop_queued(&mut self) -> bool {
-        self.queued.retain(|(stage, _)| *stage == Stage::Quit);
-        self.pending.is_empty()
     }
 
     /// Sends the queued commands that may be sent now (RFC 2920 section 3.1).

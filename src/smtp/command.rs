@@ -267,11 +267,11 @@ pub enum Command {
         /// The initial response, in base64 (RFC 4954 section 4).
         initial: Option<Vec<u8>>,
     },
-    /// `size` octets of content follow the line, even if the rest of the line is not valid: then `last` is the reply (RFC
-    /// 3030 section 2).
+    /// `size` octets of content follow the line, even if `rest` is an error (RFC 3030 section 2).
     Bdat {
         size: u64,
-        last: Result<bool, Reply>,
+        /// Whether LAST follows the size. If anything else does, the reply.
+        rest: Result<bool, Reply>,
     },
     Data,
     Ehlo(String),
@@ -365,13 +365,13 @@ fn bdat(argument: &[u8]) -> Result<Command, Reply> {
     let error = || argument_error("Syntax: BDAT chunk-size [LAST]");
     let mut words = argument.trim_ascii_start().split(|octet| *octet == b' ');
     let size = words.next().and_then(number).ok_or_else(error)?;
-    let last = match (words.next(), words.next()) {
+    let rest = match (words.next(), words.next()) {
         _ if argument.trim_ascii_start() != argument => Err(error()),
         (None, None) => Ok(false),
         (Some(word), None) if word.eq_ignore_ascii_case(b"LAST") => Ok(true),
         _ => Err(error()),
     };
-    Ok(Command::Bdat { size, last })
+    Ok(Command::Bdat { size, rest })
 }
 
 /// The name in EHLO or HELO. Any printable word is accepted: the server must not reject mail because the name is not
@@ -527,7 +527,7 @@ mod tests {
 
     fn code(line: &str) -> u16 {
         let command = match parse(line) {
-            Ok(Command::Bdat { last: Err(reply), .. }) => Err(reply),
+            Ok(Command::Bdat { rest: Err(reply), .. }) => Err(reply),
             other => other,
         };
         command.err().map_or(0, |reply| reply.code())

@@ -487,7 +487,7 @@ impl Server {
             Command::StartTls => Ok(ServerStep::StartTls(Reply::new(220, "2.0.0", "Go ahead"))),
             Command::Auth { mechanism, initial } => self.auth(&mechanism, initial, handler),
             Command::Atrn(domains) => Ok(ServerStep::Atrn(domains)),
-            Command::Bdat { size, last } => Ok(self.chunk(size, last)),
+            Command::Bdat { size, rest } => Ok(self.chunk(size, rest)),
         }
     }
 
@@ -629,10 +629,10 @@ impl Server {
     }
 
     /// BDAT. Its octets follow even if it is rejected, and must be read, or they would be executed as commands (RFC 3030
-    /// section 2).
-    fn chunk(&mut self, size: u64, last: Result<bool, Reply>) -> ServerStep {
+    /// section 2). `rest`: see [`Command::Bdat`].
+    fn chunk(&mut self, size: u64, rest: Result<bool, Reply>) -> ServerStep {
         let limit = self.max_size();
-        let mut accepted = last.clone().and_then(|_| self.permitted(Verb::Bdat));
+        let mut accepted = rest.clone().and_then(|_| self.permitted(Verb::Bdat));
         if accepted.is_ok()
             && let Some(transaction) = &mut self.transaction
         {
@@ -642,7 +642,7 @@ impl Server {
                 accepted = Err(message_too_large(limit));
             }
         }
-        let last = last.unwrap_or(false);
+        let last = rest.unwrap_or(false);
         let Err(reply) = accepted else {
             return ServerStep::Chunk { size, last, rejected: None };
         };
@@ -752,6 +752,7 @@ impl Server {
         let reply = match &step {
             ServerStep::Reply(reply) => reply,
             ServerStep::Chunk { rejected: Some(reply), .. } => reply,
+            // BDAT 0 moves no content. If it did not count, a client could repeat it for ever.
             ServerStep::Chunk { size: 0, last: false, .. } => return self.count_command(step),
             _ => return step,
         };
