@@ -2,7 +2,8 @@
 //!
 //! A worker thread submits a [`Turn`]; from then on this thread owns the connection. It waits for all connections at
 //! once, and each session that can go on does a bounded piece of work, so a slow customer does not delay the others. A
-//! slow disk does not either: only the [storage threads](super::storage) use the lock on the mail, and the messages. A
+//! slow disk does not either: only the [storage threads](super::storage) use the lock on the mail, and the messages. The
+//! jobs of a session are its *lane*: the storage threads do them in order, and the lane may end after its session. A
 //! customer that does not reply costs a socket and its TLS state until its session's deadline. A panic ends one
 //! session; its mail stays in the queue.
 //!
@@ -186,6 +187,7 @@ impl DeliveryThread {
         self.end_all();
     }
 
+    /// Whether any lane has not ended. Each session has one; `ending` counts those of closed sessions.
     fn has_lanes(&self) -> bool {
         !self.sessions.is_empty() || self.ending > 0
     }
@@ -194,9 +196,9 @@ impl DeliveryThread {
     /// is cancelled or aborted; at most until `deadline`.
     fn wait(&mut self, deadline: Option<Instant>) {
         let now = Instant::now();
-        let tend = self.pool.tend(now);
+        let tend_at = self.pool.tend(now);
         let wake_up = self.wake_ups.first().map(|(wake_up, _)| *wake_up);
-        let until = [deadline, tend, wake_up, (!self.ready.is_empty()).then_some(now)].into_iter().flatten().min();
+        let until = [deadline, tend_at, wake_up, (!self.ready.is_empty()).then_some(now)].into_iter().flatten().min();
         let found = self.poller.wait(until.map(|until| until.saturating_duration_since(now)));
         let found: io::Result<Vec<_>> = found.map(Iterator::collect);
         if let Err(error) = &found {
@@ -220,6 +222,7 @@ impl DeliveryThread {
 
     fn set_all_ready(&mut self) {
         for (number, scheduled) in &mut self.sessions {
+            // The customer may have closed its side: the next read shows it.
             scheduled.session.set_ready(true);
             scheduled.set_ready(*number, &mut self.ready);
         }
@@ -254,6 +257,7 @@ impl DeliveryThread {
     fn watch(&self, session: &mut TurnedSession, number: usize) -> io::Result<()> {
         for descriptor in session.connection.descriptors() {
             match self.poller.watch(descriptor, number) {
+                // epoll does not watch plain files.
                 Err(error) if error.kind() == io::ErrorKind::PermissionDenied => session.unwatched = true,
                 other => other?,
             }
@@ -352,8 +356,7 @@ impl DeliveryThread {
         let mut deadline = Instant::now() + LAST_JOBS_TIMEOUT;
         while self.has_lanes() {
             if Instant::now() >= deadline {
-                let sessions = self.sessions.len() + self.ending;
-                log::error!("event=storage-abandoned sessions={sessions}");
+                log::error!("event=storage-abandoned sessions={}", self.sessions.len() + self.ending);
                 let left: Vec<_> = self.sessions.keys().copied().collect();
                 left.into_iter().for_each(|number| self.close(number));
                 break;

@@ -41,7 +41,7 @@ impl SessionHandler for InboundHandler<'_> {
         if let Some(queue) = self.shared.spool.held_queue(&mailbox) {
             return self.held.add(&self.shared, &mailbox, queue);
         }
-        mailbox.domain().map_or(Ok(()), |domain| self.shared.spool.check_skipped(domain))?;
+        mailbox.domain().map_or(Ok(()), |domain| self.shared.spool.check_not_skipped(domain))?;
         check_held_domain(&mailbox)?;
         Err(Reply::new(550, "5.7.1", "Relaying denied: no mail is held here for that domain"))
     }

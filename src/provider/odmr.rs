@@ -73,11 +73,8 @@ pub fn serve(reloader: &Reloader, mut session: Box<ServerSession>, address: Opti
         };
         // A reload since AUTH may have removed the account, or some of its domains.
         let shared = reloader.current();
-        let reply;
-        (session, reply) = match turn(&shared, session, &domains) {
-            Ok(()) => return "turned".to_owned(),
-            Err(rejected) => rejected,
-        };
+        let Err((returned, reply)) = turn(&shared, session, &domains) else { return "turned".to_owned() };
+        session = returned;
         // If ATRN came too soon, the record of the earlier call stays: otherwise each attempt would begin the interval anew.
         if !is_too_soon(&reply) {
             record_call(&shared, &session, &domains, &reply);
@@ -151,35 +148,35 @@ fn turn(shared: &Shared, session: Box<ServerSession>, domains: &[Domain]) -> Res
 /// The reply to ATRN: a domain is not the customer's, a queue is locked or unreadable, or there is no mail.
 fn lock_mail(shared: &Shared, account: Option<&Account>, named: &[Domain]) -> Result<QueueLock, Reply> {
     let own = account.map(|account| account.domains.as_slice()).unwrap_or_default();
-    // RFC 2645 section 5.2.1: if one domain is foreign, whether it exists or not, the whole command is rejected.
     let foreign = named.iter().find(|domain| !own.contains(domain));
-    foreign.map_or(Ok(()), |foreign| shared.spool.check_skipped(foreign))?;
+    // The domain may belong to an account whose file cannot be read: then 451, not 450.
+    foreign.map_or(Ok(()), |foreign| shared.spool.check_not_skipped(foreign))?;
+    // RFC 2645 section 5.2.1: if one domain is foreign, whether it exists or not, the whole command is rejected.
     if own.is_empty() || foreign.is_some() {
         return Err(Reply::new(450, "4.7.1", "You have no access to all of these domains"));
     }
     account.map_or(Ok(()), |account| check_interval(shared, account, named))?;
     let domains = if named.is_empty() { own } else { named };
     let names: Vec<_> = domains.iter().map(|domain| shared.spool.name(&SpoolQueue::Held(domain.clone()))).collect();
-    let unreachable = || Reply::new(451, "4.3.0", "Your mail cannot be reached now, try again later");
-    let unavailable = |error: std::io::Error| {
+    let not_now = || Reply::new(451, "4.3.0", "Your mail cannot be reached now, try again later");
+    let log_and_defer = |error: std::io::Error| {
         log::error!("event=spool-failed error={}", quoted(error));
-        unreachable()
+        not_now()
     };
     let mut lock = shared.spool.queue().lock_account(&names).map_err(|error| match error {
         LockError::Busy(name) => Reply::new(450, "4.4.5", format!("Another session is fetching the mail of {name}")),
-        LockError::Failed(error) => unavailable(error),
+        LockError::Failed(error) => log_and_defer(error),
     })?;
-    // RFC 5248 registers this enhanced status code for 453.
-    let no_mail = || Reply::new(453, "4.3.2", "You have no mail");
     // Files that are not mail, and messages that this call skips, do not count: the turn would send nothing.
-    let none = lock.is_empty().map_err(unavailable)? || !lock.has_next();
+    let none = lock.is_empty().map_err(log_and_defer)? || !lock.has_next();
     // Do not reply 453 if a directory cannot be read: it may have mail.
     if lock.is_short() || none && lock.is_unreadable() {
-        return Err(unreachable());
+        return Err(not_now());
     }
     if none {
         lock.count_call();
-        return Err(no_mail());
+        // RFC 5248 registers this enhanced status code for 453.
+        return Err(Reply::new(453, "4.3.2", "You have no mail"));
     }
     Ok(lock)
 }

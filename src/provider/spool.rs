@@ -438,7 +438,7 @@ impl Spool {
     ///
     /// # Errors
     /// The reply to RCPT or ATRN, 451. It is also the reason why the relay defers the mail.
-    pub fn check_skipped(&self, domain: &Domain) -> Result<(), Reply> {
+    pub fn check_not_skipped(&self, domain: &Domain) -> Result<(), Reply> {
         match self.accounts.may_be_skipped(domain) {
             true => {
                 Err(Reply::new(451, "4.3.5", "The configuration for that domain cannot be read now, try again later"))

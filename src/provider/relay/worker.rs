@@ -288,7 +288,7 @@ impl WorkerContext {
             None => self.by_mx(&destinations[0], permit, &mut lock),
         };
         // If the domain may belong to a customer whose file is skipped, do not reject: the mail is to be held here.
-        let skipped = || destinations.iter().find_map(|domain| self.spool.check_skipped(domain).err());
+        let skipped = || destinations.iter().find_map(|domain| self.spool.check_not_skipped(domain).err());
         let sent = sent.map_err(|error| match (error, skipped()) {
             (RouteError::Rejected(_), Some(reply)) => RouteError::Deferred(reply),
             (error, _) => error,
