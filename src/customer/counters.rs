@@ -127,9 +127,14 @@ impl CallCounters {
         self.lock().release(recipient);
     }
 
-    /// A call begins. `again`: it follows a call to the same provider at once.
-    pub fn begin_call(&self, again: bool) {
-        self.lock().again = again.then(Deferred::default);
+    /// A call begins.
+    pub fn begin_call(&self) {
+        self.lock().again = None;
+    }
+
+    /// A call begins that follows a call to the same provider at once.
+    pub fn begin_next_call(&self) {
+        self.lock().again = Some(Deferred::default());
     }
 
     /// The recipients that are deferred now, for [`CallCounters::offered_again`].
@@ -374,15 +379,15 @@ mod tests {
     fn a_recipient_that_the_next_call_defers_again_counts_once() {
         let counters = CallCounters::default();
         let defer = |names: &[&str]| names.iter().for_each(|name| counters.not_accepted(&to(name), "us", &full()));
-        counters.begin_call(false);
+        counters.begin_call();
         defer(&["joe@example.org", "joe@example.org", "ann@example.org", "eve@example.org"]);
-        counters.begin_call(true);
+        counters.begin_next_call();
         defer(&["joe@example.org", "eve@example.org", "eve@example.org"]);
         counters.accepted(&to("ann@example.org"));
         let summary = counters.summary(0.0);
         assert_eq!((summary.deferred, summary.failures.len()), (4, 4), "{:?}", summary.failures);
         // Another provider has other messages.
-        counters.begin_call(false);
+        counters.begin_call();
         defer(&["joe@example.org"]);
         assert_eq!(counters.summary(0.0).deferred, 5);
     }

@@ -156,12 +156,11 @@ impl Customer {
         for (number, provider) in self.config().providers.iter().enumerate() {
             match (self.call(number, cancel, counters), &result) {
                 (Err(error), Ok(()) | Err(CallError::TooSoon(_))) => result = Err(error),
-                (Err(CallError::TooSoon(_)), Err(_)) => {}
+                (Err(CallError::TooSoon(_)), Err(_)) | (Ok(_), _) => {}
                 (Err(error), Err(_)) => {
                     let (address, account) = (&provider.remote.address, provider.remote.login_name());
                     log::error!("event=call-failed provider={address} account={account} error={}", quoted(error));
                 }
-                (Ok(_), _) => {}
             }
         }
         result
@@ -247,7 +246,7 @@ impl Customer {
         let retried = self.retry_queue.retry(cancel);
         let lists = domain_lists(&provider.domains);
         let deferred = counters.deferred();
-        let call = ProviderConnection { customer: self, remote, outbox, cancel, counters, deferred, lists };
+        let call = ProviderCall { customer: self, remote, outbox, cancel, counters, deferred, lists };
         let result = thread::scope(|scope| call.run(scope));
         if let Some(outbox) = outbox {
             counters.set_waiting(outbox.waiting());
@@ -292,7 +291,7 @@ fn domain_lists(domains: &[Domain]) -> Vec<Vec<Domain>> {
 
 /// The connections of one call: one for each list of domains, and more if one is lost, or is still sending outgoing
 /// mail.
-struct ProviderConnection<'a> {
+struct ProviderCall<'a> {
     customer: &'a Customer,
     remote: &'a Remote,
     /// The outgoing mail, if this provider accepts it.
@@ -305,7 +304,7 @@ struct ProviderConnection<'a> {
     lists: Vec<Vec<Domain>>,
 }
 
-impl ProviderConnection<'_> {
+impl ProviderCall<'_> {
     /// Sends outgoing mail, and receives incoming mail for each list of domains. Returns the first failure; but if
     /// incoming mail is fetched again during a long upload, the result of the last fetch.
     fn run<'s>(&'s self, scope: &'s Scope<'s, '_>) -> Result<(), CallError> {
@@ -315,7 +314,8 @@ impl ProviderConnection<'_> {
         }
         if let Some(upload) = upload {
             self.receive_during(&upload, &mut result);
-            // If the provider permits one connection only, the upload had it, and incoming mail can be fetched now.
+            // `Temporary` may mean that the provider permits one connection only, which the upload had: fetch incoming
+            // mail now.
             if matches!(result, Err(CallError::Temporary(_))) {
                 result = self.receive_all();
             }
@@ -335,7 +335,7 @@ impl ProviderConnection<'_> {
     /// incoming mail is received over another connection. `upload`: outgoing mail that is being sent over its own
     /// connection.
     fn send_and_receive<'s>(
-        &'s self, scope: &'s Scope<'s, '_>, domains: &[Domain], upload: &mut Option<Upload>,
+        &'s self, scope: &'s Scope<'s, '_>, domains: &[Domain], upload: &mut Option<UploadEnd>,
     ) -> Result<(), CallError> {
         let (session, peer) = self.connect()?;
         match self.outbox.filter(|outbox| upload.is_none() && !outbox.is_empty()) {
@@ -351,25 +351,25 @@ impl ProviderConnection<'_> {
     /// after `[timeouts] outgoing` and is `upload` from then on. The message under way is not cut off: otherwise each
     /// call would begin it again, and a message that takes longer would never be sent.
     fn send<'s>(
-        &'s self, scope: &'s Scope<'s, '_>, outbox: &'s Outbox, session: ClientSession, upload: &mut Option<Upload>,
+        &'s self, scope: &'s Scope<'s, '_>, outbox: &'s Outbox, session: ClientSession, upload: &mut Option<UploadEnd>,
     ) -> Option<ClientSession> {
         let id = session.id().to_owned();
         let connect = || self.try_connect().map(|(session, _)| session);
         // The channel has no buffer, so no session is lost in it: either it is received below, or `send` returns it.
-        let (sender, sent) = mpsc::sync_channel(0);
-        let ended = spawn(scope, move || {
+        let (sender, returned_session) = mpsc::sync_channel(0);
+        let end = spawn(scope, move || {
             if let Some(session) = outbox.send(session, &connect, self.counters)
                 && let Err(SendError(session)) = sender.send(session)
             {
                 ClientSession::quit(session);
             }
         })?;
-        match sent.recv_timeout(self.customer.config().timeouts.outgoing) {
+        match returned_session.recv_timeout(self.customer.config().timeouts.outgoing) {
             Ok(session) => return Some(session),
             Err(RecvTimeoutError::Disconnected) => {}
             Err(RecvTimeoutError::Timeout) => {
                 log::info!("event=upload-continues session={id}");
-                *upload = Some(ended);
+                *upload = Some(end);
             }
         }
         None
@@ -377,7 +377,7 @@ impl ProviderConnection<'_> {
 
     /// Fetches incoming mail at intervals of `[timeouts] outgoing` until an upload has ended. Sets `result` to that of
     /// the last fetch.
-    fn receive_during(&self, upload: &Upload, result: &mut Result<(), CallError>) {
+    fn receive_during(&self, upload: &UploadEnd, result: &mut Result<(), CallError>) {
         let interval = self.customer.config().timeouts.outgoing;
         while upload.recv_timeout(interval) == Err(RecvTimeoutError::Timeout) {
             if !self.cancel.is_cancelled() {
@@ -404,11 +404,11 @@ impl ProviderConnection<'_> {
     /// Sends ATRN, turns the connection and receives mail; calls again until the provider has no more.
     fn receive(&self, session: ClientSession, peer: IpAddr, domains: &[Domain]) -> Result<(), CallError> {
         let Some((connection, client)) = atrn(session, domains).map_err(call_error)? else { return Ok(()) };
-        self.counters.begin_call(false);
+        self.counters.begin_call();
         self.counters.add_queued(client.messages_waiting().unwrap_or(0));
         let first = self.serve_provider(connection, client, peer)?;
-        match first.no_command {
-            Some(error) => Err(CallError::Temporary(no_command(&error))),
+        match first.ended_without_command {
+            Some(error) => Err(CallError::Temporary(no_command_text(&error))),
             None => self.receive_rest(first, domains),
         }
     }
@@ -420,7 +420,7 @@ impl ProviderConnection<'_> {
     /// A turned session was lost, or the provider breaks the protocol.
     fn receive_rest(&self, mut last: TurnResult, domains: &[Domain]) -> Result<(), CallError> {
         let (mut calls, provider) = (0, self.remote.address());
-        let mut known = last.mail.clone();
+        let mut known = last.settled.clone();
         let reason = loop {
             if last.is_all() || self.cancel.is_cancelled() {
                 return Ok(());
@@ -431,7 +431,7 @@ impl ProviderConnection<'_> {
             calls += 1;
             match self.call_again(&mut known, domains) {
                 Ok(next) => last = next,
-                Err(CallEnd::NoMail) => return Ok(()),
+                Err(CallEnd::Finished) => return Ok(()),
                 Err(CallEnd::NothingNew(reason)) => break reason,
                 Err(CallEnd::Failed(error)) => return Err(error),
             }
@@ -448,19 +448,19 @@ impl ProviderConnection<'_> {
         let called = self.try_connect().and_then(|(session, peer)| Ok((atrn(session, domains)?, peer)));
         let (connection, client, peer) = match called {
             Ok((Some((connection, client)), peer)) => (connection, client, peer),
-            Ok((None, _)) | Err(SessionFailure::Cancelled) => return Err(CallEnd::NoMail),
+            Ok((None, _)) | Err(SessionFailure::Cancelled) => return Err(CallEnd::Finished),
             Err(failure) => return Err(CallEnd::NothingNew(failure.to_string())),
         };
-        self.counters.begin_call(true);
+        self.counters.begin_next_call();
         let next = self.serve_provider(connection, client, peer).map_err(CallEnd::Failed)?;
-        if let Some(error) = next.no_command {
-            return Err(CallEnd::NothingNew(no_command(&error)));
+        if let Some(error) = next.ended_without_command {
+            return Err(CallEnd::NothingNew(no_command_text(&error)));
         }
-        if !next.mail.is_empty() && next.mail.is_subset(known) {
+        if !next.settled.is_empty() && next.settled.is_subset(known) {
             let reason = "it sends again what was accepted: it does not read our replies";
             return Err(CallEnd::NothingNew(reason.to_owned()));
         }
-        known.extend(&next.mail);
+        known.extend(&next.settled);
         Ok(next)
     }
 
@@ -514,8 +514,8 @@ impl ProviderConnection<'_> {
         session.greet();
         let end = session.run(&mut receiver);
         session.close();
-        let IncomingMail { messages, settled } = receiver.into_mail();
-        let result = |no_command| TurnResult { announced, messages, mail: settled, no_command };
+        let IncomingMail { messages, settled } = receiver.into_incoming();
+        let result = |ended_without_command| TurnResult { announced, messages, settled, ended_without_command };
         match end {
             SessionEnd::Quit => Ok(result(None)),
             SessionEnd::NoCommand(error) => Ok(result(Some(error))),
@@ -549,30 +549,30 @@ struct TurnResult {
     /// How many messages the provider has offered.
     messages: u64,
     /// The fingerprints of the mail that was accepted or rejected ([`IncomingMail::settled`]).
-    mail: HashSet<u64>,
+    settled: HashSet<u64>,
     /// Why the session ended before the provider sent any command.
-    no_command: Option<io::Error>,
+    ended_without_command: Option<io::Error>,
 }
 
 impl TurnResult {
     /// Whether another call would bring nothing new: no mail was settled in this one, or all that was announced was
     /// offered.
     fn is_all(&self) -> bool {
-        self.mail.is_empty() || self.announced.is_some_and(|announced| self.messages >= announced)
+        self.settled.is_empty() || self.announced.is_some_and(|announced| self.messages >= announced)
     }
 }
 
 /// Why no further call follows at once.
 enum CallEnd {
     /// The provider has no more mail, or the call was cancelled.
-    NoMail,
+    Finished,
     /// The last call has brought no new mail, for this reason.
     NothingNew(String),
     Failed(CallError),
 }
 
 /// The error text for a turned session in which the provider sent no command.
-fn no_command(error: &io::Error) -> String {
+fn no_command_text(error: &io::Error) -> String {
     use io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset, UnexpectedEof};
     match error.kind() {
         // Exim does that if none of its mail is due for a retry.
@@ -583,18 +583,18 @@ fn no_command(error: &io::Error) -> String {
     }
 }
 
-/// Work in a thread. No value arrives: the channel is disconnected when the work has ended.
-type Upload = mpsc::Receiver<()>;
+/// The end of work in a thread: no value arrives, but the channel is disconnected then.
+type UploadEnd = mpsc::Receiver<()>;
 
 /// Begins work in a new thread; `None`: the system has no thread, which is logged.
-fn spawn<'s>(scope: &'s Scope<'s, '_>, work: impl FnOnce() + Send + 's) -> Option<Upload> {
-    let (running, ended) = mpsc::channel();
+fn spawn<'s>(scope: &'s Scope<'s, '_>, work: impl FnOnce() + Send + 's) -> Option<UploadEnd> {
+    let (running, end) = mpsc::channel();
     let work = move || {
         work();
         drop(running);
     };
     match thread::Builder::new().name("upload".to_owned()).spawn_scoped(scope, work) {
-        Ok(_) => Some(ended),
+        Ok(_) => Some(end),
         Err(error) => {
             log::error!("event=no-thread error={}", quoted(error));
             None

@@ -59,7 +59,7 @@ const MESSAGE_DESTINATIONS: usize = 400;
 pub struct Receiver {
     context: Arc<CallContext>,
     /// The open transaction, as next hops get it.
-    message: Option<OutgoingMessage>,
+    offered: Option<OutgoingMessage>,
     /// The recipients accepted in this transaction, and their destinations.
     accepted: Vec<(Recipient, Vec<Delivery>)>,
     /// The last MAIL was deferred, before any recipient was named.
@@ -73,7 +73,7 @@ struct CallContext {
     hops: Mutex<NextHops>,
     /// The next hop that decided on the negative reply that follows; `None`: the customer itself.
     decided_by: Mutex<Option<String>>,
-    mail: Mutex<IncomingMail>,
+    incoming: Mutex<IncomingMail>,
     /// Defer what would be rejected.
     soft_bounce: bool,
 }
@@ -97,8 +97,8 @@ impl CallContext {
         self.hops.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn mail(&self) -> MutexGuard<'_, IncomingMail> {
-        self.mail.lock().unwrap_or_else(PoisonError::into_inner)
+    fn incoming(&self) -> MutexGuard<'_, IncomingMail> {
+        self.incoming.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn decided_by(&self) -> MutexGuard<'_, Option<String>> {
@@ -111,19 +111,19 @@ impl Receiver {
     pub fn new(
         retry_queue: Arc<RetryQueue>, counters: Arc<CallCounters>, hops: NextHops, soft_bounce: bool,
     ) -> Receiver {
-        let (hops, decided_by, mail) = (Mutex::new(hops), Mutex::default(), Mutex::default());
-        let context = Arc::new(CallContext { retry_queue, counters, hops, decided_by, mail, soft_bounce });
-        Receiver { context, message: None, accepted: Vec::new(), deferred_at_mail: false }
+        let (hops, decided_by, incoming) = (Mutex::new(hops), Mutex::default(), Mutex::default());
+        let context = Arc::new(CallContext { retry_queue, counters, hops, decided_by, incoming, soft_bounce });
+        Receiver { context, offered: None, accepted: Vec::new(), deferred_at_mail: false }
     }
 
     /// What the provider has offered.
-    pub fn into_mail(self) -> IncomingMail {
-        std::mem::take(&mut self.context.mail())
+    pub fn into_incoming(self) -> IncomingMail {
+        std::mem::take(&mut self.context.incoming())
     }
 
     /// Checks that all destinations of a recipient accept it. The error is the reply to RCPT.
     fn check_destinations(&self, recipient: &Recipient, mut deliveries: Vec<Delivery>) -> Result<Vec<Delivery>, Reply> {
-        let Some(message) = &self.message else { return Ok(deliveries) };
+        let Some(message) = &self.offered else { return Ok(deliveries) };
         let mailboxes = self.context.mailboxes();
         for delivery in &deliveries {
             // Defer the recipient whose mailbox is full at RCPT: a deferral at the end of the content would be for all.
@@ -147,14 +147,11 @@ impl Receiver {
                     delivery.destination = Destination::Maildir { path, folders: Vec::new() };
                 }
                 // If one destination defers and another one rejects, the recipient is deferred.
-                Severity::Permanent => drop(rejection.get_or_insert((hop.to_string(), reply))),
+                Severity::Permanent => rejection = rejection.or(Some((hop.to_string(), reply))),
                 _ => return Err(self.of_hop(hop.to_string(), reply)),
             }
         }
-        match rejection {
-            None => Ok(deliveries),
-            Some((hop, reply)) => Err(self.of_hop(hop, reply)),
-        }
+        rejection.map_or(Ok(deliveries), |(hop, reply)| Err(self.of_hop(hop, reply)))
     }
 
     /// Records for the summary that a next hop has decided, and returns its reply.
@@ -164,8 +161,8 @@ impl Receiver {
     }
 
     /// The message of the open transaction; `None`: no MAIL has arrived yet.
-    fn mail(&self) -> Option<MessageIdentity> {
-        self.message.as_ref().map(|message| MessageIdentity::new(&message.envelope, message.size))
+    fn identity(&self) -> Option<MessageIdentity> {
+        self.offered.as_ref().map(|message| MessageIdentity::new(&message.envelope, message.size))
     }
 
     /// The recipient of a RCPT in the form of an accepted recipient; if its path is not valid, the quoted path.
@@ -208,11 +205,11 @@ impl SessionHandler for Receiver {
         self.deferred_at_mail = false;
         let size = mail.size.unwrap_or(0);
         let envelope = mail.envelope.clone();
-        self.message = Some(OutgoingMessage { envelope, size, eight_bit: false, utf8_header: false, attempts: 0 });
+        self.offered = Some(OutgoingMessage { envelope, size, eight_bit: false, utf8_header: false, attempts: 0 });
         self.context.mailboxes().check_room(size)?;
         // If this message was deferred at MAIL in an earlier transaction, count its recipients instead from now on.
         self.context.counters.accepted(&MessageIdentity::new(&mail.envelope, size).to(""));
-        self.context.mail().messages += 1;
+        self.context.incoming().messages += 1;
         Ok(())
     }
 
@@ -240,9 +237,9 @@ impl SessionHandler for Receiver {
 
     fn recipient_without_mail(&mut self, path: &[u8]) {
         if self.deferred_at_mail
-            && let Some(mail) = self.mail()
+            && let Some(identity) = self.identity()
         {
-            self.context.counters.name_recipient(&mail.to(""), &self.name_of_recipient(path));
+            self.context.counters.name_recipient(&identity.to(""), &self.name_of_recipient(path));
         }
     }
 
@@ -251,20 +248,20 @@ impl SessionHandler for Receiver {
     }
 
     fn not_accepted(&mut self, what: Unaccepted<'_>, reply: &Reply) {
-        let (by, mail) = (self.context.decided_by().take(), self.mail().unwrap_or_default());
+        let (by, identity) = (self.context.decided_by().take(), self.identity().unwrap_or_default());
         let by = by.as_deref().unwrap_or("us");
-        let count = |mail: &MessageIdentity, to: &str| {
-            self.context.counters.not_accepted(&mail.to(to), by, reply);
+        let count = |identity: &MessageIdentity, to: &str| {
+            self.context.counters.not_accepted(&identity.to(to), by, reply);
             if reply.severity() == Severity::Permanent {
-                self.context.mail().settled.insert(fingerprint(&(&mail.from, mail.size, to)));
+                self.context.incoming().settled.insert(fingerprint(&(&identity.from, identity.size, to)));
             }
         };
-        self.context.mail().messages += u64::from(matches!(what, Unaccepted::Sender(_)));
+        self.context.incoming().messages += u64::from(matches!(what, Unaccepted::Sender(_)));
         match what {
-            // `sender` sets the message before it defers a MAIL. If MAIL was rejected earlier, or a soft bounce has
+            // `sender` sets `offered` before it defers a MAIL. If MAIL was rejected earlier, or a soft bounce has
             // turned that into a deferral, only its path is known.
             Unaccepted::Sender(_) if reply.severity() == Severity::Transient && !reply.is_softened() => {
-                count(&mail, "");
+                count(&identity, "");
                 self.deferred_at_mail = true;
             }
             Unaccepted::Sender(path) => {
@@ -272,12 +269,12 @@ impl SessionHandler for Receiver {
                 let from = parsed.unwrap_or_else(|| quoted(String::from_utf8_lossy(path)));
                 count(&MessageIdentity { from, ..MessageIdentity::default() }, "");
             }
-            Unaccepted::Recipient(path) => count(&mail, &self.name_of_recipient(path)),
+            Unaccepted::Recipient(path) => count(&identity, &self.name_of_recipient(path)),
             Unaccepted::Content => {
                 let recipients = self.accepted.iter().map(|(recipient, _)| recipient.mailbox.to_string());
-                recipients.for_each(|to| count(&mail, &to));
+                recipients.for_each(|to| count(&identity, &to));
             }
-            Unaccepted::Line => count(&mail, ""),
+            Unaccepted::Line => count(&identity, ""),
         }
     }
 
@@ -299,7 +296,7 @@ impl SessionHandler for Receiver {
             spooled: SpooledContent::default(),
             begun: false,
             session: incoming.session.to_owned(),
-            identity: self.mail().unwrap_or_default(),
+            identity: self.identity().unwrap_or_default(),
             size: 0,
             hasher: DefaultHasher::new(),
             provider: incoming.received.helo.unwrap_or_default().to_owned(),
@@ -345,9 +342,10 @@ impl IncomingMessage {
         self.spooled.write(octets, || mailboxes.queue.unnamed_file(&mailboxes.retry_queue()))
     }
 
-    /// Steps 1 to 4 of the diagram above. `Ok(Err(reply))`: no recipient has the message.
+    /// Steps 1 to 4 of the diagram above. `Ok(Err(reply))`: the negative reply of the next hops, after step 2. `Err`: a
+    /// failure of the disk. In both cases no recipient has the message, with the three exceptions above.
     fn deliver(&mut self) -> io::Result<Result<(), Reply>> {
-        // Destinations here accept the message: a rejection would report to the sender that they have not.
+        // Destinations here accept the message: a rejection would be false for them.
         let has_others = !self.writer.is_empty() || !self.routing.discarded.is_empty();
         // If some destinations may accept and others not, the message is stored for the others: check that it can be.
         let at_hops: usize = self.routing.hop_recipients.iter().map(|(_, recipients)| recipients.len()).sum();
@@ -357,20 +355,22 @@ impl IncomingMessage {
         // Once a next hop has accepted the message, a failure here could not be a negative reply any more.
         let prepared = std::mem::take(&mut self.writer).prepare()?;
         let deliveries = if at_hops == 0 { Vec::new() } else { self.deliver_to_hops() };
-        let any = |is: fn(&RecipientStatus) -> bool| deliveries.iter().any(|d| d.recipients.iter().any(|(_, s)| is(s)));
-        let sent = any(RecipientStatus::is_sent);
+        let statuses = || deliveries.iter().flat_map(|delivery| &delivery.recipients).map(|(_, status)| status);
+        let sent = statuses().any(RecipientStatus::is_sent);
+        let deferred = statuses().any(RecipientStatus::is_open);
+        let rejected = statuses().any(RecipientStatus::is_rejected);
         // As long as no recipient has the message, it can stay with the provider, which retries it or reports the
         // rejection.
-        let negative = !sent && (any(RecipientStatus::is_open) || !has_others && any(RecipientStatus::is_rejected));
+        let negative = !sent && (deferred || rejected && !has_others);
         let result = if negative { Err(self.negative_reply(&deliveries)) } else { Ok(()) };
         let now = self.context.mailboxes().ids.clock().now();
-        let mut rejected = Vec::new();
+        let mut rejections = Vec::new();
         for delivery in &deliveries {
             for (recipient, status) in &delivery.recipients {
                 // If only some recipients are rejected, count them here. The session counts rejections of the message.
                 let reply = status.reply().filter(|reply| status.is_rejected() || reply.is_softened());
                 if let (Ok(()), Some(reply)) = (&result, reply) {
-                    rejected.push((recipient.mailbox.to_string(), delivery.relay.clone(), reply.clone()));
+                    rejections.push((recipient.mailbox.to_string(), delivery.relay.clone(), reply.clone()));
                 }
                 // The retry queue logs the others.
                 if result.is_err() || status.is_sent() {
@@ -390,20 +390,20 @@ impl IncomingMessage {
         for recipient in &self.message.envelope.recipients {
             counters.accepted(&self.identity.to(&recipient.mailbox.to_string()));
         }
-        for (recipient, hop, reply) in &rejected {
+        for (recipient, hop, reply) in &rejections {
             counters.not_accepted(&self.identity.to(recipient), hop, reply);
         }
         self.success_dsn.send();
         Ok(result)
     }
 
-    /// Records the fingerprint of the message. Another transaction, with more of its recipients, does not bring another
-    /// message, and is not counted as one.
+    /// Records the fingerprint of the message. If it is known, the provider has sent the same message again, for more of
+    /// its recipients: count it once.
     fn note_accepted(&self) {
         let fingerprint = fingerprint(&(&self.identity.from, self.size, self.hasher.finish()));
-        let mut mail = self.context.mail();
-        if !mail.settled.insert(fingerprint) {
-            mail.messages = mail.messages.saturating_sub(1);
+        let mut incoming = self.context.incoming();
+        if !incoming.settled.insert(fingerprint) {
+            incoming.messages = incoming.messages.saturating_sub(1);
         }
     }
 
@@ -440,10 +440,12 @@ impl IncomingMessage {
             let mut delivery = hops.deliver(&hop, &outgoing, &mut self.spooled, info.as_ref());
             let (from, recipients) = (&outgoing.envelope.from, &mut delivery.recipients);
             context.mailboxes().deliver_fallbacks(from, recipients, &self.routing.fallbacks, &mut self.spooled);
-            for (_, status) in recipients.iter_mut().filter(|_| context.soft_bounce) {
+            if context.soft_bounce {
                 // The rejection of some recipients would send a DSN.
-                if let RecipientStatus::Rejected(reply) = status {
-                    *status = RecipientStatus::Deferred(reply.clone().softened());
+                for (_, status) in recipients.iter_mut() {
+                    if let RecipientStatus::Rejected(reply) = status {
+                        *status = RecipientStatus::Deferred(reply.clone().softened());
+                    }
                 }
             }
             for (recipient, _) in recipients.iter().filter(|(_, status)| status.is_sent() && !delivery.sends_dsn) {
