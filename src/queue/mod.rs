@@ -8,7 +8,8 @@
 //! ```text
 //! last completed step                          the message is         afterwards
 //! begin_message, write                         nowhere, or in tmp     no 250 was sent: the client sends it again
-//! commit: file fsynced, moved to new           in tmp or new          the same; if in new, it is sent twice
+//! commit: file fsynced, moved to new           in tmp or new          no 250 was sent: the client sends it again, and if
+//!                                                                     it is in new, it is sent twice
 //! commit: new fsynced   THE COMMIT POINT       in new                 the client gets 250; the message waits
 //! next_message, attempt                        in the queue           the next session sends it, perhaps twice
 //! settle, all open: attempt recorded           the same, or renamed   the next session sends it
@@ -38,17 +39,21 @@
 //! ```text
 //! in doubt       the customer may already have these, and recognizes a duplicate best while it is new
 //! the others     by the hour of arrival; within an hour the smaller first, then the oldest
-//! ended sessions they may end this one too; those that have ended the fewest first; those in doubt only after two
+//! ended sessions they may end this one too; those that have ended the fewest first; those in doubt only after
+//!                they have ended two
 //! ```
 //!
 //! In a queue with retries the oldest message comes first; those in doubt and those that have ended sessions come last.
 //!
 //! A message ends its session if the connection is lost while it is under way, or if it gets the reply 421. One such
-//! message must not block the queue: the next sessions offer it last; if it is in doubt, first once more. After three
-//! such sessions in a row the next call skips it, after four the next 2 calls, then 4, then 8, but no message is
-//! skipped for more than a day. If a limit of messages ends a session, the customer calls again at once: only the last
-//! of these sessions counts as a call. A message comes last for a week after it has ended a session. Then it is ordered
-//! as if it had arrived at the end of that week: new mail must not delay it for ever.
+//! message must not block the queue:
+//!
+//! - The next sessions offer it last; if it is in doubt, first once more.
+//! - After three such sessions in a row the next call skips it, after four the next 2 calls, then 4, then 8, but for no
+//!   more than a day. If a limit of messages ends a session, the customer calls again at once: only the last of these
+//!   sessions counts as a call.
+//! - It comes last for a week after it has ended a session. Then it is ordered as if it had arrived at the end of that
+//!   week: new mail must not delay it for ever.
 //!
 //! **Other agents' files.** A recipient that cannot be read is always open: the file stays for it. A file without a
 //! readable recipient, and an entry that is not a plain file, is logged once as `not-mail`, and does not count as

@@ -385,7 +385,9 @@ impl RecipientRules {
         }
         match found {
             Match::Mailbox { local, detail, .. } => Some(self.destination(&local, domain, detail.as_deref())),
-            _ => None,
+            Match::Alias(..) | Match::Postmaster(_) | Match::NoMailbox(_) | Match::Discard | Match::Elsewhere(_) => {
+                None
+            }
         }
     }
 
