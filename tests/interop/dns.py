@@ -24,7 +24,7 @@ GOOD = ["mx-host=good.example,relay.example.net,10", f'txt-record=good.example,"
 # The records of a domain; the line of its MX (and of SPF, of DMARC) in the report, and the record to paste.
 WRONG = {
     "null": (["dns-rr=null.example,15,000000"], ["MX    error     this is a null MX"]),
-    "none": (['txt-record=none.example,"x"'], ["MX    error     there is no MX record, and the domain has no address either"]),
+    "none": (['txt-record=none.example,"x"'], ["MX    error     there is neither an MX record nor an address of the domain"]),
     "absent": ([], ["MX    error     the domain does not exist (NXDOMAIN)"]),
     "literal": (["mx-host=literal.example,192.0.2.1,10"], ["MX    error     192.0.2.1 is an address"]),
     "alias": (
