@@ -14,6 +14,7 @@ mod log;
 mod logging;
 mod operator;
 mod owner;
+mod project;
 mod readme;
 mod recipes;
 mod relaying;

@@ -12,6 +12,7 @@ use std::process::Command;
 use odmr::config::{Config, effective};
 use rustix::process::Signal;
 
+use crate::project::{code_spans, read};
 use crate::running::Running;
 
 const PROVIDER: &str = "provider.toml";
@@ -180,7 +181,7 @@ impl Files {
         let error = self.load(file, &with(&least(file), table, PROBE, "0")).expect_err(table);
         let (_, listed) = error.split_once(&format!("unknown key `{PROBE}`, expected "))?;
         let listed = listed.split(['\n', ';']).next()?;
-        Some(listed.split('`').skip(1).step_by(2).map(str::to_owned).collect())
+        Some(code_spans(listed).map(str::to_owned).collect())
     }
 }
 
@@ -199,8 +200,9 @@ struct Row {
 impl Row {
     /// The literals of TOML in a cell.
     fn literals(cell: &str) -> Vec<&str> {
-        let quoted = cell.split('`').skip(1).step_by(2);
-        quoted.filter(|text| text.starts_with(|first: char| "\"[".contains(first) || first.is_ascii_digit())).collect()
+        code_spans(cell)
+            .filter(|text| text.starts_with(|first: char| "\"[".contains(first) || first.is_ascii_digit()))
+            .collect()
     }
 
     fn default_value(&self) -> Option<&str> {
@@ -220,7 +222,7 @@ impl Row {
 }
 
 fn document() -> String {
-    fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("doc/configuration.md")).unwrap()
+    read("doc/configuration.md")
 }
 
 /// The parts of the document, each with the files and the table of its headings.
@@ -461,8 +463,7 @@ fn each_example_is_read() {
 #[test]
 fn the_commented_examples_have_each_key_in_its_table() {
     for row in rows() {
-        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("dist/examples");
-        let text = fs::read_to_string(root.join(Files::name(row.file))).unwrap();
+        let text = read(Path::new("dist/examples").join(Files::name(row.file)));
         let head = format!("{}]", row.table);
         let section = text.split("\n[").find(|part| row.table.is_empty() || part.starts_with(&head));
         let section = section.unwrap_or_else(|| panic!("{}", row.place()));
@@ -478,18 +479,13 @@ fn the_commented_examples_have_each_key_in_its_table() {
 /// Each rule has one name and one number, in the program and in the document.
 #[test]
 fn the_rules_of_mailboxes_are_numbered_as_in_the_program() {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let program = fs::read_to_string(root.join("src/recipients/mod.rs")).unwrap();
+    let (program, document) = (read("src/recipients/mod.rs"), document());
     let in_program = program.lines().filter_map(|line| line.strip_prefix("//! ")?.split_once(". *"));
     let in_program: Vec<_> = in_program.map(|(number, rest)| (number, rest.split('*').next().unwrap())).collect();
-    let document = fs::read_to_string(root.join("doc/configuration.md")).unwrap();
     let (_, section) = document.split_once("\n## Rules of mailboxes\n").unwrap();
     let rows = section.lines().skip_while(|line| !line.starts_with("|---")).skip(1);
-    let rows = rows.take_while(|line| line.starts_with('|')).map(|line| line.split(" | ").collect::<Vec<_>>());
-    let in_document: Vec<_> =
-        rows.map(|cells| (cells[0].trim_start_matches("| ").to_owned(), cells[1].to_owned())).collect();
-    let in_program: Vec<_> =
-        in_program.iter().map(|(number, name)| ((*number).to_owned(), (*name).to_owned())).collect();
+    let rows = rows.map_while(|line| line.strip_prefix("| ")?.split_once(" | "));
+    let in_document: Vec<_> = rows.map(|(number, rest)| (number, rest.split(" | ").next().unwrap())).collect();
     assert_eq!(in_document, in_program, "doc/configuration.md (left) and the head of src/recipients/mod.rs (right)");
 }
 

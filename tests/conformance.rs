@@ -17,8 +17,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
-use std::path::{Path, PathBuf};
 
+use crate::project::{files, has_extension, read, root};
 use crate::transcripts::format::expand::expand;
 
 /// Entries of `testdata/conformance-untested.txt`. Lower it when a rule gets its test; never raise it.
@@ -136,7 +136,7 @@ impl fmt::Display for Evidence {
 
 /// The rows of the tables of `testdata/conformance.md`.
 fn rules() -> Vec<Rule> {
-    let text = read(&root().join("testdata/conformance.md"));
+    let text = read("testdata/conformance.md");
     let mut rules = Vec::new();
     for line in text.lines().filter(|line| line.contains(" | ") && !line.starts_with("ID | ")) {
         let [id, _, side, _, last] = line.split(" | ").collect::<Vec<_>>()[..] else {
@@ -163,7 +163,7 @@ fn rules() -> Vec<Rule> {
 /// `testdata/conformance-untested.txt`: id, side, and the reason, for each rule that has no test yet.
 fn untested() -> BTreeMap<(String, Side), String> {
     let mut untested = BTreeMap::new();
-    for line in read(&root().join("testdata/conformance-untested.txt")).lines() {
+    for line in read("testdata/conformance-untested.txt").lines() {
         if line.is_empty() || line.starts_with('#') {
             continue;
         }
@@ -269,12 +269,12 @@ fn ids(comment: &str) -> Vec<String> {
 
 fn tests() -> Vec<Test> {
     let mut tests = Vec::new();
-    for path in files(&root().join("testdata"), "smtp") {
+    for path in files("testdata").into_iter().filter(|path| has_extension(path, "smtp")) {
         let name = path.strip_prefix(root().join("testdata")).expect("below testdata").display().to_string();
         tests.push(transcript(name, &read(&path)));
     }
     for directory in ["src", "tests"] {
-        for path in files(&root().join(directory), "rs") {
+        for path in files(directory).into_iter().filter(|path| has_extension(path, "rs")) {
             let name = path.strip_prefix(root()).expect("below the root").display().to_string();
             tests.extend(rust_tests(&name, &read(&path)));
         }
@@ -343,31 +343,6 @@ fn item(lines: &[&str]) -> String {
     let length =
         if first.ends_with([';', '}']) { 0 } else { lines.iter().skip(1).position(ends).map_or(0, |at| at + 1) };
     lines[..=length].join("\n")
-}
-
-/// The files below a directory with this extension, in order.
-fn files(directory: &Path, extension: &str) -> Vec<PathBuf> {
-    let (mut directories, mut found) = (vec![directory.to_owned()], Vec::new());
-    while let Some(directory) = directories.pop() {
-        for entry in std::fs::read_dir(&directory).expect("a directory") {
-            let path = entry.expect("an entry").path();
-            if path.is_dir() {
-                directories.push(path);
-            } else if path.extension().is_some_and(|found| found == extension) {
-                found.push(path);
-            }
-        }
-    }
-    found.sort();
-    found
-}
-
-fn read(path: &Path) -> String {
-    std::fs::read_to_string(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
-}
-
-fn root() -> &'static Path {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
 #[test]

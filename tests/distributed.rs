@@ -8,9 +8,7 @@ use std::process::{Command, Output};
 
 use nix::unistd::{Group, User, geteuid};
 
-fn source(path: &str) -> String {
-    fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(path)).unwrap()
-}
+use crate::project::read;
 
 /// Copies of the examples, in a directory with all files that they name.
 struct Copies(tempfile::TempDir);
@@ -46,7 +44,7 @@ impl Copies {
         }
         let group = Group::from_gid(user.gid).unwrap().unwrap().name;
         let mut text =
-            source(&format!("dist/examples/{name}")).replace("\"/var/", "\"var/").replace("/etc/aliases", "aliases");
+            read(format!("dist/examples/{name}")).replace("\"/var/", "\"var/").replace("/etc/aliases", "aliases");
         for (key, here) in [("user", &user.name), ("group", &group)] {
             text = text.replace(&format!("{key} = \"odmr\""), &format!("{key} = \"{here}\""));
         }
@@ -75,7 +73,7 @@ fn the_examples_are_valid() {
     for name in Copies::FILES {
         let result = copies.check(name);
         assert!(result.status.success(), "{name}: {result:?}");
-        let text = source(&format!("dist/examples/{name}"));
+        let text = read(format!("dist/examples/{name}"));
         assert!(text.lines().next().unwrap().contains(&format!("/etc/odmr/{name}")), "{name}: where it belongs");
     }
 }
@@ -142,7 +140,7 @@ fn subcommands(words: &str, help: &str) -> BTreeSet<String> {
 
 #[test]
 fn the_manual_page_has_each_subcommand_and_option() {
-    let page = source("doc/odmr.8");
+    let page = read("doc/odmr.8");
     let mut names = subcommands("odmr", &help(&["-h"]));
     // `odmr setup` has two subcommands with different options.
     if names.remove("odmr setup") {
@@ -167,13 +165,13 @@ fn the_manual_page_has_each_subcommand_and_option() {
 /// The exit codes of the page are those of `src/cli/exit.rs`.
 #[test]
 fn the_manual_page_has_each_exit_code() {
-    let codes = source("src/cli/exit.rs");
+    let codes = read("src/cli/exit.rs");
     let codes: BTreeSet<_> = codes
         .lines()
         .filter_map(|line| line.trim().strip_suffix(',')?.split_once(" = "))
         .map(|(_, code)| code)
         .collect();
-    let page = source("doc/odmr.8");
+    let page = read("doc/odmr.8");
     let page = page.split("\n.Sh EXIT STATUS\n").nth(1).unwrap().split("\n.Sh ").next().unwrap();
     let documented: BTreeSet<_> =
         page.lines().filter_map(|line| line.strip_prefix(".It ")).filter(|code| *code != "0").collect();

@@ -180,7 +180,7 @@ fn table(heading: &str) -> Vec<Vec<String>> {
 }
 
 fn code_spans(cell: &str) -> Vec<String> {
-    cell.split('`').skip(1).step_by(2).map(str::to_owned).collect()
+    crate::project::code_spans(cell).map(str::to_owned).collect()
 }
 
 #[test]

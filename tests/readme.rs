@@ -1,30 +1,21 @@
 //! README and `doc/`: README is short, each link leads somewhere, and its nine core files are those of `src/lib.rs`.
 
 use std::collections::BTreeSet;
-use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
+
+use crate::project::{files, has_extension, read, root};
 
 const MOST_LINES: usize = 200;
 
-fn root() -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
-}
-
-fn read(path: &Path) -> String {
-    fs::read_to_string(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
-}
-
 #[test]
 fn readme_has_at_most_200_lines() {
-    let lines = read(&root().join("README.md")).lines().count();
+    let lines = read("README.md").lines().count();
     assert!(lines <= MOST_LINES, "README.md has {lines} lines: move some to doc/");
 }
 
 /// README and the documents that it leads to.
 fn documents() -> Vec<PathBuf> {
-    let doc = fs::read_dir(root().join("doc")).unwrap().map(|entry| entry.unwrap().path());
-    let mut documents: Vec<_> =
-        doc.filter(|path| path.extension().is_some_and(|extension| extension == "md")).collect();
+    let mut documents: Vec<_> = files("doc").into_iter().filter(|path| has_extension(path, "md")).collect();
     documents.extend(
         ["README.md", "dist/README.md", "dist/postfix/README.md", "fuzz/README.md"].map(|path| root().join(path)),
     );
@@ -80,7 +71,7 @@ fn each_link_leads_to_a_file_and_a_heading_that_exist() {
 
 #[test]
 fn the_core_files_of_readme_are_those_of_the_crate_in_the_same_order() {
-    let readme = read(&root().join("README.md"));
+    let readme = read("README.md");
     let rows = readme.lines().filter_map(|line| line.strip_prefix("| [`")?.split_once("`](src/"));
     let rows: Vec<_> = rows.map(|(name, rest)| (name, rest.split(')').next().unwrap())).collect();
     for (name, file) in &rows {
@@ -90,7 +81,7 @@ fn the_core_files_of_readme_are_those_of_the_crate_in_the_same_order() {
         );
     }
     let names: Vec<_> = rows.iter().map(|(name, _)| (*name).to_owned()).collect();
-    let library = read(&root().join("src/lib.rs"));
+    let library = read("src/lib.rs");
     let numbered = library.lines().filter_map(|line| line.strip_prefix("//! ")?.split_once(". [`"));
     let numbered = numbered.filter(|(number, _)| number.parse::<u32>().is_ok());
     let core: Vec<_> = numbered

@@ -1,23 +1,8 @@
 //! `dist/README.md` lists every recipe, and how it was tried.
 
 use std::fs;
-use std::path::{Path, PathBuf};
 
-fn root() -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
-}
-
-fn files_below(directory: &Path, found: &mut Vec<PathBuf>) {
-    for entry in fs::read_dir(directory).unwrap() {
-        let path = entry.unwrap().path();
-        if path.is_dir() { files_below(&path, found) } else { found.push(path) }
-    }
-}
-
-/// The words between backquotes in a part of a line.
-fn quoted(text: &str) -> impl Iterator<Item = &str> {
-    text.split('`').skip(1).step_by(2)
-}
+use crate::project::{code_spans, files, read, root};
 
 /// The rows of the tables: recipes, and how they were tried.
 fn rows(readme: &str) -> Vec<(Vec<&str>, &str)> {
@@ -32,10 +17,9 @@ fn rows(readme: &str) -> Vec<(Vec<&str>, &str)> {
 
 #[test]
 fn each_recipe_is_listed() {
-    let readme = fs::read_to_string(root().join("dist/README.md")).unwrap();
+    let readme = read("dist/README.md");
     let names: Vec<_> = rows(&readme).into_iter().flat_map(|(names, _)| names).collect();
-    let mut files = Vec::new();
-    files_below(&root().join("dist"), &mut files);
+    let files = files("dist");
     for file in files {
         let path = file.strip_prefix(root().join("dist")).unwrap().to_str().unwrap();
         // A name that ends in a slash is a directory with all of its files.
@@ -46,14 +30,13 @@ fn each_recipe_is_listed() {
 
 #[test]
 fn each_recipe_names_the_scenario_that_tries_it_or_how_it_was_checked() {
-    let readme = fs::read_to_string(root().join("dist/README.md")).unwrap();
-    let mut scripts = Vec::new();
-    files_below(&root().join("tests/interop"), &mut scripts);
+    let readme = read("dist/README.md");
+    let scripts = files("tests/interop");
     let scenarios: String = scripts.iter().filter_map(|script| fs::read_to_string(script).ok()).collect();
     for (names, how) in rows(&readme) {
         let word = how.split([' ', ':', '`']).find(|word| !word.is_empty()).unwrap();
         assert!(["tried", "linted", "read"].contains(&word) || word.starts_with("tests/"), "{names:?}: {how}");
-        for scenario in quoted(how).filter(|name| !name.contains(['.', '/', ' '])) {
+        for scenario in code_spans(how).filter(|name| !name.contains(['.', '/', ' '])) {
             let known = scenarios.contains(&format!("@scenario(\"{scenario}\""));
             assert!(known, "{names:?}: there is no scenario {scenario}");
         }
@@ -63,8 +46,7 @@ fn each_recipe_names_the_scenario_that_tries_it_or_how_it_was_checked() {
 /// `make install` and the package replace only this path of the program.
 #[test]
 fn recipes_name_the_program_by_one_path() {
-    let mut files = Vec::new();
-    files_below(&root().join("dist"), &mut files);
+    let files = files("dist");
     for file in files {
         let text = fs::read_to_string(&file).unwrap();
         for line in text.lines().filter(|line| line.contains("bin/odmr ") || line.ends_with("bin/odmr")) {

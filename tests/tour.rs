@@ -1,17 +1,15 @@
 //! `doc/tour.md`: it explains each line of `odmr demo`, and the files, functions, replies and tests that it names exist.
 
 use std::fs;
-use std::path::Path;
 use std::process::Command;
+
+use crate::project::{code_spans, read, root};
+use crate::transcripts::format::matches;
 
 const OMITTED: &str = "...";
 
-fn root() -> &'static Path {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-}
-
 fn tour() -> String {
-    fs::read_to_string(root().join("doc/tour.md")).unwrap()
+    read("doc/tour.md")
 }
 
 /// What `odmr demo` prints; it must leave no file.
@@ -31,16 +29,11 @@ fn dialogue(text: &str) -> Vec<&str> {
     text.lines().filter(|line| sent(line) || line.starts_with("    ==")).map(|line| &line[7..]).collect()
 }
 
-/// Whether a line is that of the tour, in which `...` is any text.
-fn matches(pattern: &str, line: &str) -> bool {
-    let Some((begin, end)) = pattern.split_once(OMITTED) else { return pattern == line };
-    line.len() >= begin.len() + end.len() && line.starts_with(begin) && line.ends_with(end)
-}
-
 #[test]
 fn the_demonstration_is_explained_line_by_line() {
     let (tour, plain, explained) = (tour(), demo(&[]), demo(&["--explain"]));
-    let (patterns, lines) = (dialogue(&tour), dialogue(&plain));
+    let patterns = dialogue(&tour).into_iter().map(|pattern| pattern.replace(OMITTED, "{...}")).collect::<Vec<_>>();
+    let lines = dialogue(&plain);
     assert!(lines.len() > 80, "{plain}");
     assert_eq!(dialogue(&explained).len(), lines.len());
     let unexplained: Vec<_> =
@@ -64,19 +57,10 @@ fn explanations(tour: &str) -> Vec<(Vec<&str>, &str)> {
     with_lines.filter(|(lines, _)| !lines.is_empty()).collect()
 }
 
-/// The words between backticks.
-fn code_words(text: &str) -> impl Iterator<Item = &str> {
-    text.split('`').skip(1).step_by(2)
-}
-
-fn source(path: &str) -> String {
-    fs::read_to_string(root().join(path)).unwrap_or_else(|error| panic!("{path}: {error}"))
-}
-
 #[test]
 fn each_group_of_lines_has_a_section_and_a_source_file_with_its_replies() {
     for (lines, text) in explanations(&tour()) {
-        let files: Vec<_> = code_words(text).filter(|word| word.starts_with("src/")).map(source).collect();
+        let files: Vec<_> = code_spans(text).filter(|word| word.starts_with("src/")).map(read).collect();
         assert!(text.starts_with("RFC ") && text.contains("section") && !files.is_empty(), "{lines:?}: {text}");
         for reply in dialogue(&lines.join("\n")).into_iter().filter_map(reply_text) {
             assert!(files.iter().any(|file| file.contains(&reply)), "no file that is named has {reply:?}: {text}");
@@ -106,11 +90,11 @@ fn what_is_named_exists() {
     let text: String = tour.lines().filter(|line| !line.starts_with("    ")).flat_map(|line| [line, "\n"]).collect();
     let is_name = |word: &str| word.chars().all(|character| character.is_alphanumeric() || character == '_');
     let mut functions = 0;
-    for word in code_words(&text) {
+    for word in code_spans(&text) {
         if word.ends_with(".smtp") || word.ends_with(".txt") {
             assert!(root().join("testdata").join(word).is_file(), "testdata has no {word}");
         } else if ["src/", "tests/", "doc/"].iter().any(|directory| word.starts_with(directory)) {
-            last = source(word);
+            last = read(word);
         } else if let Some(name) = word.strip_suffix("()") {
             functions += 1;
             let defined = [format!("fn {name}("), format!("fn {name}<")];

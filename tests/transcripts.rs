@@ -99,6 +99,7 @@ mod play;
 mod scram;
 mod unchanged;
 
+use crate::project;
 use format::Transcript;
 use play::Mode;
 use std::collections::BTreeMap;
@@ -177,7 +178,7 @@ fn transcripts_are_those_of_a_revision() {
     for line in moved.lines() {
         let (old, new) = line.split_once('\t').expect("two paths");
         let old_transcript = read(&before, old).expect("a transcript of the revision");
-        let difference = match read(Path::new(env!("CARGO_MANIFEST_DIR")), new) {
+        let difference = match read(project::root(), new) {
             Some(new_transcript) => unchanged::difference(&old_transcript, &new_transcript),
             None => Some("is gone".into()),
         };
@@ -216,28 +217,13 @@ fn in_parallel(plays: &[(&Transcript, Mode)]) -> Vec<Option<String>> {
 
 /// Every transcript under `testdata`, in name order.
 fn all() -> Vec<Transcript> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("testdata");
-    let mut files = Vec::new();
-    find(&root, &mut files);
-    files.sort();
-    let parse = |path: &PathBuf| {
-        let name = path.strip_prefix(&root).expect("below testdata").with_extension("");
-        let text = std::fs::read_to_string(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
-        format::parse(&name.display().to_string(), &text)
+    let files = project::files("testdata").into_iter().filter(|path| project::has_extension(path, "smtp"));
+    let parse = |path: PathBuf| {
+        let name = path.strip_prefix(project::root().join("testdata")).expect("below testdata").with_extension("");
+        format::parse(&name.display().to_string(), &project::read(&path))
     };
-    let (good, bad): (Vec<_>, Vec<_>) = files.iter().map(parse).partition(Result::is_ok);
+    let (good, bad): (Vec<_>, Vec<_>) = files.map(parse).partition(Result::is_ok);
     let bad: Vec<String> = bad.into_iter().filter_map(Result::err).collect();
     assert!(bad.is_empty(), "not a transcript\n{}", bad.join("\n"));
     good.into_iter().flatten().collect()
-}
-
-fn find(directory: &Path, files: &mut Vec<PathBuf>) {
-    for entry in std::fs::read_dir(directory).unwrap_or_else(|error| panic!("{}: {error}", directory.display())) {
-        let path = entry.expect("an entry").path();
-        if path.is_dir() {
-            find(&path, files);
-        } else if path.extension().is_some_and(|extension| extension == "smtp") {
-            files.push(path);
-        }
-    }
 }

@@ -5,7 +5,8 @@
 //! says. `ALLOWED` has the exceptions: another meaning of the word, or a name that other programs or files at rest have.
 
 use std::collections::BTreeSet;
-use std::path::{Path, PathBuf};
+
+use crate::project::{files_without, root};
 
 /// What does not occur, and what to write. `_` is any one word.
 const WORDS: [(&str, &str); 28] = [
@@ -78,11 +79,12 @@ const NOT_OURS: &[&str] = &[
 fn the_words_of_the_house() {
     let mut findings = Vec::new();
     let mut used = BTreeSet::new();
-    for path in files() {
+    for file in files_without("", &["target", ".git", "__pycache__", "certs"]) {
+        let path = file.strip_prefix(root()).expect("below the root").to_string_lossy();
         if NOT_OURS.iter().any(|begin| path.starts_with(begin)) {
             continue;
         }
-        let text = std::fs::read(Path::new(env!("CARGO_MANIFEST_DIR")).join(&path)).expect("a file of the project");
+        let text = std::fs::read(&file).expect("a file of the project");
         let text = format!("{path}\n{}", String::from_utf8_lossy(&text));
         let words = words(&text);
         for (at, (line, _)) in words.iter().enumerate() {
@@ -129,27 +131,6 @@ fn words(text: &str) -> Vec<(usize, String)> {
 fn is_at(words: &[(usize, String)], at: usize, phrase: &str) -> bool {
     let mut parts = phrase.split(' ').zip(words[at..].iter().map(|(_, word)| word.as_str()));
     parts.all(|(part, word)| part == word || part == "_") && words.len() - at >= phrase.split(' ').count()
-}
-
-/// The files that git has, by path from the root; in a copy without git, all but what is built.
-fn files() -> Vec<String> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let (mut directories, mut files): (Vec<PathBuf>, Vec<String>) = (vec![root.to_owned()], Vec::new());
-    while let Some(directory) = directories.pop() {
-        for entry in std::fs::read_dir(&directory).expect("a directory of the project") {
-            let path = entry.expect("an entry").path();
-            let name = path.file_name().expect("a name").to_string_lossy();
-            if path.is_dir() {
-                if !matches!(&*name, "target" | ".git" | "__pycache__" | "certs") {
-                    directories.push(path);
-                }
-            } else {
-                files.push(path.strip_prefix(root).expect("below the root").to_string_lossy().into_owned());
-            }
-        }
-    }
-    files.sort();
-    files
 }
 
 #[test]

@@ -5,7 +5,9 @@
 
 use std::collections::BTreeSet;
 use std::ops::Range;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
+
+use crate::project;
 
 /// Replaces each octet of a literal. Rust has no such token, so a check never reads it as code.
 const FILLER: u8 = b'~';
@@ -52,30 +54,19 @@ impl Source {
 
 /// All files of `src/`, by path.
 pub fn sources() -> Vec<Source> {
-    let (mut directories, mut files): (Vec<PathBuf>, Vec<PathBuf>) = (vec![root().join("src")], Vec::new());
-    while let Some(directory) = directories.pop() {
-        for entry in std::fs::read_dir(&directory).expect("a source directory") {
-            let path = entry.expect("an entry").path();
-            if path.is_dir() {
-                directories.push(path);
-            } else if path.extension().is_some_and(|extension| extension == "rs") {
-                files.push(path);
-            }
-        }
-    }
-    files.sort();
-    let read = |path: &PathBuf| {
-        let text = std::fs::read_to_string(path).expect("a source file");
-        Source::new(&path.strip_prefix(root()).expect("a path below the root").display().to_string(), &text)
+    let files = project::files(root().join("src")).into_iter().filter(|path| project::has_extension(path, "rs"));
+    let source = |path: PathBuf| {
+        let name = path.strip_prefix(root()).expect("a path below the root").display().to_string();
+        Source::new(&name, &project::read(&path))
     };
-    let mut sources: Vec<Source> = files.iter().map(read).collect();
+    let mut sources: Vec<Source> = files.map(source).collect();
     blank_test_files(&mut sources);
     sources
 }
 
 /// The root of the package. The environment variable `HOUSE` names another one, to try the checks on a copy.
 pub fn root() -> PathBuf {
-    std::env::var_os("HOUSE").map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).to_owned(), PathBuf::from)
+    std::env::var_os("HOUSE").map_or_else(|| project::root().to_owned(), PathBuf::from)
 }
 
 /// A file that is declared as `#[cfg(test)] mod tests;`, and each file below it, has no product code.

@@ -11,7 +11,7 @@ use std::fs::OpenOptions;
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, channel};
@@ -63,7 +63,7 @@ pub fn play(transcript: &Transcript, mode: Mode) -> Result<(), String> {
     let indented = |text: &str| text.lines().map(|line| format!("    {line}\n")).collect::<String>();
     let path = format!("testdata/{}.smtp", transcript.name);
     // If the line names a passage, the reader looks for the wanted line in testdata/passages.txt.
-    let text = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(&path)).unwrap_or_default();
+    let text = crate::project::read(&path);
     let source = text.lines().nth(failure.line.saturating_sub(1)).unwrap_or_default();
     let (wanted, got) = (indented(&failure.wanted), indented(&failure.got));
     Err(format!("{path}:{}: {source}\n  wanted\n{wanted}  got\n{got}", failure.line))
