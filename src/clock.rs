@@ -3,6 +3,7 @@
 //! Code that depends on the time of day uses [`Clock`], so that a test can stop it with [`Clock::Fixed`]. Deadlines are
 //! `std::time::Instant`s and do not use this file.
 
+use std::sync::LazyLock;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use jiff::civil::{DateTime, Time};
@@ -44,6 +45,26 @@ pub fn uptime() -> Duration {
     let clock = rustix::time::ClockId::Monotonic;
     let time = rustix::time::clock_gettime(clock);
     Duration::try_from(time).unwrap_or_default()
+}
+
+/// The time of day, and since the start of the system, at which this process began.
+static BEGUN: LazyLock<(SystemTime, Duration)> = LazyLock::new(|| (SystemTime::now(), uptime()));
+
+/// Records when this process began. Without this call, that is the first call of [`cautious_now`].
+pub fn record_begin() {
+    LazyLock::force(&BEGUN);
+}
+
+/// Returns the time of day for decisions on what is old enough to be removed: if the clock was set forward since this
+/// process began, the time that it would show if it had not been. Otherwise files that are being written, and what was
+/// set aside today, would be old at once.
+pub fn cautious_now() -> SystemTime {
+    let (begun, since) = *BEGUN;
+    cautious_time(begun, uptime().saturating_sub(since), SystemTime::now())
+}
+
+fn cautious_time(begun: SystemTime, passed: Duration, now: SystemTime) -> SystemTime {
+    begun.checked_add(passed).map_or(now, |time| time.min(now))
 }
 
 /// A point in time, in whole seconds since 1970, UTC.
@@ -231,6 +252,19 @@ mod tests {
     fn timestamps_outside_the_years_1_to_9999_become_the_nearest_inside() {
         assert_eq!(Timestamp::from_seconds(i64::MIN).rfc3339(), "0001-01-01T00:00:00Z");
         assert!(Timestamp::from_seconds(i64::MAX).rfc5322().contains(" Dec 9999 "));
+    }
+
+    #[test]
+    fn a_clock_that_is_set_forward_makes_nothing_old() {
+        let (begun, hour, year) = (UNIX_EPOCH, Duration::from_secs(3600), Duration::from_secs(365 * 86_400));
+        for (now, time) in [
+            (begun + hour, begun + hour),
+            (begun + year, begun + hour),
+            (begun - year, begun - year),
+            (begun + hour / 2, begun + hour / 2),
+        ] {
+            assert_eq!(cautious_time(begun, hour, now), time);
+        }
     }
 
     #[test]

@@ -20,7 +20,7 @@ use order::Crate;
 use paths::{Path, tokens};
 use source::{Source, closing, root, sources};
 
-const MOST_PRODUCT_LINES: usize = 37_000;
+const MOST_PRODUCT_LINES: usize = 37_100;
 const LONGEST_FUNCTION: usize = 70;
 const LONGEST_TEST_MODULE: usize = 150;
 

@@ -36,6 +36,7 @@ use std::sync::Arc;
 use getopts::{Matches, Options};
 use signal_hook::consts::SIGHUP;
 
+use crate::clock;
 use crate::config::{ProviderConfig, ProviderPlaces};
 use crate::file_stamp::FileStamp;
 use crate::ids::Ids;
@@ -188,6 +189,7 @@ const SUBCOMMANDS: [Subcommand; 11] = [
 
 /// Runs the program with the arguments of this process; returns its exit code.
 pub fn main() -> ExitCode {
+    clock::record_begin();
     sandbox::harden();
     let arguments: Vec<String> =
         std::env::args_os().skip(1).map(|argument| argument.to_string_lossy().into_owned()).collect();

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::time::{Duration, SystemTime};
 
 use super::files::{list, remove_if_there, set_times};
-use crate::clock::Timestamp;
+use crate::clock::{Timestamp, cautious_now};
 use crate::net::trace::quoted;
 
 /// A file or directory that was not used for this long is left over (maildir(5)).
@@ -18,7 +18,7 @@ const STALE_AGE: Duration = Duration::from_secs(36 * 60 * 60);
 /// If a file was last used at an impossible time, its writer may have begun before the clock was set, and may still be
 /// writing: its 36 hours begin now.
 pub(super) fn sweep(directory: &Path, is_left: &dyn Fn(&str) -> bool) -> io::Result<()> {
-    let now = SystemTime::now();
+    let now = cautious_now();
     for found in list(directory) {
         let found = found?;
         let Ok(metadata) = found.metadata() else { continue };
@@ -45,7 +45,7 @@ pub(super) fn remove_unused(path: &Path, others: &[&str], stale: bool) -> io::Re
     // An administrator may have replaced the Maildir by a symbolic link: it stays.
     let is_directory = |path: &Path| fs::symlink_metadata(path).is_ok_and(|metadata| metadata.is_dir());
     let parts = ["tmp", "new", "cur"].map(|name| path.join(name));
-    let now = SystemTime::now();
+    let now = cautious_now();
     let is_unused = |part: &Path| {
         // A part may be missing if one process removes the Maildir while another makes it.
         let used = match fs::metadata(part).and_then(|metadata| metadata.modified()) {

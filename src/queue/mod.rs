@@ -102,7 +102,7 @@ pub use name::QueueName;
 pub use shared::SharedIndex;
 pub use summary::QueueSummary;
 
-use crate::clock::Timestamp;
+use crate::clock::{Timestamp, cautious_now};
 use crate::ids::Ids;
 use crate::mail::address::Domain;
 use crate::maildir::{Entry, MessageWriter, log_sweep_failed, make_state_directory};
@@ -360,7 +360,7 @@ impl Queue {
         let maildir = name.maildir();
         let tidy = || -> io::Result<()> {
             message::sweep(&maildir)?;
-            set_aside::apply_limits(name, SystemTime::now())?;
+            set_aside::apply_limits(name, cautious_now())?;
             if name.account_lock.is_some() && maildir.is_empty()? {
                 // A session that was killed has left its lock file, or an earlier version has.
                 remove_unused_lock(&name.path.join(QUEUE_LOCK_FILE))?;

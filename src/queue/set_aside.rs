@@ -10,6 +10,7 @@ use std::time::{Duration, SystemTime};
 
 use super::message::set_aside_maildir;
 use super::name::QueueName;
+use crate::clock::cautious_now;
 
 /// The age at which a message is removed, from the time at which it was set aside.
 const AGE_LIMIT: Duration = Duration::from_secs(30 * 24 * 60 * 60);
@@ -42,7 +43,7 @@ impl SetAsideLimits {
         }
         added.insert(name.path.clone(), 0);
         drop(added);
-        apply_limits(name, SystemTime::now())
+        apply_limits(name, cautious_now())
     }
 }
 

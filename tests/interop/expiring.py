@@ -22,6 +22,7 @@ class FakeClock:
     def __init__(self, directory):
         directory.mkdir(mode=0o700, exist_ok=True)
         self.file = directory / "faketime"  # a directory that confined programs may read
+        self.tidied = directory / ".odmr/tidy"
         self.begun = time.time()
         self.offset = 0
         self.set(0)
@@ -36,11 +37,10 @@ class FakeClock:
         self.file.with_suffix(".new").write_text(f"{self.offset:+.3f}\n")
         os.replace(self.file.with_suffix(".new"), self.file)
         # The times of files are the machine's, so a program that tidies would take each new file for an old one.
-        tidied = self.file.parent / ".odmr/tidy"
-        tidied.parent.mkdir(mode=0o700, exist_ok=True)
-        tidied.write_text("\n")
+        self.tidied.parent.mkdir(mode=0o700, exist_ok=True)
+        self.tidied.write_text("\n")
         now = time.time() + self.offset
-        os.utime(tidied, (now, now))
+        os.utime(self.tidied, (now, now))
 
 
 def rfc3339(seconds):
@@ -211,9 +211,20 @@ def clock_set(box):
     held.start(DAY)
     for number, seconds in enumerate((DAY + YEARS, DAY + MINUTE + YEARS // 2, DAY + MINUTE)):
         before = len(held.logged("clock-set"))
+        # While a client sends a message, left-over files are removed, by the new clock.
+        slow = Smtp(held.provider.inbound, seconds=100)
+        slow.hello()
+        slow.want("250", "MAIL FROM:<eva@world.example>")
+        slow.want("250", "RCPT TO:<alice@example.org>")
+        slow.want("354", "DATA")
+        left = box.write(f"{held.provider.spool.name}/domains/example.org/tmp/left{number}", "")
+        os.utime(left, (held.clock.begun - 100 * DAY,) * 2)
         held.clock.set(seconds)
+        held.clock.tidied.unlink()
         wait_until(lambda: len(held.logged("clock-set")) > before, "serve sees the clock", 70)
-        held.receive(f"later{number}")
+        wait_until(lambda: not left.exists(), "the end of tidying", 70)
+        slow.want("250", f"Subject: later{number}\r\n\r\nlater{number}\r\n.")
+        slow.close()
         expect(held.state(), (number + 2, 0, 0), f"running, {seconds} s")
     held.stop()
     tried = attempts(held.provider.log())
