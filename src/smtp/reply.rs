@@ -197,6 +197,8 @@ impl ReplyReader {
     /// # Errors
     /// The line is not part of a valid reply, or has another code than the lines before it.
     pub fn line(&mut self, line: &[u8]) -> Result<Option<Reply>, NotAReply> {
+        // Some hosts end lines in CR CR LF.
+        let line = line.trim_ascii_end();
         let broken = || NotAReply(String::from_utf8_lossy(&line[..line.len().min(80)]).into_owned());
         let code = match line {
             [a @ b'2'..=b'5', b @ b'0'..=b'9', c @ b'0'..=b'9', ..] => {
@@ -217,11 +219,10 @@ impl ReplyReader {
             Some(reply) if reply.code == code => reply,
             Some(_) => return Err(broken()),
         };
-        let (enhanced, text) = split_enhanced(code, &text);
-        if reply.lines.is_empty() {
-            reply.enhanced = enhanced.map(|code| Cow::Owned(code.to_owned()));
-        }
+        let (enhanced, rest) = split_enhanced(code, &text);
+        reply.enhanced = reply.enhanced.or_else(|| enhanced.map(|code| Cow::Owned(code.to_owned())));
         if reply.lines.len() < limits::STORED_REPLY_LINES {
+            let text = if reply.enhanced.as_deref() == enhanced { rest } else { &text };
             reply.lines.push(Cow::Owned(text.to_owned()));
         }
         if last {
@@ -303,6 +304,14 @@ mod tests {
         let odd = read(&["459 5.1.1 class does not fit"]).unwrap().unwrap();
         assert_eq!((odd.severity(), odd.enhanced()), (Severity::Transient, None));
         assert_eq!(read(&["250-a"]), Ok(None));
+        // Some hosts have the status on the last line only, or another one there, or end their lines in CR CR LF.
+        for (lines, shown) in [
+            (["550-Rejected", "550 5.7.1 See a.example"], "550 5.7.1 Rejected See a.example"),
+            (["550-5.7.26 No signature", "550 5.7.1 See a.example"], "550 5.7.26 No signature 5.7.1 See a.example"),
+            (["550-5.1.1 Nobody\r", "550\r"], "550 5.1.1 Nobody"),
+        ] {
+            assert_eq!(read(&lines).unwrap().unwrap().to_string(), shown);
+        }
     }
 
     /// What a peer has sent before it closed without a line end. RFC 5321 section 4.2.
