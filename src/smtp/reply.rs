@@ -9,8 +9,8 @@ use std::fmt::{self, Write};
 
 use super::limits;
 
-/// Characters of a reply's text that `Display` writes.
-const DISPLAY_LIMIT: usize = 300;
+/// Characters of a reply's text that `Display` writes. Rejections of 500 characters, with a link at the end, are common.
+const DISPLAY_LIMIT: usize = 1000;
 
 /// The first digit of a reply (RFC 5321 section 4.2.1).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -153,7 +153,7 @@ impl Reply {
     }
 }
 
-/// The reply on one line, for the log and the records of deferred mail.
+/// The reply on one line, for the log, DSNs and the records of deferred mail.
 impl fmt::Display for Reply {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}", self.code)?;
@@ -312,6 +312,10 @@ mod tests {
         ] {
             assert_eq!(read(&lines).unwrap().unwrap().to_string(), shown);
         }
+        // A sender needs the link at the end, and a DSN has what `Display` writes.
+        let line = format!("550-5.7.26 {}", "x".repeat(80));
+        let long = read(&[&*line, &line, &line, &line, &line, &line, "550 5.7.26 See a.example"]).unwrap().unwrap();
+        assert!(long.to_string().ends_with("x See a.example"), "{long}");
     }
 
     /// What a peer has sent before it closed without a line end. RFC 5321 section 4.2.
