@@ -893,7 +893,7 @@ fn explain_certificate(reason: &CertificateError) -> String {
             let names = if names.is_empty() { "no name at all".to_string() } else { names.join(", ") };
             let expected = expected.to_str();
             return format!(
-                "the peer's certificate is not for {expected} but for {names}: correct `address`, or set `pin`"
+                "the peer's certificate is not for {expected} but for {names}: correct the address, or set `pin`"
             );
         }
         Expired | ExpiredContext { .. } => {

@@ -399,7 +399,7 @@ impl RecipientReport<'_> {
             "2.2" => "The mailbox is full: try again later, or reach the recipient in another way.",
             "2.3" | "3.4" => "The message is too large: send less at a time.",
             "4.1" | "4.2" | "4.7" | "3.2" => {
-                "The recipient's mail system could not be reached in time. Try again later."
+                "The recipient's mail system did not take the message in time. Try again later."
             }
             "4.6" => "The recipient's mail system passes the message round in a circle: only its owner can help.",
             "6.7" | "6.9" => "The recipient's mail system does not take addresses or headers in UTF-8.",

@@ -250,7 +250,7 @@ def mistakes_of_names(box):
     by_name = ["unshare", "--mount", "sh", "-c", 'mount --bind hosts /etc/hosts; exec "$@"', "sh"]
     place.try_each(mistake("10 a name that is not in the certificate", place.customer(f'provider.address = "vm:{place.port}"'), "pull -c customer.toml", 76,
                            "the peer's certificate is not for vm but for relay.example.net, localhost, 127.0.0.1: correct "
-                           "`address`, or set `pin`"), around=by_name)
+                           "the address, or set `pin`"), around=by_name)
     return place.finish()
 
 
