@@ -97,17 +97,21 @@ fn standard_output_may_be_closed_early_but_not_fail() {
     fs::create_dir(directory.path().join("customers.d")).unwrap();
     let file = directory.path().join("odmr.toml");
     fs::write(&file, "hostname = \"relay.example.net\"\nspool = \"spool\"\ncustomers = \"customers.d\"\n[odmr]\nrequire-tls = false\n").unwrap();
-    let status = |stdout: Stdio| {
-        let mut status = Command::new(env!("CARGO_BIN_EXE_odmr"));
-        status.arg("status").arg("-c").arg(&file).stdin(Stdio::null()).stdout(stdout).output().unwrap()
-    };
-    let (reader, writer) = std::io::pipe().unwrap();
-    drop(reader);
-    let ended = status(writer.into());
-    assert_eq!((ended.status.code(), ended.stderr.len()), (Some(0), 0), "{ended:?}");
-    if let Ok(full) = fs::File::options().write(true).open("/dev/full") {
-        let full = status(full.into());
-        assert_eq!(full.status.code(), Some(74), "{full:?}");
-        assert!(String::from_utf8_lossy(&full.stderr).starts_with("odmr: standard output: "), "{full:?}");
+    let sender = directory.path().join("customer.toml");
+    let customer = "hostname = \"mail.example.org\"\n[provider]\naddress = \"127.0.0.1:9\"\ntls = \"none\"\nname = \"acme\"\n\
+                    secret-file = \"secret\"\n[mailboxes]\nroot = \"mail\"\naccept = [\"@example.org\"]\n[outgoing]\nqueue = \"out\"\n";
+    fs::write(&sender, customer).unwrap();
+    let (file, sender) = (file.to_str().unwrap(), sender.to_str().unwrap());
+    for arguments in [["status", "-c", file, ""], ["queue", "-c", file, "import"], ["send", "-C", sender, "-bp"]] {
+        let arguments: Vec<_> = arguments.into_iter().filter(|argument| !argument.is_empty()).collect();
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let ended = odmr(&arguments).stdout(writer).output().unwrap();
+        assert_eq!((ended.status.code(), ended.stderr.len()), (Some(0), 0), "{arguments:?}: {ended:?}");
+        if let Ok(full) = fs::File::options().write(true).open("/dev/full") {
+            let full = odmr(&arguments).stdout(full).output().unwrap();
+            assert_eq!(full.status.code(), Some(74), "{arguments:?}: {full:?}");
+            assert!(String::from_utf8_lossy(&full.stderr).starts_with("odmr: standard output: "), "{full:?}");
+        }
     }
 }

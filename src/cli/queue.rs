@@ -6,6 +6,7 @@
 
 use std::borrow::Cow;
 use std::io::{self, BufRead, BufReader, BufWriter, Read, Write};
+use std::mem;
 use std::num::NonZero;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
@@ -21,7 +22,7 @@ use super::expire::reporter_beside_serve;
 use super::help::suggestion;
 use super::logging;
 use super::owner::{become_customer_owner, become_spool_owner, check_not_root, owner_to_become};
-use super::process::{config_path, raise_descriptor_limit};
+use super::process::{StandardOutput, config_path, raise_descriptor_limit};
 use super::status::short_time;
 use crate::clock::Timestamp;
 use crate::config::{Config, CustomerConfig, ProviderConfig};
@@ -117,7 +118,7 @@ pub(super) fn run(matches: &Matches) -> Result<(), ExitError> {
         Config::Provider(config) => Queues::of_provider(&config, &path, changes)?,
         Config::Customer(config) => Queues::of_customer(&config, &path, changes)?,
     };
-    let mut out = BufWriter::with_capacity(64 << 10, Waiting(io::stdout()));
+    let mut out = BufWriter::with_capacity(64 << 10, StandardOutput);
     let domain = words.get(2).copied();
     let done = match words[..] {
         ["show", id, ..] => queues.show(&mut out, id, domain),
@@ -327,9 +328,7 @@ impl Queues {
         let mut is_known = named.is_some() || domains.as_ref().is_none_or(|domains| !domains.is_empty());
         if let (Some(name), Some(domains), Side::Provider(spool), None) = (name, &mut domains, &self.side, named) {
             domains.extend_from_slice(spool.domains_of(name));
-            let may_have =
-                |at: &Domain| !spool.is_unowned(at) || self.names.iter().any(|(label, _)| label == at.as_str());
-            is_known = domains.iter().any(may_have);
+            is_known = domains.iter().any(|domain| self.is_known(domain));
         }
         let names = named.map_or(&self.names[..], |at| &self.names[at..=at]);
         let domains = domains.as_deref().filter(|_| named.is_none());
@@ -359,19 +358,22 @@ impl Queues {
         }
         match name.filter(|_| is_empty && !is_known) {
             None => Ok(()),
-            Some(name) => {
-                let text = format!(
-                    "{name} is not an account or domain with mail here: `odmr queue -c {} list` shows all",
-                    self.file
-                );
-                // A domain without mail is not an error: the relay may have sent its last message a moment ago.
-                if !name.contains('.') || Domain::parse_any(name).is_err() {
-                    return failure(Sysexit::DataError, text);
-                }
-                let _ = writeln!(Waiting(io::stderr()), "odmr: {text}");
-                Ok(())
-            }
+            Some(name) => self.unknown(name),
         }
+    }
+
+    /// The error about a word that names no account and no domain with mail.
+    fn unknown<T>(&self, name: &str) -> Result<T, Failure> {
+        let text =
+            format!("{name} is not an account or domain with mail here: `odmr queue -c {} list` shows all", self.file);
+        failure(Sysexit::DataError, text)
+    }
+
+    /// Whether mail for this domain may come or wait here: a customer has it, or it has a queue.
+    fn is_known(&self, domain: &Domain) -> bool {
+        let has_owner = |spool: &Spool| !spool.is_unowned(domain);
+        matches!(&self.side, Side::Provider(spool) if has_owner(spool))
+            || self.names.iter().any(|(label, _)| label == domain.as_str())
     }
 
     fn show(&self, out: &mut dyn Write, id: &str, domain: Option<&str>) -> Result<(), Failure> {
@@ -454,9 +456,11 @@ impl Queues {
 
     fn export(&self, out: &mut dyn Write, domain: &str) -> Result<(), Failure> {
         let domain = parse_domain(domain)?;
-        let mut incomplete = Vec::new();
-        batch::write_begin(out, &self.hostname)?;
+        let (mut incomplete, mut is_empty) = (Vec::new(), true);
         self.each(Some(slice::from_ref(&domain)), &mut |QueueItem { name, message, .. }| {
+            if mem::take(&mut is_empty) {
+                batch::write_begin(out, &self.hostname)?;
+            }
             if message.envelope.is_err() || !message.unread.is_empty() {
                 incomplete.push(message.id.clone());
             }
@@ -470,6 +474,13 @@ impl Queues {
                 _ => Ok(()),
             }
         })?;
+        if is_empty {
+            // An empty batch for a misspelt domain would pass for a copy of its mail.
+            if !self.is_known(&domain) {
+                return self.unknown(domain.as_str());
+            }
+            batch::write_begin(out, &self.hostname)?;
+        }
         batch::write_end(out)?;
         match incomplete.as_slice() {
             [] => Ok(()),

@@ -131,7 +131,7 @@ fn config_of_environment() -> Option<OsString> {
 fn list(path: &Path) -> Result<(), ExitError> {
     let (config, _) = load_as_owner(path)?;
     confine_sender(&config);
-    Ok(sendmail::list(&config, &Ids::system(tls::random), &mut Waiting(io::stdout()))?)
+    print(&sendmail::list(&config, &Ids::system(tls::random))?)
 }
 
 /// `-q`: makes the daemon call at once. Without one, the next call sends what waits.

@@ -15,7 +15,7 @@
 
 use std::collections::HashSet;
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io::{self, Read};
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -362,13 +362,13 @@ pub fn serve(
     Ok(())
 }
 
-/// `-bp`: lists the messages that wait on `out`, as mailq(1) does: those of the outgoing queue, and those for next hops
-/// and full mailboxes here. If this user may not read some messages of other users, or the mail for next hops, the list
+/// `-bp`: lists the messages that wait, as mailq(1) does: those of the outgoing queue, and those for next hops and full
+/// mailboxes here. If this user may not read some messages of other users, or the mail for next hops, the list
 /// ends with a line about them.
 ///
 /// # Errors
-/// Reading a queue or writing to `out` failed, or this user may not read the outgoing queue.
-pub fn list(config: &CustomerConfig, ids: &Ids, out: &mut impl Write) -> Result<(), SendmailError> {
+/// Reading a queue failed, or this user may not read the outgoing queue.
+pub fn list(config: &CustomerConfig, ids: &Ids) -> Result<String, SendmailError> {
     let mailboxes = Mailboxes::new(config, ids);
     let (mut entries, mut messages, mut octets) = (String::new(), 0, 0);
     let mut show = |message: &ListedMessage, route: &dyn Fn(&Mailbox) -> String| {
@@ -415,7 +415,7 @@ pub fn list(config: &CustomerConfig, ids: &Ids, out: &mut impl Write) -> Result<
         }
         shown => shown?,
     }
-    let listing = match messages {
+    Ok(match messages {
         0 if hidden.is_empty() => "Mail queue is empty\n".to_owned(),
         _ => format!(
             "{:<24} {:>10} {:<20} {}\n{entries}{hidden}{}, {}\n",
@@ -426,8 +426,7 @@ pub fn list(config: &CustomerConfig, ids: &Ids, out: &mut impl Write) -> Result<
             counted(messages, "message", "messages"),
             counted(octets, "octet", "octets")
         ),
-    };
-    Ok(out.write_all(listing.as_bytes())?)
+    })
 }
 
 /// The time of the next attempt in the list, for a message that is due at `due`.
