@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::hash::Hash;
+use std::sync::{LazyLock, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 /// How long a warning about the same subject is not logged again.
@@ -32,6 +33,14 @@ pub fn may_log<K: Clone + Eq + Hash>(
     Some(others)
 }
 
+/// Whether to log an event of the whole process, such as that the system gives it no thread, and how many were not logged
+/// since its last line: see [`may_log`].
+pub fn may_log_event(event: &'static str) -> Option<usize> {
+    static LOGGED: LazyLock<Mutex<LoggedWarnings<&'static str>>> = LazyLock::new(Mutex::default);
+    let mut logged = LOGGED.lock().unwrap_or_else(PoisonError::into_inner);
+    may_log(&mut logged, &[event], usize::MAX, Instant::now())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -50,5 +59,6 @@ mod tests {
         // When there are too many, those of the last minute stay.
         assert_eq!((at(364, &['e']), at(365, &['a', 'd'])), (Some(0), None));
         assert_eq!(at(425, &['a', 'd']), Some(1));
+        assert_eq!(["one", "one", "other"].map(may_log_event), [Some(0), None, Some(0)]);
     }
 }

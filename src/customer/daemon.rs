@@ -25,7 +25,7 @@ use crate::net::cancel::CancelToken;
 use crate::net::inherited::InheritedListeners;
 use crate::net::listener;
 use crate::net::readiness::Readiness;
-use crate::net::trace::quoted;
+use crate::net::trace::{log_no_thread, quoted};
 use crate::net::wake::receive_wakes;
 use crate::report::calls::{self, CallRecord};
 use crate::sandbox;
@@ -374,7 +374,7 @@ impl Daemon<'_> {
             drop(end);
         };
         if let Err(error) = std::thread::Builder::new().name(name.to_owned()).spawn(work) {
-            log::error!("event=no-thread error={}", quoted(error));
+            log_no_thread(&error);
         }
     }
 

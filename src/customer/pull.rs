@@ -31,7 +31,7 @@ use crate::ids::Ids;
 use crate::mail::address::{self, Domain};
 use crate::net::cancel::CancelToken;
 use crate::net::connection::Connection;
-use crate::net::trace::quoted;
+use crate::net::trace::{log_no_thread, quoted};
 use crate::report::Reporter;
 use crate::report::calls::{CallRecord, CallResult};
 use crate::sasl::Mechanism;
@@ -596,7 +596,7 @@ fn spawn<'s>(scope: &'s Scope<'s, '_>, work: impl FnOnce() + Send + 's) -> Optio
     match thread::Builder::new().name("upload".to_owned()).spawn_scoped(scope, work) {
         Ok(_) => Some(end),
         Err(error) => {
-            log::error!("event=no-thread error={}", quoted(error));
+            log_no_thread(&error);
             None
         }
     }

@@ -14,9 +14,10 @@ use rustix::event::{PollFd, PollFlags};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SendFlags, SocketType, sockopt};
 
+use crate::log_limit::may_log_event;
 use crate::net::cancel::{CancelToken, poll};
 use crate::net::limiter::{AcceptedConnection, ConnectionLimiter, NotAdmitted};
-use crate::net::trace::quoted;
+use crate::net::trace::{log_no_thread, quoted};
 use crate::platform;
 use crate::smtp::reply::Reply;
 
@@ -182,7 +183,10 @@ impl Acceptor {
                 if let Some(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM) = Errno::from_io_error(&error) {
                     self.limiter.relieve(Instant::now());
                 }
-                log::warn!("event=accept-failed listener={} error={}", self.name, quoted(error));
+                if let Some(others) = may_log_event("accept-failed") {
+                    let (listener, error) = (self.name, quoted(error));
+                    log::warn!("event=accept-failed listener={listener} times={} error={error}", others + 1);
+                }
                 // The connection stays in the backlog, so poll(2) would return at once.
                 self.cancel.wait_until(Some(Instant::now() + ACCEPT_RETRY_PAUSE));
             }
@@ -210,7 +214,7 @@ impl Acceptor {
             drop(permit);
         });
         if let Err(error) = worker {
-            log::error!("event=no-thread listener={name} error={}", quoted(error));
+            log_no_thread(&error);
             self.limiter.relieve(Instant::now());
             self.reject(&socket, NotAdmitted::Full);
         }

@@ -3,6 +3,9 @@
 //! Control characters are escaped, so that no peer can forge a log line or send commands to an operator's terminal.
 
 use std::fmt::Display;
+use std::io;
+
+use crate::log_limit::may_log_event;
 
 /// Writes the lines of one connection into the log, as `[id] C: line`. The caller must replace secrets in them.
 #[derive(Clone, Debug)]
@@ -41,6 +44,13 @@ impl Trace {
         if self.enabled() {
             log::debug!(target: "dialogue", "[{}] {side}: {}", self.id, printable(line));
         }
+    }
+}
+
+/// Logs that the system gives no thread, once a minute.
+pub fn log_no_thread(error: &io::Error) {
+    if let Some(others) = may_log_event("no-thread") {
+        log::error!("event=no-thread times={} error={}", others + 1, quoted(error));
     }
 }
 

@@ -35,7 +35,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, select, unbounded};
 
-use crate::net::trace::quoted;
+use crate::net::trace::log_no_thread;
 
 /// Threads for each of the two channels, not counting those whose job is blocked.
 const THREADS_PER_ROLE: usize = 2;
@@ -360,7 +360,7 @@ impl<W: LaneWork> StoragePool<W> {
             && let Some(role) = missing(&threads)
         {
             if let Err(error) = self.start_thread(role, &mut threads) {
-                log::error!("event=no-thread error={}", quoted(error));
+                log_no_thread(&error);
                 no_thread_until = Some(now + self.times.blocked);
             }
         }

@@ -58,7 +58,7 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 
 use crate::mail::address::Domain;
 use crate::maildir::Entry;
-use crate::net::trace::quoted;
+use crate::net::trace::log_no_thread;
 use crate::net::wake::WakeReason;
 use crate::provider::spool::SpoolQueue;
 use attempts::{AttemptPermit, NoAttempt};
@@ -267,7 +267,7 @@ fn spawn_worker(handle: &RelayHandle, waiting: &Receiver<Job>) -> bool {
         handle.send(RelayEvent::Done(next));
     };
     let spawned = Builder::new().name("relay".to_owned()).spawn(move || waiting.iter().for_each(done));
-    spawned.inspect_err(|error| log::error!("event=no-thread error={}", quoted(error))).is_ok()
+    spawned.inspect_err(log_no_thread).is_ok()
 }
 
 /// One attempt, for a worker.

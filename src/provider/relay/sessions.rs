@@ -14,7 +14,7 @@ use super::hosts::{HostPermit, HostTable, RouteError};
 use super::order::HostAddress;
 use super::worker::{AllSettled, AttemptRoute, ConnectFailure, HostFailure, WorkerContext, unreachable};
 use crate::mail::address::{Domain, ReversePath};
-use crate::net::trace::quoted;
+use crate::net::trace::{log_no_thread, quoted};
 use crate::queue::{QueueLock, QueuedMessage};
 use crate::session::client::{ClientSession, MessageSource, SessionFailure};
 use crate::smtp::client::Client;
@@ -141,7 +141,7 @@ impl WorkerContext {
                 shared.sessions.fetch_add(1, Ordering::Relaxed);
                 let session = move || self.send_additional(route, to, shared, permit);
                 if let Err(error) = Builder::new().name("relay".to_owned()).spawn_scoped(scope, session) {
-                    log::error!("event=no-thread error={}", quoted(error));
+                    log_no_thread(&error);
                     shared.session_failed.store(true, Ordering::Relaxed);
                 }
             };
