@@ -438,7 +438,8 @@ fn alternate_families<T>(addresses: Vec<T>, is_ipv6: impl Fn(&T) -> bool) -> Vec
 /// Looks up the addresses of a configured host (`host:port`) by the system's resolver; the families alternate. Never empty.
 ///
 /// # Errors
-/// The host has no address, or cannot be looked up; `TimedOut` after the deadline, `Interrupted` if `cancel` is cancelled.
+/// The host has no address, or cannot be looked up; `TimedOut` if a later attempt may succeed, `Interrupted` if `cancel` is
+/// cancelled.
 pub fn system_addresses(address: &str, deadline: Instant, cancel: &CancelToken) -> io::Result<Vec<SocketAddr>> {
     let found = match address.parse() {
         Ok(address) => vec![address],
@@ -470,7 +471,7 @@ fn look_up_by_system(address: &str, deadline: Instant, cancel: &CancelToken) -> 
     let (name, ended) = (address.to_owned(), done.clone());
     Builder::new().name("lookup".to_owned()).spawn(move || {
         let _slot = slot;
-        let _ = sender.send(name.to_socket_addrs().map(Iterator::collect));
+        let _ = sender.send(name.to_socket_addrs().map(Iterator::collect).map_err(timed_out_if_temporary));
         ended.cancel();
     })?;
     while !done.is_cancelled() {
@@ -482,6 +483,17 @@ fn look_up_by_system(address: &str, deadline: Instant, cancel: &CancelToken) -> 
         cancel::poll(&mut descriptors.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)), Some(deadline))?;
     }
     found.try_recv().unwrap_or_else(|_| Err(io::Error::other("the lookup has ended without a result")))
+}
+
+/// Returns an error of getaddrinfo(3), with the kind `TimedOut` if it is EAI_AGAIN: no name server has replied, or one has
+/// failed. The standard library hands over the text of the system only.
+fn timed_out_if_temporary(error: io::Error) -> io::Error {
+    let text = error.to_string();
+    // Those of glibc and OpenBSD, of musl, and of FreeBSD.
+    match ["emporary failure", "Try again", "at this time"].iter().any(|part| text.contains(part)) {
+        true => io::Error::new(io::ErrorKind::TimedOut, text),
+        false => error,
+    }
 }
 
 /// Permission for one of [`SYSTEM_LOOKUP_LIMIT`] lookups, until it is dropped.

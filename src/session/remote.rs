@@ -126,11 +126,15 @@ impl Remote {
     /// The addresses of the host, in the order of the system's resolver, but IPv6 and IPv4 alternately.
     ///
     /// # Errors
-    /// [`SessionFailure::NoHost`], or [`SessionFailure::Cancelled`].
+    /// [`SessionFailure::NoHost`], [`SessionFailure::Lost`] if the lookup may succeed later, or
+    /// [`SessionFailure::Cancelled`].
     pub fn addresses(&self, how: &Connect<'_>) -> Result<Vec<SocketAddr>, SessionFailure> {
         let address = self.address();
         how.addresses(address).map_err(|error| match error.kind() {
             io::ErrorKind::Interrupted => SessionFailure::Cancelled,
+            io::ErrorKind::TimedOut => {
+                SessionFailure::Lost(format!("{address} cannot be looked up now: {error}; check the name server"))
+            }
             _ => SessionFailure::NoHost(format!("{address} has no address: {error}")),
         })
     }

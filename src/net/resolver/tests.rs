@@ -806,3 +806,19 @@ impl Drop for FakeServer {
         }
     }
 }
+
+#[test]
+fn a_temporary_failure_of_the_name_server_is_a_timeout() {
+    let kind = |text: &str| timed_out_if_temporary(io::Error::other(text)).kind();
+    for system in [
+        "Temporary failure in name resolution",
+        "temporary failure in name resolution",
+        "Try again",
+        "Name could not be resolved at this time",
+    ] {
+        assert_eq!(kind(&format!("failed to lookup address information: {system}")), io::ErrorKind::TimedOut);
+    }
+    for system in ["Name or service not known", "Name does not resolve", "No address associated with hostname"] {
+        assert_eq!(kind(&format!("failed to lookup address information: {system}")), io::ErrorKind::Other);
+    }
+}
