@@ -98,6 +98,33 @@ fn a_customer_that_is_added_during_the_start_is_known() {
     }
 }
 
+/// A reload that is under way may have begun before the customer was added: its result does not count.
+#[test]
+fn the_result_of_a_reload_under_way_is_not_that_of_a_new_customer() {
+    let (certificate, key) = odmr::net::tls::self_signed(&["relay.example.net"]).unwrap();
+    let tls = "[tls]\ncertificate = \"relay.pem\"\nkey = \"relay.key\"\n[relay]\nresolver = \"127.0.0.1:1\"\n";
+    let mut place = Place::new(&[("acme", "\"example.org\"")]);
+    place.write("relay.pem", &certificate);
+    place.write("relay.key", &key);
+    place.write("odmr.toml", &format!("{PROVIDER}{tls}"));
+    place.start();
+    place.reload("event=reloaded");
+    let under_way = fs::File::open(place.path("spool/.odmr/reload.lock")).unwrap();
+    under_way.lock().unwrap();
+    let begun = Instant::now();
+    let end = thread::spawn(move || {
+        thread::sleep(Duration::from_millis(500));
+        drop(under_way);
+    });
+    let mut add = Command::new(env!("CARGO_BIN_EXE_odmr"));
+    add.args(["customer", "add", "beta", "example.net", "--pin", &format!("spki-sha256:{}", "0".repeat(64)), "-c"]);
+    let added = add.arg(place.path("odmr.toml")).output().unwrap();
+    assert!(begun.elapsed() >= Duration::from_millis(500), "{added:?}");
+    assert!(String::from_utf8_lossy(&added.stderr).contains("`odmr serve` has read it"), "{added:?}");
+    assert!(place.rcpt("bob@example.net").starts_with("250 "));
+    end.join().unwrap();
+}
+
 #[test]
 fn a_reload_adds_and_removes_customers_and_sessions_go_on() {
     let mut place = Place::new(&[("acme", "\"example.org\"")]);

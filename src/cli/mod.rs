@@ -32,6 +32,8 @@ use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, SystemTime};
 
 use getopts::{Matches, Options};
 use signal_hook::consts::SIGHUP;
@@ -52,6 +54,9 @@ use help::{EXIT_CODES, suggestion, wrong_option};
 use logging::LogTarget;
 use owner::{become_owner, check_owned, log_prevented_reload, owner_to_become, reload_errors};
 use process::{DaemonSignals, print, print_fitted};
+
+/// At least the time between two times that a file system gives to changes.
+const CLOCK_TICK: Duration = Duration::from_millis(20);
 
 const HELP: &str = "\
 odmr: On-Demand Mail Relay (RFC 2645), provider and customer in one program
@@ -303,7 +308,7 @@ fn serve(matches: &Matches) -> Result<(), ExitError> {
     let supervision = listener.is_none().then(|| process::supervision(matches)).transpose()?;
     LogTarget::new(matches, listener.is_some()).start(logging::verbosity(matches), true);
     let (signals, path) = (DaemonSignals::catch()?, process::config_path(matches));
-    let customers = customers_stamp(&path);
+    let customers = settled_customers_stamp(&path);
     let config = ProviderConfig::load(&path)?;
     let owner = owner_to_become(config.owner.as_ref())?;
     let (ids, cancel, spool) = (Ids::system(tls::random), CancelToken::new()?, config.spool.clone());
@@ -345,6 +350,19 @@ fn only_listener(config: &ProviderConfig) -> Option<&'static str> {
 fn customers_stamp(path: &Path) -> Option<FileStamp> {
     let found = ProviderPlaces::read(path)?.customers.metadata().ok()?;
     Some(FileStamp::of(&found))
+}
+
+/// The [`customers_stamp`] after the tick of the clock in which the directory has changed: a second change within the tick
+/// would leave the stamp as it is, and the new customer unknown until SIGHUP.
+fn settled_customers_stamp(path: &Path) -> Option<FileStamp> {
+    let mut waits = 0..10;
+    loop {
+        let stamp = customers_stamp(path);
+        if stamp.is_none_or(|stamp| stamp.has_age(CLOCK_TICK, SystemTime::now())) || waits.next().is_none() {
+            return stamp;
+        }
+        thread::sleep(CLOCK_TICK);
+    }
 }
 
 /// Runs the provider until SIGTERM or SIGINT. `customers`: the [`customers_stamp`] before the configuration was read.

@@ -85,6 +85,7 @@ impl Reloader {
     pub fn reload(&self, file: &Path) {
         let _one = self.0.one_at_a_time.lock().unwrap_or_else(PoisonError::into_inner);
         let old = self.current();
+        let _reloading = old.spool.begin_reload();
         let accounts = &old.config.accounts;
         let renewed = ProviderConfig::load_again(file, accounts).map_err(|error| error.to_string());
         let changed = renewed.as_ref().map(|config| self.0.fixed.changed(config)).unwrap_or_default();

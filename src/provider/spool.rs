@@ -48,6 +48,9 @@ const SETTLE_INTERVAL: Duration = Duration::from_millis(50);
 /// The file in `SPOOL/.odmr` that `odmr serve` locks.
 const LOCK_FILE: &str = "serve";
 
+/// The lock in `.odmr/` that `serve` has while it reads its configuration.
+const RELOAD_LOCK: &str = "reload.lock";
+
 /// The prefix of the files that turned sessions lock.
 const ACCOUNT_LOCK: &str = "account-";
 
@@ -277,6 +280,17 @@ impl Spool {
     /// The file with the last reading of the configuration ([`CallRecord`](crate::report::calls::CallRecord)).
     pub fn reload_record(&self) -> PathBuf {
         self.root.join(".odmr/reload")
+    }
+
+    /// Shows to other processes that this one is reading the configuration, until the result is dropped. If that fails, they
+    /// may only take the result of this reading for that of a later one.
+    pub fn begin_reload(&self) -> Option<File> {
+        maildir::lock_for_daemon(&self.root, RELOAD_LOCK).ok().flatten()
+    }
+
+    /// Whether another process is reading the configuration.
+    pub fn is_reloading(&self) -> bool {
+        matches!(maildir::locked_state_file(&self.root, RELOAD_LOCK), Ok(Some(_)))
     }
 
     /// Removes what is left over, once a day in one process: files of writers that died; queues without mail whose

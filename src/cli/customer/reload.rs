@@ -34,6 +34,10 @@ pub(super) fn request(config: &ProviderConfig) -> ReloadResult {
     let record = spool.reload_record();
     let readings = || CallRecord::read(&record).map_or(0, |record| record.calls);
     let late = Instant::now() + RELOAD_WAIT;
+    // A reload under way may have begun before the change: its result is not that of this request.
+    while spool.is_reloading() && Instant::now() < late {
+        thread::sleep(RELOAD_PAUSE);
+    }
     let before = loop {
         // Read it anew: a process that starts writes the record before it makes the socket.
         let before = readings();
