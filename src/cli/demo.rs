@@ -62,7 +62,10 @@ const LOG_TIMEOUT: Duration = Duration::from_secs(5);
 pub(super) fn run(matches: &Matches) -> Result<(), ExitError> {
     let ids = Ids::system(tls::random);
     let directory = std::env::temp_dir().join(format!("odmr-demo-{:016x}", ids.random_number()));
-    fs::create_dir(&directory)?;
+    fs::create_dir(&directory).map_err(|error| {
+        let text = format!("{}: {error}; set TMPDIR to a directory that this user may write to", directory.display());
+        io::Error::new(error.kind(), text)
+    })?;
     let mut out = Output { dialogue: collect_dialogue(), tour: matches.opt_present(EXPLAIN).then_some(TOUR) };
     let played = play(&directory, &ids, &mut out);
     let _ = fs::remove_dir_all(&directory);

@@ -8,6 +8,8 @@ use std::fmt::{self, Display, Formatter};
 use std::io;
 use std::path::Path;
 
+use rustix::io::Errno;
+
 use crate::config::ConfigError;
 use crate::customer::CallError;
 use crate::customer::sendmail::{SendmailError, SendmailErrorKind};
@@ -164,6 +166,9 @@ impl From<io::Error> for ExitError {
             _ if text.contains("; ") => ExitError::new(code, text),
             Sysexit::NoPermission => {
                 ExitError::new(code, format!("{text}; be root, or the user whose files these are"))
+            }
+            _ if Errno::from_io_error(&error) == Some(Errno::MFILE) => {
+                ExitError::new(code, format!("{text}; raise the limit of open files, such as by `ulimit -n 1024`"))
             }
             _ => ExitError::new(code, text + &write_remedy(&error, Path::new(""))),
         }

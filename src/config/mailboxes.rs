@@ -2,12 +2,13 @@
 //! and rejects those that contradict each other.
 
 use std::collections::HashSet;
+use std::io::ErrorKind;
 use std::path::PathBuf;
 
 use toml::de::DeValue;
 
 use super::aliases;
-use super::source::{Source, read};
+use super::source::{Source, read, read_remedy};
 use super::table::{Table, Value};
 use super::value::{
     ACCEPTED, Accepted, DOMAIN, HostPort, MAX_SIZE, PATH, SIZE, Text, WITHOUT_8BITMIME, address_with_domain, host_port,
@@ -166,8 +167,13 @@ impl Reader<'_> {
         let path = self.source.relative(&PATH.parse(&written.value).map_err(wrong)?);
         let (_, octets) = read(&path).map_err(|cause| {
             let (shown, path) = (path.display(), shell_word(&path));
-            let remedy = format!("create that file, type `chmod 644 {path}` for users who send, or remove its name");
-            wrong(format!("the aliases in {shown} cannot be read: {cause}; {remedy}"))
+            let remedy = match cause.kind() {
+                ErrorKind::NotFound | ErrorKind::PermissionDenied => {
+                    format!("; create that file, type `chmod 644 {path}` for users who send, or remove its name")
+                }
+                _ => read_remedy(&cause).to_owned(),
+            };
+            wrong(format!("the aliases in {shown} cannot be read: {cause}{remedy}"))
         })?;
         let aliases = aliases::parse(&path.as_path().into(), &octets, home)?;
         for Alias { name, source, .. } in &aliases {

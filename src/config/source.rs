@@ -235,8 +235,11 @@ pub(super) fn decode<'a>(file: &Arc<Path>, octets: &'a [u8]) -> Result<&'a str, 
 
 /// Rejects a file with a secret if all users of this machine may read or change it: they could log in as its owner.
 pub(super) fn check_private(mode: u32, path: &Path) -> Result<(), String> {
+    // The type of the file, if the system has told it. `chmod 640 /dev/null` would be bad advice.
+    let is_file = matches!(mode & 0o170_000, 0 | 0o100_000);
     let what = match (mode & 0o004 != 0, mode & 0o002 != 0) {
         (false, false) => return Ok(()),
+        _ if !is_file => return Err(format!("{} is not a file: name a file in its place", path.display())),
         (true, false) => "read",
         (false, true) => "change",
         (true, true) => "read and change",

@@ -1029,6 +1029,9 @@ fn mistakes_in_our_own_certificate_are_named() {
     let readable = files(&[("odmr.toml", &CUSTOMER.replace(secret, own)), ("me.key", "")]);
     mode(&readable.path().join("me.key"), 0o644);
     assert_error(&readable, "odmr.toml:6", "every user may read it: chmod 640");
+    // `chmod 640 /dev/null` would harm all programs.
+    let device = files(&[("odmr.toml", &CUSTOMER.replace(secret, &own.replace("me.key", "/dev/null")))]);
+    assert_error(&device, "odmr.toml:6", "/dev/null is not a file: name a file");
 }
 
 #[test]

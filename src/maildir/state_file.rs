@@ -48,7 +48,9 @@ pub fn make_state_directory(directory: &Path) -> io::Result<()> {
 
 fn options() -> OpenOptions {
     let mut options = OpenOptions::new();
-    options.read(true).write(true).custom_flags(OFlags::NOFOLLOW.bits().cast_signed());
+    // A pipe does not block.
+    let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK;
+    options.read(true).write(true).custom_flags(flags.bits().cast_signed());
     options
 }
 
@@ -203,6 +205,16 @@ mod tests {
             (error.kind(), error.to_string()),
             (io::ErrorKind::IsADirectory, format!("{} {remedy}", path.display()))
         );
+    }
+
+    #[test]
+    fn a_pipe_in_place_of_a_file_does_not_block() {
+        let root = tempfile::tempdir().unwrap();
+        fs::create_dir(root.path().join(".odmr")).unwrap();
+        let mode = rustix::fs::Mode::RWXU;
+        rustix::fs::mkfifoat(rustix::fs::CWD, root.path().join(".odmr/pipe"), mode).unwrap();
+        let mut pipe = open_state_file(root.path(), "pipe").unwrap();
+        assert_eq!(pipe.read(&mut [0]).unwrap_err().kind(), io::ErrorKind::WouldBlock);
     }
 
     #[test]

@@ -996,7 +996,7 @@ impl PemText {
     }
 
     fn malformed(&self, error: io::Error) -> String {
-        format!("{} is not well-formed PEM: {error}", self.name)
+        format!("{} is not well-formed PEM ({error}): copy it again from where it was made", self.name)
     }
 }
 

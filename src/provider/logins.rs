@@ -23,6 +23,7 @@ use crate::log_limit::{LoggedWarnings, may_log};
 use crate::maildir::{replace_file, wait_for_state_file, with_path};
 use crate::net::cancel::{CancelToken, poll};
 use crate::net::trace::quoted;
+use crate::plural::counted;
 
 /// How long an attempt waits for the file, and the thread for the lock.
 const FILE_WAIT: Duration = Duration::from_millis(250);
@@ -274,7 +275,8 @@ impl Logins {
             // The other lines count, and the next change replaces the file.
             lines => {
                 state.text.clear();
-                log_failure(&mut state, &io::Error::other(format!("{}: {lines} lines are damaged", path.display())));
+                let text = counted(lines, "line is damaged", "lines are damaged");
+                log_failure(&mut state, &with_path(&path, io::Error::other(text)));
                 Ok(())
             }
         }

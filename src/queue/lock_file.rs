@@ -7,6 +7,8 @@ use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime};
 
+use rustix::fs::OFlags;
+
 use super::name::QueueName;
 use crate::maildir::{with_path, write_error};
 
@@ -145,9 +147,10 @@ impl LockFile {
 }
 
 fn open(path: &Path) -> io::Result<File> {
-    let no_follow = rustix::fs::OFlags::NOFOLLOW.bits().cast_signed();
+    // A pipe does not block.
+    let flags = (OFlags::NOFOLLOW | OFlags::NONBLOCK).bits().cast_signed();
     let mut options = OpenOptions::new();
-    options.create(true).truncate(false).write(true).mode(0o600).custom_flags(no_follow).open(path)
+    options.create(true).truncate(false).write(true).mode(0o600).custom_flags(flags).open(path)
 }
 
 /// Removes a lock file that no session has used for 36 hours, with the file that asks for a takeover.

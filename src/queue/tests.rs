@@ -665,6 +665,11 @@ fn the_error_about_a_queue_that_cannot_be_locked_names_the_file() {
         Err(LockError::Failed(error)) => assert!(error.to_string().contains("odmr.lock"), "{error}"),
         _ => panic!("a directory was locked"),
     }
+    fs::remove_dir(spool.path("odmr.lock")).unwrap();
+    // A pipe does not block.
+    let mode = rustix::fs::Mode::RWXU;
+    rustix::fs::mkfifoat(rustix::fs::CWD, spool.path("odmr.lock"), mode).unwrap();
+    assert!(matches!(spool.queue.lock(&[spool.name("example.org")]), Err(LockError::Failed(_))));
 }
 
 /// A settlement that fails loses nothing, and the session goes on.

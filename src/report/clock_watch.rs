@@ -95,7 +95,7 @@ impl ClockWatch {
 
 fn read(path: &Path) -> io::Result<ClockHistory> {
     let text = read_state_file(path, FILE_LIMIT)?;
-    let damaged = || io::Error::new(io::ErrorKind::InvalidData, format!("{}: it is damaged", path.display()));
+    let damaged = || io::Error::new(io::ErrorKind::InvalidData, "it is damaged");
     ClockHistory::parse(&text).ok_or_else(damaged)
 }
 
