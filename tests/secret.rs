@@ -216,6 +216,14 @@ fn errors_name_what_is_wrong_and_change_nothing() {
         assert!(fs::read(place.path("customers.d/acme.toml")).unwrap() == before);
     }
 
+    // If the file cannot be written, the secret that was printed opens nothing.
+    let mut command = Command::new("sh");
+    command.args(["-c", "ulimit -f 0; exec \"$0\" secret acme -c \"$1\"", env!("CARGO_BIN_EXE_odmr")]);
+    let failed = command.arg(place.path("provider.toml")).stdin(Stdio::null()).output().unwrap();
+    let error = text(&failed.stderr);
+    assert!(error.contains("the secret is not changed, and what was printed is of no use"), "{error}");
+    assert!(fs::read(place.path("customers.d/acme.toml")).unwrap() == before);
+
     // A wrong verifier in the file is replaced.
     place.write("customers.d/acme.toml", "domains = [\"example.org\"]\nscram = \"SCRAM-SHA-256$1\"\n");
     let replaced = place.secret(&["acme"], "open sesame, please\n");

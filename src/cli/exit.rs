@@ -50,7 +50,7 @@ pub(super) enum Sysexit {
 
 impl Sysexit {
     /// The exit code of an error of the system, mostly about a file or directory.
-    fn of_system(kind: io::ErrorKind) -> Sysexit {
+    pub(super) fn of_system(kind: io::ErrorKind) -> Sysexit {
         use io::ErrorKind::*;
         match kind {
             PermissionDenied => Sysexit::NoPermission,

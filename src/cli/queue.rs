@@ -497,7 +497,7 @@ impl Queues {
                 Ok(false) => break Ok(()),
                 Err(BatchError::Input(error)) if error.kind() != io::ErrorKind::InvalidInput => {
                     // The disk may be full: after that, the rest of the batch can be imported, from this message on.
-                    break Err((Sysexit::Temporary, reader.wrong(error.to_string())));
+                    break Err((Sysexit::of_system(error.kind()), reader.wrong(error.to_string())));
                 }
                 Err(BatchError::Input(error)) => break Err((Sysexit::DataError, reader.wrong(error.to_string()))),
                 Err(error) => break Err((Sysexit::DataError, error)),

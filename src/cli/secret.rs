@@ -92,11 +92,15 @@ fn write(config: &Path, name: &str) -> Result<(), ExitError> {
     let (verifier, made) = make()?;
     let ChangedFile { text, secret_file, .. } = change(&verifier)?;
     // Before the file is changed: if the secret cannot be printed, the old one stays.
+    let printed = if made.is_some() { ", and what was printed is of no use" } else { "" };
     if let Some(secret) = made {
         print(&format!("{FOR_CUSTOMER}; this machine does not store it:\nsecret = \"{secret}\"\n"))?;
     }
     // A symbolic link stays, and its target is replaced.
-    replace_file_durably(&file.canonicalize()?, &text)?;
+    replace_file_durably(&file.canonicalize()?, &text).map_err(|error| {
+        let ExitError { code, text } = error.into();
+        ExitError::new(code, format!("{text}; the secret is not changed{printed}"))
+    })?;
     let mut report = format!("# {} is changed; SIGHUP makes a running `odmr serve` read it\n", file.display());
     if let Some(old) = secret_file {
         report += &format!("# {} is not read any more: remove it\n", old.display());

@@ -21,6 +21,7 @@ use super::store;
 use super::submission::{self, SubmissionListeners};
 use crate::config::{CustomerConfig, ProviderAccount};
 use crate::ids::Ids;
+use crate::maildir::write_error;
 use crate::net::cancel::CancelToken;
 use crate::net::inherited::InheritedListeners;
 use crate::net::listener;
@@ -178,9 +179,9 @@ fn lock(config: &CustomerConfig) -> Result<File, CallError> {
     let text = "a daemon is calling for these mailboxes already; `odmr pull -c FILE --now` makes it call at once";
     let file = store::lock_for_daemon(&config.mailboxes.root, LOCK_FILE)?;
     let mut file = file.ok_or_else(|| CallError::Busy(text.to_owned()))?;
-    file.set_len(0)?;
-    writeln!(file, "{}", std::process::id())?;
-    Ok(file)
+    let written = file.set_len(0).and_then(|()| writeln!(file, "{}", std::process::id()));
+    let path = config.mailboxes.root.join(".odmr").join(LOCK_FILE);
+    written.map(|()| file).map_err(|error| write_error(&path, error).into())
 }
 
 /// The process id of the daemon that runs for these mailboxes; `None`: none runs. No file is created.
