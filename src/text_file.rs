@@ -16,7 +16,7 @@ use crate::sandbox;
 const FILE_SIZE_LIMIT: u64 = 16 << 20;
 
 /// U+FEFF in UTF-8: some editors begin a file with it.
-const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
+pub const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 
 /// Returns the mode of a file, and its octets without a byte order mark.
 ///

@@ -190,7 +190,8 @@ fn a_submitted_header_is_completed() {
     let input = ">From eva Fri Jan  2 03:04:05 2026\nFrom eva Fri Jan  2 03:04:05 2026\nReturn-Path: <old@x.example>\n\
                  X-ODMR-Envelope: id=forged\nContent-Length: 7\nFrom: root (Cron Dämon)\nTo: ops@example.net, root\n\
                  Subject: Prüfung\nX-Note: root\n\nFrom here\nReturn-Path: body\n";
-    for input in [input.to_owned(), input.replace('\n', "\r\n"), input.replace('\n', "\r\r\n")] {
+    let marked = format!("\u{feff}{input}");
+    for input in [input.to_owned(), input.replace('\n', "\r\n"), input.replace('\n', "\r\r\n"), marked] {
         let customer = TestCustomer::new();
         let sent = customer.send(&["-i", "-f", "<>", "ops@example.net"], &input);
         assert_eq!((sent.code, sent.error.as_str()), (0, ""));

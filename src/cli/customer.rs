@@ -18,7 +18,7 @@ use getopts::{Matches, Options};
 
 use super::dns::{DnsLookups, domain_records};
 use super::exit::{ExitError, Sysexit};
-use super::process::{StandardOutput, config_path, print};
+use super::process::{config_path, print};
 use super::secret::{new_secret, new_verifier};
 use super::setup::names::{check_customer_name, typed_domain};
 use crate::config::{Account, ProviderConfig, ProviderPlaces, check_new_account, effective_account, quote};
@@ -243,10 +243,13 @@ fn group_of_files(places: &ProviderPlaces, path: &Path) -> Result<Option<u32>, E
 ///
 /// Standard output cannot be written to, or its reader has closed it.
 fn print_secret(text: &str) -> Result<(), ExitError> {
-    let written = StandardOutput.write_all(text.as_bytes());
+    let mut out = Waiting(io::stdout());
+    let written = out.write_all(text.as_bytes()).and_then(|()| out.flush());
     // A power cut must not destroy the only copy. For a pipe or a terminal it fails, and is not needed.
     let _ = rustix::fs::fsync(io::stdout());
-    written.map_err(|error| ExitError::new(Sysexit::InputOutput, format!("{error}; there is no new customer")))
+    written.map_err(|error| {
+        ExitError::new(Sysexit::InputOutput, format!("standard output: {error}; there is no new customer"))
+    })
 }
 
 /// The error of changing the customers' files.

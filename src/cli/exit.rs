@@ -3,8 +3,6 @@
 //! By the code, programs that call `odmr send` decide what to do with their message, and supervisors decide whether to
 //! try again.
 
-use std::error::Error;
-use std::fmt::{self, Display, Formatter};
 use std::io;
 use std::path::Path;
 
@@ -93,18 +91,6 @@ impl ExitError {
     }
 }
 
-/// Standard output cannot be written to.
-#[derive(Debug)]
-pub(super) struct OutputError(pub io::Error);
-
-impl Display for OutputError {
-    fn fmt(&self, out: &mut Formatter<'_>) -> fmt::Result {
-        write!(out, "standard output: {}", self.0)
-    }
-}
-
-impl Error for OutputError {}
-
 impl From<ConfigError> for ExitError {
     fn from(error: ConfigError) -> ExitError {
         ExitError::new(Sysexit::Config, error)
@@ -157,9 +143,6 @@ impl From<SendmailError> for ExitError {
 
 impl From<io::Error> for ExitError {
     fn from(error: io::Error) -> ExitError {
-        if error.get_ref().is_some_and(|inner| inner.is::<OutputError>()) {
-            return ExitError::new(Sysexit::InputOutput, error);
-        }
         let (code, text) = (Sysexit::of_system(error.kind()), error.to_string());
         match code {
             // The text may name a better remedy already.

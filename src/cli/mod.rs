@@ -353,16 +353,14 @@ fn customers_stamp(path: &Path) -> Option<FileStamp> {
 }
 
 /// The [`customers_stamp`] after the tick of the clock in which the directory has changed: a second change within the tick
-/// would leave the stamp as it is, and the new customer unknown until SIGHUP.
+/// would leave the stamp as it is, and the new customer unknown until SIGHUP. `None` also if the changes go on.
 fn settled_customers_stamp(path: &Path) -> Option<FileStamp> {
-    let mut waits = 0..10;
-    loop {
-        let stamp = customers_stamp(path);
-        if stamp.is_none_or(|stamp| stamp.has_age(CLOCK_TICK, SystemTime::now())) || waits.next().is_none() {
-            return stamp;
-        }
+    let is_settled = |stamp: &FileStamp| stamp.has_age(CLOCK_TICK, SystemTime::now());
+    let stamp = customers_stamp(path)?;
+    if !is_settled(&stamp) {
         thread::sleep(CLOCK_TICK);
     }
+    customers_stamp(path).filter(is_settled)
 }
 
 /// Runs the provider until SIGTERM or SIGINT. `customers`: the [`customers_stamp`] before the configuration was read.

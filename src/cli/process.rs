@@ -14,7 +14,7 @@ use signal_hook::consts::{
 };
 use signal_hook::iterator::Signals;
 
-use super::exit::{ExitError, OutputError, Sysexit};
+use super::exit::{ExitError, Sysexit};
 use super::terminal::fitted;
 use crate::net::cancel::CancelToken;
 use crate::net::descriptor::Waiting;
@@ -26,28 +26,25 @@ pub(super) fn config_path(matches: &Matches) -> PathBuf {
     PathBuf::from(matches.opt_str("config").unwrap_or_default())
 }
 
-/// Standard output, for a text of any length. Its errors name it.
-pub(super) struct StandardOutput;
-
-impl Write for StandardOutput {
-    fn write(&mut self, octets: &[u8]) -> io::Result<usize> {
-        Waiting(io::stdout()).write(octets).map_err(|error| io::Error::new(error.kind(), OutputError(error)))
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
 /// Writes to standard output. It is not an error if the reader has closed it, as head(1) does.
 ///
 /// # Errors
 ///
 /// It cannot be written.
 pub(super) fn print(text: &str) -> Result<(), ExitError> {
-    match StandardOutput.write_all(text.as_bytes()) {
+    written(Waiting(io::stdout()).write_all(text.as_bytes()))
+}
+
+/// The result of writing to standard output, as for [`print()`].
+///
+/// # Errors
+///
+/// It could not be written.
+pub(super) fn written(result: io::Result<()>) -> Result<(), ExitError> {
+    match result {
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
-        written => Ok(written?),
+        Err(error) => Err(ExitError::new(Sysexit::InputOutput, format!("standard output: {error}"))),
+        Ok(()) => Ok(()),
     }
 }
 

@@ -22,7 +22,7 @@ use super::expire::reporter_beside_serve;
 use super::help::suggestion;
 use super::logging;
 use super::owner::{become_customer_owner, become_spool_owner, check_not_root, owner_to_become};
-use super::process::{StandardOutput, config_path, raise_descriptor_limit};
+use super::process::{config_path, raise_descriptor_limit, written};
 use super::status::short_time;
 use crate::clock::Timestamp;
 use crate::config::{Config, CustomerConfig, ProviderConfig};
@@ -118,7 +118,7 @@ pub(super) fn run(matches: &Matches) -> Result<(), ExitError> {
         Config::Provider(config) => Queues::of_provider(&config, &path, changes)?,
         Config::Customer(config) => Queues::of_customer(&config, &path, changes)?,
     };
-    let mut out = BufWriter::with_capacity(64 << 10, StandardOutput);
+    let mut out = BufWriter::with_capacity(64 << 10, Waiting(io::stdout()));
     let domain = words.get(2).copied();
     let done = match words[..] {
         ["show", id, ..] => queues.show(&mut out, id, domain),
@@ -129,15 +129,12 @@ pub(super) fn run(matches: &Matches) -> Result<(), ExitError> {
         ["import"] => queues.import(&mut out),
         _ => queues.list(&mut out, words.get(1).copied()),
     };
-    match done.and_then(|()| Ok(out.flush()?)) {
-        // The reader has closed it, as head(1) does.
-        Err(Failure::Io(error)) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
-        Err(Failure::Io(error)) => Err(error.into()),
-        Err(Failure::Exit(error)) => {
-            let _ = out.flush();
-            Err(error)
-        }
-        Ok(()) => Ok(()),
+    // After a failure to write, the rest is still in the buffer, and fails again.
+    let printed = out.flush();
+    match done {
+        Err(Failure::Exit(error)) => Err(error),
+        Err(Failure::Io(error)) if printed.is_ok() => Err(error.into()),
+        _ => written(printed),
     }
 }
 
@@ -371,8 +368,7 @@ impl Queues {
 
     /// Whether mail for this domain may come or wait here: a customer has it, or it has a queue.
     fn is_known(&self, domain: &Domain) -> bool {
-        let has_owner = |spool: &Spool| !spool.is_unowned(domain);
-        matches!(&self.side, Side::Provider(spool) if has_owner(spool))
+        matches!(&self.side, Side::Provider(spool) if !spool.is_unowned(domain))
             || self.names.iter().any(|(label, _)| label == domain.as_str())
     }
 
@@ -474,12 +470,11 @@ impl Queues {
                 _ => Ok(()),
             }
         })?;
-        if is_empty {
+        match is_empty {
             // An empty batch for a misspelt domain would pass for a copy of its mail.
-            if !self.is_known(&domain) {
-                return self.unknown(domain.as_str());
-            }
-            batch::write_begin(out, &self.hostname)?;
+            true if !self.is_known(&domain) => return self.unknown(domain.as_str()),
+            true => batch::write_begin(out, &self.hostname)?,
+            false => {}
         }
         batch::write_end(out)?;
         match incomplete.as_slice() {
@@ -586,13 +581,10 @@ fn label_of<'a>(label: &'a str, name: &QueueName, message: &ListedMessage) -> Co
 
 /// The queues of some messages, each once.
 fn names_of(found: &[QueueItem<'_>]) -> Vec<QueueName> {
-    let mut names: Vec<QueueName> = Vec::new();
-    for QueueItem { name, .. } in found {
-        if !names.contains(name) {
-            names.push((*name).clone());
-        }
-    }
-    names
+    // They were listed queue by queue.
+    let mut names: Vec<_> = found.iter().map(|found| found.name).collect();
+    names.dedup();
+    names.into_iter().cloned().collect()
 }
 
 /// Locks a message of a shared directory. `Some`: a session has it, and this is its queue; or the system's error.
