@@ -32,7 +32,6 @@ use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::thread;
 use std::time::{Duration, SystemTime};
 
 use getopts::{Matches, Options};
@@ -308,7 +307,8 @@ fn serve(matches: &Matches) -> Result<(), ExitError> {
     let supervision = listener.is_none().then(|| process::supervision(matches)).transpose()?;
     LogTarget::new(matches, listener.is_some()).start(logging::verbosity(matches), true);
     let (signals, path) = (DaemonSignals::catch()?, process::config_path(matches));
-    let customers = settled_customers_stamp(&path);
+    // A second change within the same tick of the clock would leave the stamp as it is.
+    let customers = customers_stamp(&path).filter(|stamp| stamp.has_age(CLOCK_TICK, SystemTime::now()));
     let config = ProviderConfig::load(&path)?;
     let owner = owner_to_become(config.owner.as_ref())?;
     let (ids, cancel, spool) = (Ids::system(tls::random), CancelToken::new()?, config.spool.clone());
@@ -352,18 +352,8 @@ fn customers_stamp(path: &Path) -> Option<FileStamp> {
     Some(FileStamp::of(&found))
 }
 
-/// The [`customers_stamp`] after the tick of the clock in which the directory has changed: a second change within the tick
-/// would leave the stamp as it is, and the new customer unknown until SIGHUP. `None` also if the changes go on.
-fn settled_customers_stamp(path: &Path) -> Option<FileStamp> {
-    let is_settled = |stamp: &FileStamp| stamp.has_age(CLOCK_TICK, SystemTime::now());
-    let stamp = customers_stamp(path)?;
-    if !is_settled(&stamp) {
-        thread::sleep(CLOCK_TICK);
-    }
-    customers_stamp(path).filter(is_settled)
-}
-
-/// Runs the provider until SIGTERM or SIGINT. `customers`: the [`customers_stamp`] before the configuration was read.
+/// Runs the provider until SIGTERM or SIGINT. `customers`: the [`customers_stamp`] before the configuration was
+/// read; `None`: the directory may have changed since.
 fn run_daemon(
     provider: PreparedProvider, path: PathBuf, customers: Option<FileStamp>, signals: DaemonSignals,
     readiness: Arc<Readiness>,
