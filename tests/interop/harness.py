@@ -244,6 +244,9 @@ def end(child, number):
 
 def end_group(child):
     """Kills the remaining processes of the group of a child (the sessions of an inetd)."""
+    # The child has been reaped, and its id is that of another process now: then its group had no members left.
+    if child.returncode is not None and os.path.exists(f"/proc/{child.pid}"):
+        return
     try:
         os.killpg(child.pid, signal.SIGKILL)
     except ProcessLookupError:
