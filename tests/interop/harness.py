@@ -117,11 +117,32 @@ def program_path(name):
 
 def thread_statuses(pid):
     """Yields (TID, text of its file `status`) of each thread of a process, except threads that end during this."""
-    for task in pathlib.Path(f"/proc/{pid}/task").iterdir():
+    try:
+        tasks = list(pathlib.Path(f"/proc/{pid}/task").iterdir())
+    except OSError:
+        return
+    for task in tasks:
         try:
             yield task.name, (task / "status").read_text()
         except OSError:
             pass
+
+
+def await_log_writer(child):
+    """Waits until the thread of odmr that writes its log has nothing to write, or for a second. No other process has that thread."""
+    end = time.monotonic() + 1
+    asleep = 0
+    while asleep < 2 and child.poll() is None and time.monotonic() < end:
+        child.log_writer = child.log_writer or next((tid for tid, text in thread_statuses(child.pid) if "Name:\tlog\n" in text), None)
+        if not child.log_writer:
+            return
+        try:
+            state = pathlib.Path(f"/proc/{child.pid}/task/{child.log_writer}/stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            return  # the process has ended
+        # Two looks: it may have waited for another thread that adds a line.
+        asleep = asleep + 1 if state == "S" else 0
+        time.sleep(0.0005)
 
 
 def connections(listener):
@@ -180,6 +201,7 @@ class Box:
         with open(self.path / log, "ab") as file:
             options = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": file} | options
             child = subprocess.Popen([str(word) for word in command], start_new_session=True, **options)
+        child.log, child.log_writer = log, None
         self.children.append(child)
         return child
 
@@ -201,6 +223,10 @@ class Box:
         self.closing.append(function)
 
     def log(self, name):
+        """The text of a log, with all that a running odmr has logged by now."""
+        for child in list(self.children):
+            if child.log == name:
+                await_log_writer(child)
         file = self.path / name
         return file.read_text(errors="backslashreplace") if file.exists() else ""
 

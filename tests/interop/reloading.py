@@ -69,7 +69,7 @@ def reloading(box):
     came = len(hop.messages)
     check(came in (1, 2), f"{came} messages, though the account was removed during the first")
     check(len(provider.held()) == 5 - came, f"{len(provider.held())} are held")
-    check(events(provider.log(), "mail-without-account"), "the mail without account is not reported")
+    wait_until(lambda: events(provider.log(), "mail-without-account"), "the report of the mail without account")
     said = wait_until(lambda: events(provider.log(), "turn-ended"), "the end of the turn")[-1]["reason"]
     check("the account lost a domain" in said, f"the end of the turn: {said}")
     account.with_suffix(".away").rename(account)
@@ -171,7 +171,7 @@ def two_days(box):
     expect(provider, "eva@branch.example", "250")
     file.rename(accounts / "branch.gone")
     check("'removed': '1'" in str(reload(provider)), "the customer is not counted")
-    check(events(provider.log(), "mail-without-account"), "its mail is not reported")
+    wait_until(lambda: events(provider.log(), "mail-without-account"), "the report of its mail")
     expect(provider, "eva@branch.example", "550")
     found, shown = checks(), status("--warn", "1d")
     check(found.returncode == 1 and "branch.example" in found.stderr, f"check: {found.stderr}")
