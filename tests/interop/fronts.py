@@ -2,7 +2,7 @@
 
 import re
 
-from harness import check, scenario, wait_until
+from harness import check, events, scenario, wait_until
 from twin import ACCOUNT, DIST, PROVIDER, Twin
 
 RSPAMD = ["rspamd", "libhyperscan5", "libluajit-5.1-2", "libluajit-5.1-common", "libsodium23"]
@@ -34,14 +34,15 @@ def start_front(machine, box):
     machine.run("sh", "-c", "mkdir -p /var/lib/rspamd /var/log/rspamd /run/rspamd && chown _rspamd /var/lib/rspamd /var/log/rspamd /run/rspamd")
     machine.start("rspamd.log", "rspamd", "-f", "-u", "_rspamd", "-g", "_rspamd")
     machine.install("etc/resolv.conf", "nameserver 127.0.0.1\n")
-    machine.start("dnsmasq.log", "dnsmasq", "-k", "--no-resolv", "--no-hosts", "--local=//", "--local=/#/", f"--address=/sender.example/{CLIENT}")
+    machine.start("dnsmasq.log", "dnsmasq", "-k", "--log-facility=-", "--no-resolv", "--no-hosts", "--local=//", "--local=/#/", f"--address=/sender.example/{CLIENT}")
+    wait_until(lambda: "started, version" in box.log("dnsmasq.log"), "dnsmasq to start")
     machine.run("ip", "address", "add", f"{SERVER}/24", "dev", "lo")
     machine.run("ip", "address", "add", f"{CLIENT}/24", "dev", "lo")
     machine.run("postfix", "check")
     machine.run("touch", "/var/log/postfix.log")
     machine.start("postfix.log", "tail", "-f", "/var/log/postfix.log")
     machine.start("master.log", "postfix", "start-fg")
-    machine.connect(11332, host="127.0.0.1").close()
+    machine.connect(11332, within=120, host="127.0.0.1").close()  # rspamd compiles its rules first
 
 
 def sends(machine, content, recipient="eva@example.org"):
@@ -84,10 +85,10 @@ def dist_postfix(box):
     check(len(machine.fetched()) == 1, f"{machine.fetched()}")
     # The other way: odmr has no listener for the Internet.
     machine.install("etc/odmr/provider.toml", PROVIDER.replace('"127.0.0.1:25"', ""))
-    serve.terminate()
+    machine.run("pkill", "-x", "odmr")  # SIGTERM to nsenter does not end it
     serve.wait(20)
     machine.start("again.log", "odmr", "serve", "-c", "/etc/odmr/provider.toml")
-    machine.connect(366).close()
+    wait_until(lambda: events(box.log("again.log"), "listening", listener="odmr"), "the provider without a listener for the Internet")
     ids = {word: machine.run("id", option, "odmr").stdout.strip() for word, option in (("UID", "-u"), ("GID", "-g"))}
     virtual = (DIST / "postfix/main-virtual.cf").read_text()
     for word, number in ids.items():

@@ -73,6 +73,7 @@ class World:
         options += ["--user=root", "--bind-interfaces", f"--listen-address={self.ADDRESS}", "--pid-file="]
         options += [f"--local=/{zone}/" for zone in ("net", "org", "com", "example", "arpa")]
         box.start("dnsmasq.log", *in_network(self.pid), "dnsmasq", *options, *records)
+        wait_until(lambda: "started, version" in box.log("dnsmasq.log"), "dnsmasq to start")
 
     def run(self, script):
         """A script in this network."""
@@ -117,7 +118,7 @@ class Machine:
         self.connect(world)
         if systemd:
             state = lambda: self.type("systemctl is-system-running").stdout.strip()
-            wait_until(lambda: state() in ("running", "degraded"), f"systemd of {name}")
+            wait_until(lambda: state() in ("running", "degraded"), f"systemd of {name}", seconds=100)
             box.start(f"{name}-journal.log", *self.command("exec journalctl --follow --lines=all --output=cat", "root"))
 
     def beginning(self, world):
