@@ -161,12 +161,14 @@ fn slow_jobs_leave_threads_to_quick_jobs() {
 #[test]
 fn a_lane_is_slow_for_a_while_after_a_job_that_took_longer_than_expected() {
     let mut owner = Owner::new(PoolTimes::default());
-    let lane = owner.pool.lane(0, FakeWork::default());
+    let work = FakeWork::default();
+    let at_work = work.at_work.clone();
+    let lane = owner.pool.lane(0, work);
     let (keep, wait) = unbounded();
     lane.submit(FakeJob::Wait(wait));
     lane.submit(FakeJob::Number(0));
     assert!(!lane.0.lock().is_slow());
-    owner.pool.tend(Instant::now());
+    owner.until("the begin of the first job", |_| at_work.load(Ordering::SeqCst));
     std::thread::sleep(2 * SLOW_JOB);
     drop(keep);
     owner.until("the next job", |owner| owner.received(0).len() == 1);
