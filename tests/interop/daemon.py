@@ -11,13 +11,13 @@ import time
 
 from dovecot import ALICE
 from handover import BERT, CAROL, being_tried, due, left_over
-from harness import LOOPBACK, ODMR, Customer, Provider, Smtp, check, events, scenario, thread_statuses, wait_until
+from harness import LOOPBACK, ODMR, PATIENCE, Customer, Provider, Smtp, check, events, scenario, thread_statuses, wait_until
 from hop import Hop
 from turning import SENDER, Turning
 
 MESSAGE = b"Subject: x\r\n\r\nx\r\n"
 BUSY, DONE = 75, 0
-NEW_ADDRESSES = ["127.0.0.77", "127.0.0.78"]  # come up on the loopback interface
+NEW_ADDRESSES = [f"127.77.{os.getpid() % 250}.{last}" for last in (77, 78)]  # come up on the loopback interface
 
 
 def start_daemon(customer):
@@ -115,7 +115,7 @@ def daemon_pauses(box):
     times = provider.times[:5]
     pauses = [after - before for before, after in zip(times, times[1:])]
     check(min(pauses) >= 0.09, f"too short: {pauses}")
-    check(pauses[-1] > 2 * pauses[0], f"the pauses do not grow: {pauses}")
+    check(pauses[-1] > 2 * min(pauses[:2]), f"the pauses do not grow: {pauses}")  # other work of the machine only adds time
     provider.away = False
     provider.called(1)
     logged(customer, "call", 6)
@@ -253,7 +253,8 @@ class Screen:
         self.octets = bytearray()
         self.master, self.slave = pty.openpty()
         box.at_end(lambda: os.close(self.master))
-        threading.Thread(target=self.read, daemon=True).start()
+        self.reader = threading.Thread(target=self.read, daemon=True)
+        self.reader.start()
 
     def read(self):
         try:
@@ -296,7 +297,7 @@ def progress(box):
         check((result := process.wait(10)) == 0, f"exit {result}")
     rejected = f"from <{SENDER}> to <{BERT}>: rejected by us: 550 5.1.1 No such mailbox here\r\n"
     wait_until(lambda: runs["quiet"][2].text == rejected, f"-q shows {runs['quiet'][2].text!r}")
-    wait_until(lambda: "rejected" in screen.text, f"the summary: {screen.text!r}")
+    screen.reader.join(PATIENCE)  # to the end: the summary has several lines
     for text in (screen.text, runs["pipe"][3].log()):
         end = text[text.rindex("2 messages") :]
         for word in ("1 recipient", "rejected", BERT, "550 5.1.1"):

@@ -71,7 +71,7 @@ def dist_systemd(box):
     machine.run("systemctl", "start", "odmr-call.service", "odmr-expire.service", "odmr-call.timer", "odmr-expire.timer")
     check(property_of(machine, "odmr-call.timer", "ActiveState") == "active", "the timer")
     machine.run("systemctl", "start", "odmr-pull")
-    check(property_of(machine, "odmr-call.timer", "ActiveState") == "inactive", "the timer beside the daemon")
+    wait_until(lambda: property_of(machine, "odmr-call.timer", "ActiveState") == "inactive", "the end of the timer beside the daemon")
     customer = lambda: journal(machine, "odmr-pull")
     wait_until(lambda: events(customer(), "call", result="no-mail") or events(customer(), "call", result="done"), "a call of the daemon")
     check(events(customer(), "confined")[0]["landlock"] == landlock, "the customer is not confined")
@@ -183,6 +183,7 @@ def dist_openrc(box):
     machine = Twin(box, packages=["openrc", "librc1", "libeinfo1", "insserv"])
     machine.configure()
     machine.start("syslogd.log", "busybox", "syslogd", "-n", "-O", "/var/log/mail")
+    wait_until(lambda: (machine.root / "dev/log").is_socket(), "the socket of syslogd")
     states = "starting started stopping inactive wasinactive failed hotplugged daemons options exclusive scheduled tmp"
     machine.run("sh", "-c", f"cd /run && mkdir openrc && cd openrc && mkdir {states} && echo default >softlevel")
     machine.install("etc/rc.conf", 'rc_provide="net"\n')
@@ -376,12 +377,14 @@ def dist_prometheus(box):
         checked = box.run(promtool, "check", "metrics", input=text)
         check(checked.returncode == 0 and not checked.stderr.strip(), checked.stderr)
         metrics += text
-    check(sorted(file.name for file in machine.root.glob(f"{place[1:]}/*")) == ["odmr-customer.prom", "odmr-provider.prom"], "files")
+    # The timer may be writing one of them now.
+    left = lambda: sorted(file.name for file in machine.root.glob(f"{place[1:]}/*"))
+    wait_until(lambda: left() == ["odmr-customer.prom", "odmr-provider.prom"], "two files, and no other")
     # A failure leaves the old file, which becomes older, and no other.
     machine.install("etc/odmr/provider.toml", "hostname = 1\n")
     machine.run("systemctl", "start", "odmr-metrics@provider.service", code=1)
-    left = sorted(file.name for file in machine.root.glob(f"{place[1:]}/*"))
-    check(left == ["odmr-customer.prom", "odmr-provider.prom"] and machine.text(f"{place}/odmr-provider.prom"), f"{left}")
+    wait_until(lambda: left() == ["odmr-customer.prom", "odmr-provider.prom"], "the two files, and no other")
+    check(machine.text(f"{place}/odmr-provider.prom"), "the old file has become empty")
     rules = DIST / "prometheus/odmr.rules.yml"
     for command in (["check", "rules", rules], ["test", "rules", box.write("rules.yml", RULES_TEST.replace("RULES", str(rules)))]):
         checked = box.run(promtool, *command)

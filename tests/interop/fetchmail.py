@@ -7,7 +7,7 @@ import random
 import socket
 import time
 
-from harness import MIB, Certificates, Failed, Listener, Provider, Smtp, check, events, same_but_trace, scenario
+from harness import MIB, Certificates, Failed, Listener, Provider, Smtp, check, events, same_but_trace, scenario, wait_until
 
 COUNT = 1000
 # The extensions that a Postfix after fetchmail offers after the turn; the provider must not use STARTTLS.
@@ -127,6 +127,7 @@ def exchange(box, provider, *, tls, keywords, bounces=False):
     result = fetch(box, provider, listener, tls=tls)
     fetched = time.monotonic() - begin
     check(result == 0, f"fetchmail: exit {result}")
+    wait_until(lambda: listener.quits or listener.errors, "the end of the session at the local listener")
     check(not listener.errors, f"the local listener: {listener.errors}")
     check(listener.quits == 1, f"{listener.quits} sessions ended with QUIT, wanted 1")
     check(not provider.held(), f"{len(provider.held())} messages are left in the spool")

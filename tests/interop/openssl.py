@@ -102,7 +102,7 @@ def call(box, label, files, trust, version):
     customer = Customer(box, port, tls="implicit", file=f"pull-{label}")
     customer.config.write_text(customer.config.read_text().replace("\nname = ", f"\n{trust}\nname = ", 1))
     customer.pull()
-    wait_until(lambda: re.search("DONE|ERROR|shut down SSL", box.log(log)), "s_server has noticed the end")
+    wait_until(lambda: re.search("DONE|ERROR\n.+|shut down SSL", box.log(log)), "s_server has noticed the end")
     server.kill()
     return customer.log(), box.log(log)
 

@@ -14,7 +14,7 @@ import signal
 import shutil
 import subprocess
 
-from harness import LOOPBACK, MIB, ODMR, at_rest, check, field, free_port, program_path, scenario, secret, wait_until
+from harness import LOOPBACK, MIB, ODMR, at_rest, check, events, field, free_port, program_path, scenario, secret, wait_until
 from routes import MX, world
 from world import House, queued
 
@@ -67,6 +67,7 @@ class Programs:
         begun = len(self.customer.log())
         self.daemon = self.box.start(self.customer.log_name, ODMR, "pull", "--daemon", "-c", self.customer.config)
         wait_until(lambda: f":{self.port}\n" in self.customer.log()[begun:], "the listener")
+        wait_until(lambda: events(self.customer.log()[begun:], "call"), "its first call, which may send what is queued now")
 
     def stop_daemon(self):
         self.daemon.terminate()
@@ -89,7 +90,7 @@ class Programs:
         if self.daemon:
             done = self.box.run(ODMR, "pull", "--now", "-c", self.customer.config)
             check(done.returncode == 0, f"pull --now: exit {done.returncode}: {done.stderr}")
-            wait_until(lambda: not queued(self.customer), "an empty queue", seconds=15)
+            wait_until(lambda: not queued(self.customer), "an empty queue")
         else:
             check((result := self.customer.pull()) == 0, f"pull: exit {result}")
         check(not queued(self.customer), f"{len(queued(self.customer))} wait to go out")
@@ -133,8 +134,9 @@ def cron_daemon(box):
     """Only root may write into the queue: the mail of cron for the user nobody is submitted to the daemon"""
     programs = Programs(box, daemon=True)
     note = run_cron(programs)
-    log = programs.customer.log()
-    check(len(re.findall("event=closed .* listener=submission ", log)) == 2, f"not two sessions: {log[-2000:]}")
+    closed = lambda: re.findall("event=closed .* listener=submission ", programs.customer.log())
+    wait_until(lambda: len(closed()) >= 2, "the ends of the sessions")
+    check(len(closed()) == 2, f"not two sessions: {closed()}")
     return f"{note}; nobody's by SMTP"
 
 
@@ -151,10 +153,10 @@ def run_cron(programs):
     mounts = [(none, "/etc/crontab"), (empty, "/etc/cron.d"), (tables, "/var/spool/cron/crontabs"), (box.path / "run", "/run")]
     box.start("cron.log", *programs.command("cron", "-f", "-L", "15", mounts=mounts), env=programs.environment)
     root_at_home = lambda: programs.mailbox("root")
-    wait_until(root_at_home, "root's mail at home", seconds=15)
+    wait_until(root_at_home, "root's mail at home")
     # The daemon delivers to local mailboxes at once; for nobody, who may not write into mailboxes, a call does it.
     count = 2 if programs.daemon else 3
-    wait_until(lambda: len(queued(programs.customer)) >= count, f"{count} messages in the queue", seconds=15)
+    wait_until(lambda: len(queued(programs.customer)) >= count, f"{count} messages in the queue")
 
     for message, parsed in programs.arrived(2):
         user = message.sender.split("@")[0]
@@ -164,6 +166,7 @@ def run_cron(programs):
         )
         of_cron(parsed, user)
     for user in ("root", "nobody"):
+        wait_until(lambda: programs.mailbox(user), f"the mail of {user} at home")
         (parsed,) = programs.mailbox(user)
         check(str(parsed["To"]) == f"{user}@example.org", f"To: {parsed['To']}")
         check(parsed["Return-Path"] == f"<{user}@example.org>", f"{parsed['Return-Path']}")

@@ -72,7 +72,8 @@ def daemontools(box, provider):
 def s6(box, provider):
     service = prepared(box, "s6")
     supervisor = box.start("s6-supervise.log", "s6-supervise", service)
-    wait_until(lambda: box.run("s6-svok", service).returncode == 0, "s6-supervise")
+    # For s6-svok it runs a moment before it writes the status that s6-svwait reads.
+    wait_until(lambda: box.run("s6-svok", service).returncode == 0 and box.run("s6-svstat", service).returncode == 0, "s6-supervise")
     # It distinguishes up and ready.
     ready = box.run("s6-svwait", "-U", "-t", "20000", service)
     check(ready.returncode == 0, f"s6-svwait -U: {ready.stderr}")
@@ -177,7 +178,8 @@ def root(box):
     users, groups, others = status(serve)
     check(users == [owner.pw_uid] * 4 and groups == [owner.pw_gid] * 4 and 0 not in others, f"{users} {groups} {others}")
     check(provider.spool.stat().st_uid == owner.pw_uid, "the spool is not the user's")
-    check("relay.key" in events(provider.log(), "reload-prevented")[0]["error"], "the log does not name the key")
+    prevented = wait_until(lambda: events(provider.log(), "reload-prevented"), "the warning about a reload")
+    check("relay.key" in prevented[0]["error"], "the log does not name the key")
     serve.send_signal(signal.SIGHUP)
     wait_until(lambda: events(provider.log(), "reload-failed"), "the failure of the reload")
     # The command that check has printed corrects it.
