@@ -4,7 +4,7 @@ import os
 import resource
 import time
 
-from harness import ODMR, Certificates, Customer, Provider, Smtp, at_rest, check, context, field, scenario, stuffed
+from harness import ODMR, Certificates, Customer, Provider, Smtp, at_rest, check, context, field, scenario, stuffed, wait_until
 from world import outgoing_table
 
 IDLE = 200
@@ -104,7 +104,7 @@ def idle(box):
         with Costs(provider, IDLE) as each:
             [connect() for _ in range(IDLE)]
         facts.append(f"{what} {each.memory:.0f}")
-        wrong += [facts[-1]] if each.memory > most or each.descriptors > 1 else []
+        wrong += [facts[-1]] if each.memory > most or each.descriptors > 1.02 else []  # a pass over the spool has some for a moment
     for secure, most in ((False, TURNED_CLEAR), (True, TURNED_TLS)):
         first = secure * (WARM + TURNED)
         [turned(first + number, secure) for number in range(WARM)]
@@ -147,6 +147,7 @@ def copies(box):
     facts = f"{each.memory:.0f} KiB and {each.descriptors:.1f} descriptors for each message under way"
     check(each.descriptors <= BEGUN_DESCRIPTORS and each.memory <= BEGUN_MEMORY, facts)
     begun = WARM + BEGUN
+    wait_until(lambda: len(files("tmp")) >= begun, "a file of each message")
     check(len(files("tmp")) == begun and not files("new"), f"{len(files('tmp'))} files of {begun} messages, {files('new')}")
     for line in lines[2:]:
         line.close()

@@ -9,6 +9,7 @@ could not settle.
 import collections
 import contextlib
 import os
+import pathlib
 import re
 import signal
 import subprocess
@@ -94,6 +95,16 @@ class Provides(Choosy):
         self.keywords += ("AUTH CRAM-MD5", "ATRN")
 
 
+def is_dying(process):
+    """Whether it has a SIGKILL, and is not reaped."""
+    try:
+        status = pathlib.Path(f"/proc/{process.pid}/status").read_text()
+    except OSError:
+        return False
+    pending = re.findall(r"(?m)^(?:SigPnd|ShdPnd):\s*(\w+)", status)
+    return bool(re.search(r"(?m)^State:\s*[ZX]", status)) or any(int(one, 16) >> signal.SIGKILL - 1 & 1 for one in pending)
+
+
 def turned_call(provider, hop, turned=lambda: None):
     """One call of a customer that the scenario plays, until it ends. `turned` is called after the 250 to ATRN."""
     before = len(provider.log())
@@ -125,10 +136,10 @@ class Place:
 
     def ended(self):
         """Waits until a provider that was killed has ended."""
-        try:
-            self.provider.process.wait(0.05)
-        except subprocess.TimeoutExpired:
-            pass
+        process = self.provider.process
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(0.05)
+        wait_until(lambda: process.poll() is not None or not is_dying(process), "the end of the killed provider")
 
     def wait_for_end(self, process):
         code = process.wait(30)

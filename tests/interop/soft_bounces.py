@@ -4,6 +4,7 @@ What must hold: a customer that rejects all its mail for a day loses none of it,
 do; the DSN about an unknown recipient among known ones is not delayed; with a clock that is wrong by years no message bounces.
 """
 
+import contextlib
 import re
 
 from clock import HOUR, YEAR, Clock
@@ -92,11 +93,15 @@ class Place:
         return server
 
     def dsns(self):
-        """The recipients about whom DSNs are in the queue."""
-        found = []
-        for file in self.provider.spool.glob("outgoing/@all/[nc]*/*"):
-            found += re.findall(r"(?m)^Final-Recipient: rfc822; (\S+)$", file.read_text())
-        return sorted(found)
+        """The recipients about whom DSNs are in the queue. The relay renames a file after an attempt: then they are read again."""
+        listed = lambda: sorted(self.provider.spool.glob("outgoing/@all/[nc]*/*"))
+        while True:
+            files, found = listed(), []
+            with contextlib.suppress(FileNotFoundError):
+                for file in files:
+                    found += re.findall(r"(?m)^Final-Recipient: rfc822; (\S+)$", file.read_text())
+                if files == listed():
+                    return sorted(found)
 
     def waiting(self):
         return len(self.provider.held())
