@@ -53,7 +53,7 @@ def agents(box):
         for sender in SENDERS:
             postfix.send(sender, RECIPIENTS, message(number))
         wanted = (number + 1) * len(SENDERS) * len(RECIPIENTS)
-        wait_until(lambda: len(provider.held()) >= wanted, f"{wanted} held files, the last by {agent}", seconds=20)
+        wait_until(lambda: len(provider.held()) >= wanted, f"{wanted} held files, the last by {agent}", seconds=60)
     first_lines = [path.read_bytes().split(b" ", 1)[0] for path in provider.held()]
     check(b"From" in first_lines and b"Return-Path:" in first_lines, f"the agents write {first_lines}")
     customer = Customer(box, provider.odmr, authority=certificates.authority)

@@ -261,9 +261,9 @@ class Ways:
         check(not queued(self.acme), f"{len(queued(self.acme))} files wait to go out")
         dsns = 2 * len(self.files) - self.rejected_on("relay")
         up = dsns + len(self.files) - self.rejected_on("bs")
-        wait_until(lambda: len(self.house.messages) >= up, f"{up} messages at the host", seconds=40)
+        wait_until(lambda: len(self.house.messages) >= up, f"{up} messages at the host", seconds=100)
         inbox = lambda: len(list(self.acme.root.glob("example.org/adam/new/*")))
-        wait_until(lambda: inbox() + len(self.provider.held()) >= dsns, f"{dsns} DSNs", seconds=20)
+        wait_until(lambda: inbox() + len(self.provider.held()) >= dsns, f"{dsns} DSNs", seconds=60)
         check((result := self.acme.pull()) == 0, f"pull: exit {result}")
 
     def rejected_on(self, way):

@@ -83,7 +83,7 @@ def relay_to(box, hosts, port):
     for host in hosts:
         wanted = {one.name for one in MESSAGES if host.utf8 or not one.needs}
         got = lambda: by_name(host.maildir.glob("new/*"))
-        wait_until(lambda: set(got()) >= wanted, f"{wanted} at {host}", seconds=20, pause=0.05)
+        wait_until(lambda: set(got()) >= wanted, f"{wanted} at {host}", pause=0.05)
         check(set(got()) == wanted, f"{host.kind}: {set(got())}")
         for one in MESSAGES:
             if one.name in wanted:
@@ -111,7 +111,7 @@ def bring_from(box, provider, customer, hosts, port):
         messages = [one for one in MESSAGES if one.name in TO_THE_CUSTOMER and (host.utf8 or not one.needs)]
         with Smtp(port, host=host.address) as line:
             sent = send_all(line, messages, BERT, "example.org", line.hello())
-        wait_until(lambda: len(provider.held()) >= len(sent), f"{sent} of {host}", seconds=20, pause=0.05)
+        wait_until(lambda: len(provider.held()) >= len(sent), f"{sent} of {host}", pause=0.05)
         held = by_name(provider.held())
         check((result := customer.pull()) == 0, f"pull: exit {result}")
         came = by_name(customer.files())

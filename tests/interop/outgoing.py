@@ -114,7 +114,7 @@ def outgoing(box):
     check("1 sent" in customer.log(), f"the summary: {customer.log()[-300:]}")
 
     files = lambda: list(delivered.glob("new/*"))
-    wait_until(lambda: len(files()) >= 3, "Postfix to have it for three recipients", seconds=20)
+    wait_until(lambda: len(files()) >= 3, "Postfix to have it for three recipients")
     check(events(provider.log(), "host-failed", host="dead.dest.example"), "the preferred MX was not tried")
     deferred = events(provider.log(), "delivery", via="mx", status="deferred")
     check(any(line["reply"].startswith("450 4.7.1 ") for line in deferred), f"not deferred: {deferred}")
@@ -142,8 +142,8 @@ def outgoing(box):
     check(len(dsns) == 1, f"{len(dsns)} DSNs")
     check(dsns[0].parent.parent.name == "adam", f"{dsns[0]}")
     read_dsn(dsns[0].read_bytes(), "nobody@nowhere.example", "5.1.10", "556")
-    left = list(provider.spool.glob("outgoing/*/*/*"))
-    check(not left, f"still in the provider's spool: {left}")
+    left = lambda: list(provider.spool.glob("outgoing/*/*/*"))
+    wait_until(lambda: not left(), f"an empty spool: {left()}")
     return f"one connection for both directions; {policy.deferred} deferred, 3 delivered, 1 DSN"
 
 
@@ -211,7 +211,7 @@ retry-first = "1s"
     # All waiting mail, for six domains, after a restart: one connection.
     send(customer, 5)
     house.messages.clear()
-    house.rejections["MAIL"] = ["450 4.3.0 later"] * 10
+    house.rejections["MAIL"] = ["450 4.3.0 later"] * 1000
     check((result := customer.pull()) == 0, f"pull: exit {result}")
     deferred = lambda: events(provider.log(), "delivery", via="smarthost", status="deferred", reply="450 4.3.0 later")
     wait_until(lambda: len(list(provider.spool.glob("outgoing/*/[nc]*/*"))) >= 10 and deferred(), "ten files")
@@ -234,9 +234,10 @@ retry-first = "1s"
     provider.start()
     send(customer, 20)
     check((result := customer.pull()) == 0, f"pull: exit {result}")
-    wait_until(lambda: len(list(provider.spool.glob("outgoing/*/[nc]*/*"))) >= 40, "forty files", seconds=5)
+    wait_until(lambda: len(list(provider.spool.glob("outgoing/*/[nc]*/*"))) >= 40, "forty files")
+    wait_until(lambda: gone.connections, "the first connection")
     time.sleep(0.3)
-    check(1 <= gone.connections <= 5, f"{gone.connections} connections to a smarthost that is down")
+    check(gone.connections <= 5, f"{gone.connections} connections to a smarthost that is down")
     provider.stop()
     shutil.rmtree(provider.spool / "outgoing")
 

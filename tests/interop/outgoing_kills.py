@@ -137,9 +137,9 @@ def outgoing_kills(box):
                 pass
         return customer.pull() == 0 and not queued(customer)
 
-    wait_until(dust_settled, "all mail to leave the customer", seconds=20, pause=0.1)
+    wait_until(dust_settled, "all mail to leave the customer", seconds=60, pause=0.1)
     out = lambda: [file for part in ("new", "cur") for file in provider.spool.glob(f"outgoing/*/{part}/*")]
-    wait_until(lambda: not out(), "all mail to leave the provider", seconds=40, pause=0.1)
+    wait_until(lambda: not out(), "all mail to leave the provider", seconds=100, pause=0.1)
     arrived = collections.Counter()
     for message in list(sink.messages):
         number = int(re.search(rb"(?m)^Subject: (\d+)\r$", message.content).group(1))

@@ -161,6 +161,6 @@ begin retry
             check(reply.startswith("250"), reply)
     code = customer.pull()
     check(code == 0, f"exit {code}: {customer.log()[-800:]}")
-    wait_until(lambda: len(list(mailbox.glob("new/*"))) == 10, "10 messages in Exim's mailbox", seconds=20)
+    wait_until(lambda: len(list(mailbox.glob("new/*"))) == 10, "10 messages in Exim's mailbox")
     check(not provider.held(), f"{len(provider.held())} are held still")
     return "10 messages, 10 rejected recipients"

@@ -110,7 +110,7 @@ smtp_tls_loglevel = 1""",
     postfix.send("lester@sender.example", ["x@foreign.example"], message(99))
     wanted = count + count // 5
     wait_until(lambda: len(provider.held()) >= wanted, f"{wanted} held files", seconds=60, pause=0.1)
-    wait_until(lambda: "550 5.7.1" in box.log("postfix.log"), "the rejection of a foreign domain", seconds=20)
+    wait_until(lambda: "550 5.7.1" in box.log("postfix.log"), "the rejection of a foreign domain")
     check(len(provider.held()) == wanted, f"{len(provider.held())} files, wanted {wanted}")
     seen = {}
     for path in provider.held():
@@ -136,7 +136,7 @@ def postfix_domains(box):
     postfix = Postfix(box, f"relayhost = [{LOOPBACK}]:{provider.inbound}\nsmtp_tls_security_level = none")
     postfix.send("lester@sender.example", [f"eva@{domain}" for domain in domains], message(1))
     wait_until(lambda: len(provider.held()) >= 25, "25 held files", seconds=60, pause=0.1)
-    wait_until(lambda: ": removed" in box.log("postfix.log"), "the end of the message", seconds=20)
+    wait_until(lambda: ": removed" in box.log("postfix.log"), "the end of the message")
     held = sorted(path.parent.parent.name for path in provider.held())
     check(held == sorted(domains), f"held for {held}")
     log = box.log("postfix.log")

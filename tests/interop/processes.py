@@ -192,9 +192,12 @@ def rate_stopped(box):
         second = time.monotonic() - begun
         with Smtp(provider.inbound) as line:
             line.hello()
-            begun = time.monotonic()
-            check((reply := line.send("a@b.example", ["eva@example.org"], MESSAGE)).startswith("250"), reply)
-            check(time.monotonic() - begun < 0.2, "mail from the world waits")
+            took = []
+            for _ in range(5):  # other work of the machine only adds time
+                begun = time.monotonic()
+                check((reply := line.send("a@b.example", ["eva@example.org"], MESSAGE)).startswith("250"), reply)
+                took.append(time.monotonic() - begun)
+            check(min(took) < 0.2, f"mail from the world waits: {took}")
     check(0.2 < first < 1.5 and 0.2 < second < 3, f"{first:.2f} and {second:.2f} s")
     failures = lambda: events(provider.log(), "rate-not-recorded")
     check(len(wait_until(failures, "the failure in the log")) == 1, f"{failures()}")
@@ -209,7 +212,7 @@ def wake_socket(provider):
 
 
 def relayed(house, count):
-    return wait_until(lambda: len(house.messages) >= count and time.monotonic(), f"{count} messages", seconds=10, pause=0.002)
+    return wait_until(lambda: len(house.messages) >= count and time.monotonic(), f"{count} messages", pause=0.002)
 
 
 @scenario("wake")

@@ -48,7 +48,7 @@ def relay_addresses(box):
         send(box, customer, f"u@{name}.example")
     check((result := customer.pull()) == 0, f"pull: exit {result}")
     wanted = sorted(f"u@{name}.example" for name in [*at_once, "long"])
-    wait_until(lambda: received(house) == wanted, f"{wanted}; {received(house)}", seconds=20)
+    wait_until(lambda: received(house) == wanted, f"{wanted}; {received(house)}")
     for name in at_once:
         deferred = events(provider.log(), "delivery", to=f"<u@{name}.example>", status="deferred")
         check(not deferred, f"{name}: not in the first attempt: {deferred}")
@@ -71,7 +71,7 @@ def eight_bit(box, more):
 def relay_eight_bit(box):
     """8-bit content for a host without 8BITMIME is sent unchanged"""
     house, _ = eight_bit(box, "")
-    wait_until(lambda: received(house) == ["u@eight.example"], "the message", seconds=10)
+    wait_until(lambda: received(house) == ["u@eight.example"], "the message")
     check(house.messages[0].content.endswith("\r\n\r\nGr\u00fc\u00dfe\r\n".encode()), f"{house.messages[0].content!r}")
     return "sent"
 
@@ -126,7 +126,7 @@ def relay_limits(box):
     )
     wanted = submit_many(box, customer, "whole.example", 40)
     check((result := customer.pull()) == 0, f"pull: exit {result}")
-    wait_until(lambda: len(received(house)) >= 40, f"{len(received(house))} of 40", seconds=20)
+    wait_until(lambda: len(received(house)) >= 40, f"{len(received(house))} of 40")
     check(received(house) == wanted, f"not each of them once: {received(house)}")
     sessions = house.connections
     check(6 <= sessions <= 8, f"{sessions} sessions")
@@ -179,7 +179,7 @@ def fair(box, more):
     send(box, customer, "u@else.example")
     check((result := customer.pull()) == 0, f"pull: exit {result}")
     found = lambda: {"u@same.example", "u@else.example"} <= set(received(house, other))
-    wait_until(found, "mail for other destinations", seconds=20)
+    wait_until(found, "mail for other destinations")
     check("u@same.example" in received(house), "a busy host does not lead to a less preferred one")
     after = len(received(house))
     check(after < count, "it has waited for the end of the long queue")

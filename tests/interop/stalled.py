@@ -106,6 +106,6 @@ def stalled(box):
             server = Server(line.socket, received=line.received)
             return server.serve() and len(server.messages) == 1
 
-    wait_until(again, "a stalled customer comes back and gets its message", seconds=10)
+    wait_until(again, "a stalled customer comes back and gets its message")
     return facts
 

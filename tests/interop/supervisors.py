@@ -9,7 +9,7 @@ from harness import LOOPBACK, ODMR, Certificates, Customer, Provider, Smtp, chec
 def works(box, provider, certificates, inbound, odmr):
     """A message comes in and is fetched under STARTTLS through the two ports; the connection carries only SMTP."""
     for port in (inbound, odmr):
-        wait_until(lambda: listens(port), f"port {port}", seconds=5)
+        wait_until(lambda: listens(port), f"port {port}")
     transcript = b""
     for port in (inbound, odmr):
         with socket.create_connection((LOOPBACK, port), timeout=10) as sock:

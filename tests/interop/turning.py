@@ -3,7 +3,7 @@
 import queue
 import time
 
-from harness import Failed, Server, Smtp, check, lets_in, serve_each, wait_until
+from harness import PATIENCE, Failed, Server, Smtp, check, lets_in, serve_each, wait_until
 
 SENDER = "lester@sender.example"
 
@@ -46,16 +46,16 @@ class Turning:
                 server.say("221 2.0.0 bye" if verb == b"QUIT" else "502 5.5.1 not implemented")
         return False
 
-    def called(self, count, seconds=10):
+    def called(self, count, seconds=PATIENCE):
         wait_until(lambda: self.done >= count, f"call {count} at the provider", seconds=seconds)
         check(self.done == count, f"{self.done} calls, wanted {count}")
 
     def line(self):
         """The next turned connection, after the customer's greeting."""
         try:
-            line = self.lines.get(timeout=10)
+            line = self.lines.get(timeout=PATIENCE)
         except queue.Empty:
-            raise Failed("no call within 10 s") from None
+            raise Failed(f"no call within {PATIENCE} s") from None
         line.hello()
         return line
 

@@ -152,7 +152,7 @@ def busy(box):
             second.want("450 4.4.5", "ATRN")
         result = customer.pull()
         check(result == TEMPORARY, f"pull while busy: exit {result}, wanted {TEMPORARY}")
-    wait_until(lambda: customer.pull() == 0, "a pull after the first customer hung up", seconds=5)
+    wait_until(lambda: customer.pull() == 0, "a pull after the first customer hung up")
     check(len(customer.files()) == 1 and not provider.held(), "the message did not come")
 
 
