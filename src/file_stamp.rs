@@ -27,30 +27,11 @@ impl FileStamp {
         }
     }
 
-    /// Whether the file has not changed for [`QUIET_TIME`].
+    /// Whether the file has not changed for [`QUIET_TIME`]. Its ctime decides: a program may have set the time of modification
+    /// to that of another file.
     pub fn is_quiet(&self, now: SystemTime) -> bool {
-        self.has_age(QUIET_TIME, now)
-    }
-
-    /// Whether the file has not changed for this time. Its ctime decides: a program may have set the time of modification to
-    /// that of another file.
-    pub fn has_age(&self, age: Duration, now: SystemTime) -> bool {
         let changed =
             Duration::new(u64::try_from(self.changed.0).unwrap_or(0), u32::try_from(self.changed.1).unwrap_or(0));
-        SystemTime::UNIX_EPOCH + changed + age <= now
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_stamp_has_the_age_of_the_last_change() {
-        let directory = tempfile::tempdir().unwrap();
-        let stamp = FileStamp::of(&directory.path().metadata().unwrap());
-        let (now, minute) = (SystemTime::now(), Duration::from_secs(60));
-        assert_eq!([now, now + minute].map(|at| stamp.has_age(minute, at)), [false, true]);
-        assert!(!stamp.is_quiet(now) && stamp.is_quiet(now + minute));
+        SystemTime::UNIX_EPOCH + changed + QUIET_TIME <= now
     }
 }

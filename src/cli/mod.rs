@@ -32,7 +32,6 @@ use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
 
 use getopts::{Matches, Options};
 use signal_hook::consts::SIGHUP;
@@ -53,9 +52,6 @@ use help::{EXIT_CODES, suggestion, wrong_option};
 use logging::LogTarget;
 use owner::{become_owner, check_owned, log_prevented_reload, owner_to_become, reload_errors};
 use process::{DaemonSignals, print, print_fitted};
-
-/// At least the time between two times that a file system gives to changes.
-const CLOCK_TICK: Duration = Duration::from_millis(20);
 
 const HELP: &str = "\
 odmr: On-Demand Mail Relay (RFC 2645), provider and customer in one program
@@ -307,8 +303,7 @@ fn serve(matches: &Matches) -> Result<(), ExitError> {
     let supervision = listener.is_none().then(|| process::supervision(matches)).transpose()?;
     LogTarget::new(matches, listener.is_some()).start(logging::verbosity(matches), true);
     let (signals, path) = (DaemonSignals::catch()?, process::config_path(matches));
-    // A second change within the same tick of the clock would leave the stamp as it is.
-    let customers = customers_stamp(&path).filter(|stamp| stamp.has_age(CLOCK_TICK, SystemTime::now()));
+    let customers = customers_stamp(&path);
     let config = ProviderConfig::load(&path)?;
     let owner = owner_to_become(config.owner.as_ref())?;
     let (ids, cancel, spool) = (Ids::system(tls::random), CancelToken::new()?, config.spool.clone());
@@ -352,8 +347,7 @@ fn customers_stamp(path: &Path) -> Option<FileStamp> {
     Some(FileStamp::of(&found))
 }
 
-/// Runs the provider until SIGTERM or SIGINT. `customers`: the [`customers_stamp`] before the configuration was
-/// read; `None`: the directory may have changed since.
+/// Runs the provider until SIGTERM or SIGINT. `customers`: the [`customers_stamp`] before the configuration was read.
 fn run_daemon(
     provider: PreparedProvider, path: PathBuf, customers: Option<FileStamp>, signals: DaemonSignals,
     readiness: Arc<Readiness>,
