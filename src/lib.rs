@@ -32,6 +32,7 @@ pub mod file_stamp;
 pub mod log_limit;
 pub mod plural;
 pub mod nearest;
+pub mod sorting;
 
 // The protocol, pure.
 pub mod sasl;

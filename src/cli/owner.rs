@@ -15,6 +15,7 @@ use crate::net::trace::quoted;
 use crate::platform;
 use crate::privileges::SystemUser;
 use crate::session::{Remote, RemoteSettings};
+use crate::sorting::sort_by;
 
 /// The user that this process must become before it reads or writes mail; `None`: it stays the same user.
 ///
@@ -138,7 +139,7 @@ pub(super) fn subdirectories(directory: &Path, depth: usize) -> Vec<PathBuf> {
     let entries = fs::read_dir(directory).into_iter().flatten().filter_map(Result::ok);
     let is_directory = |entry: &fs::DirEntry| entry.file_type().is_ok_and(|kind| kind.is_dir());
     let mut found: Vec<_> = entries.filter(is_directory).map(|entry| entry.path()).collect();
-    found.sort();
+    sort_by(&mut found, PathBuf::cmp);
     let below = |path: &PathBuf| if depth > 1 { subdirectories(path, depth - 1) } else { Vec::new() };
     let deeper: Vec<_> = found.iter().flat_map(below).collect();
     found.extend(deeper);

@@ -16,6 +16,7 @@ use crate::net::pin::Pin;
 use crate::recipients::{ConfigError, Located, SourceLine};
 use crate::sandbox;
 use crate::sasl::{AccountCredentials, CertificateDigests, Mechanism, ScramVerifier, Unavailable, is_usable};
+use crate::sorting::sort_by;
 
 /// The provider's customers: the files `NAME.toml` of one directory.
 #[derive(Clone, Debug, Default)]
@@ -87,13 +88,9 @@ impl Accounts {
     pub fn mechanisms(&self) -> Vec<Mechanism> {
         let any = self.accounts.is_empty() || !self.skipped.is_empty();
         let offered = |mechanism: &Mechanism| self.accounts.iter().any(|account| account.wants_offered(*mechanism));
-        let mut offered: Vec<_> = Mechanism::ALL.into_iter().filter(|mechanism| any || offered(mechanism)).collect();
-        offered.sort_by_key(|mechanism| match mechanism {
-            Mechanism::External => 0,
-            Mechanism::CramMd5 => 1,
-            _ => 2,
-        });
-        offered
+        let first = [Mechanism::External, Mechanism::CramMd5];
+        let others = Mechanism::ALL.into_iter().filter(|mechanism| !first.contains(mechanism));
+        first.into_iter().chain(others).filter(|mechanism| any || offered(mechanism)).collect()
     }
 
     /// Whether an account has a secret in clear text.
@@ -425,7 +422,7 @@ fn customer_files(directory: &Path) -> io::Result<Vec<PathBuf>> {
             files.push(path);
         }
     }
-    files.sort();
+    sort_by(&mut files, PathBuf::cmp);
     Ok(files)
 }
 

@@ -8,6 +8,7 @@ use toml::de::DeValue;
 use super::accounts::Account;
 use super::source::Source;
 use crate::recipients::ConfigError;
+use crate::sorting::sort_by;
 
 /// The changed text of a customer's file.
 pub struct ChangedFile {
@@ -49,12 +50,14 @@ pub fn with_verifier(path: &Path, verifier: &str) -> Result<ChangedFile, ConfigE
             secret_file = Some(source.relative(Path::new(file.as_ref())));
         }
     }
-    spans.sort_by_key(|span| span.start);
     let line = format!("scram = \"{verifier}\"");
-    let is_new = spans.is_empty();
-    let with = |(number, span)| (span, if number == 0 { line.clone() } else { String::new() });
-    let mut text = edited(source.text(), spans.into_iter().enumerate().map(with).collect());
-    if is_new {
+    let first = spans.iter().map(|span| span.start).min();
+    let with = |span: Range<usize>| {
+        let text = if Some(span.start) == first { line.clone() } else { String::new() };
+        (span, text)
+    };
+    let mut text = edited(source.text(), spans.into_iter().map(with).collect());
+    if first.is_none() {
         let separator = if text.is_empty() || text.ends_with('\n') { "" } else { "\n" };
         text.push_str(&format!("{separator}{line}\n"));
     }
@@ -72,7 +75,7 @@ pub fn with_verifier(path: &Path, verifier: &str) -> Result<ChangedFile, ConfigE
 
 /// Returns the text with these ranges replaced, which must not overlap. Removes lines that become blank.
 pub(super) fn edited(text: &str, mut edits: Vec<(Range<usize>, String)>) -> String {
-    edits.sort_by_key(|(span, _)| span.start);
+    sort_by(&mut edits, |(one, _), (other, _)| one.start.cmp(&other.start));
     let mut changed = text.to_owned();
     // Begin with the last one, so that the offsets of the others stay valid.
     for (span, with) in edits.into_iter().rev() {

@@ -10,6 +10,7 @@ use toml::de::{DeTable, DeValue};
 
 use crate::maildir::shell_word;
 use crate::recipients::{ConfigError, SourceLine};
+use crate::sorting::sort_by;
 pub(super) use crate::text_file::read;
 
 /// The end of the error's text about a file that cannot be read: what to do.
@@ -149,7 +150,8 @@ impl Source {
     /// The keys and values of the file.
     pub(super) fn parse(&self) -> Result<DeTable<'_>, ConfigError> {
         let (table, mut errors) = DeTable::parse_recoverable(&self.text);
-        errors.sort_by_key(|error| error.span().map(|span| span.start));
+        let start = |error: &toml::de::Error| error.span().map(|span| span.start);
+        sort_by(&mut errors, |one, other| start(one).cmp(&start(other)));
         let errors = errors.into_iter().map(|error| {
             let line = error.span().map_or_else(|| self.whole(), |at| self.line(at));
             let text = error.message().split_whitespace().collect::<Vec<_>>().join(" ");

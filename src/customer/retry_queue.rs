@@ -24,6 +24,7 @@ use crate::session::storage_failure_reply;
 use crate::smtp::command::Recipient;
 use crate::smtp::reply::Reply;
 use crate::smtp::status::{DecidedBy, DeliveryResult, RecipientStatus};
+use crate::sorting::sort_by;
 
 /// Wakes the thread that retries the messages.
 type Waker = Box<dyn Fn() + Send + Sync>;
@@ -188,7 +189,7 @@ impl RetryQueue {
             self.mailboxes.deliver_fallbacks(&envelope.from, &mut tried.recipients, &[], message);
             statuses.extend(numbers.into_iter().zip(tried.recipients.drain(..).map(|(_, status)| status)));
         }
-        statuses.sort_by_key(|(number, _)| *number);
+        sort_by(&mut statuses, |(one, _), (other, _)| one.cmp(other));
         (tried, statuses.into_iter().map(|(_, status)| status).collect())
     }
 

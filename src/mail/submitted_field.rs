@@ -15,6 +15,8 @@ use super::address::Domain;
 use super::address_list::AddressList;
 use super::encoded_word::{charset, encode, encode_words, fold, is_encoded_word, is_space, unquote};
 
+use crate::sorting::sort_by;
+
 /// Fields with a list of addresses. Those after `Resent-Bcc` are not in RFC 5322, but mail servers complete them, too.
 const ADDRESS_FIELDS: [&str; 18] = [
     "From",
@@ -145,7 +147,7 @@ fn edits(value: &[u8], home: &Domain) -> Vec<Edit> {
     for comment in list.comments.iter().filter(|comment| !value[(*comment).clone()].is_ascii()) {
         edits.push((comment.clone(), encode_comment(&value[comment.clone()])));
     }
-    edits.sort_by_key(|(place, _)| place.start);
+    sort_by(&mut edits, |(one, _), (other, _)| one.start.cmp(&other.start));
     edits
 }
 

@@ -109,9 +109,8 @@ impl Entry {
     /// programs have written after the flags stays there.
     pub(super) fn flagged(&self, flag: char) -> Entry {
         let (flags, others) = self.info();
-        let mut flags: Vec<u8> = flags.iter().copied().chain(u8::try_from(flag)).collect();
-        flags.sort_unstable();
-        flags.dedup();
+        let has = |octet: &u8| flags.contains(octet) || char::from(*octet) == flag;
+        let flags: Vec<u8> = (b'A'..=b'Z').filter(has).collect();
         let name = [self.base(), b":2,", &flags, others].concat();
         Entry { name: OsString::from_vec(name), seen: true }
     }

@@ -38,6 +38,8 @@ pub use files::{
 };
 use files::{list, make_directories, make_directory, move_file, sync_directory, sync_names};
 use quota::QuotaCheck;
+
+use crate::sorting::sort_by;
 pub use quota::Usage;
 pub use state_file::{
     lock_for_daemon, lock_state_file, locked_state_file, make_state_directory, open_state_file, read_state_file,
@@ -227,7 +229,7 @@ impl Maildir {
     /// A directory cannot be read.
     pub fn entries(&self) -> io::Result<Vec<Entry>> {
         let mut entries = self.list().collect::<io::Result<Vec<Entry>>>()?;
-        entries.sort_unstable_by(Entry::by_age);
+        sort_by(&mut entries, Entry::by_age);
         Ok(entries)
     }
 

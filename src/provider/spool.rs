@@ -40,6 +40,7 @@ use crate::queue::envelope::ENVELOPE_LIMIT;
 use crate::queue::{Queue, QueueDue, QueueName, QueuedEnvelope, SharedIndex, remove_unused_lock};
 use crate::session::check_room;
 use crate::smtp::reply::Reply;
+use crate::sorting::sort_by;
 
 /// How long the reply to RCPT waits for a list of recipients that another program is writing, and how often it is read.
 const SETTLE_TIMEOUT: Duration = Duration::from_millis(2500);
@@ -105,7 +106,7 @@ fn files_in(directory: &Path) -> io::Result<Vec<String>> {
         other => other.map_err(|error| with_path(directory, error))?,
     };
     let mut names: Vec<_> = files.filter_map(|file| file.ok()?.file_name().into_string().ok()).collect();
-    names.sort_unstable();
+    sort_by(&mut names, String::cmp);
     Ok(names)
 }
 

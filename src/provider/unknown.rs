@@ -29,6 +29,7 @@ use crate::file_stamp::FileStamp;
 use crate::mail::address::Mailbox;
 use crate::maildir::{read_state_file, remove_if_there, replace_file, with_path};
 use crate::net::trace::quoted;
+use crate::sorting::sort_by;
 
 /// The least time from the first to the last rejection of a learned recipient, in seconds.
 const LEARNED_AFTER: i64 = 60 * 60;
@@ -111,7 +112,8 @@ impl UnknownRecipients {
     /// The text of the file, with the latest rejections.
     fn text(&self) -> String {
         let mut recipients: Vec<_> = self.0.values().collect();
-        recipients.sort_unstable_by_key(|unknown| (Reverse(unknown.last), unknown.first, &unknown.address));
+        let key = |unknown: &UnknownRecipient| (Reverse(unknown.last), unknown.first);
+        sort_by(&mut recipients, |one, other| key(one).cmp(&key(other)).then_with(|| one.address.cmp(&other.address)));
         let mut text = String::new();
         for UnknownRecipient { address, first, last } in recipients.into_iter().take(RECIPIENTS_LIMIT) {
             let _ = writeln!(text, "{} {} {address}", first.seconds(), last.seconds());

@@ -10,6 +10,7 @@ use rustix::fs::OFlags;
 
 use super::retry;
 use crate::maildir::{Entry, Maildir};
+use crate::sorting::sort_by;
 
 /// How the file of a message without a sender begins (RFC 5321 section 4.5.5).
 const NULL_SENDER: &[u8] = b"Return-Path: <>\n";
@@ -55,7 +56,7 @@ pub(super) fn next(maildir: &Maildir, entries: Vec<Entry>) -> QueueDue {
         }
         due.dsn = Some(*first);
     }
-    files.sort_unstable_by_key(|(due, _)| *due);
+    sort_by(&mut files, |(one, _), (other, _)| one.cmp(other));
     due.mail = files.iter().take(LOOK_LIMIT).find(|(_, entry)| !has_null_sender(maildir, entry)).map(|(due, _)| *due);
     due
 }

@@ -13,6 +13,7 @@ use super::message::{self, Opened};
 use super::retry;
 use crate::maildir::{Entry, FileId};
 use crate::net::trace::quoted;
+use crate::sorting::sort_by;
 
 impl LockedQueue {
     /// Begins a pass, if all messages of the last one were offered.
@@ -133,7 +134,7 @@ impl LockedQueue {
     fn left_out(&self, found: &[RankedEntry]) -> HashSet<Entry> {
         let mut left_out = HashSet::new();
         let mut entries: Vec<_> = found.iter().map(|found| &found.entry).collect();
-        entries.sort_unstable_by(|one, other| Entry::by_age(one, other));
+        sort_by(&mut entries, |one, other| Entry::by_age(one, other));
         for pair in entries.windows(2).filter(|pair| pair[0].unique() == pair[1].unique()) {
             let id = |entry: &Entry| FileId::of_path(&self.maildir.file(entry)).ok();
             match (id(pair[0]), id(pair[1])) {

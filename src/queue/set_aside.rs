@@ -11,6 +11,7 @@ use std::time::{Duration, SystemTime};
 use super::message::set_aside_maildir;
 use super::name::QueueName;
 use crate::clock::cautious_now;
+use crate::sorting::sort_by;
 
 /// The age at which a message is removed, from the time at which it was set aside.
 const AGE_LIMIT: Duration = Duration::from_secs(30 * 24 * 60 * 60);
@@ -68,7 +69,7 @@ pub(super) fn apply_limits(name: &QueueName, now: SystemTime) -> io::Result<()> 
         files.push((since, metadata.ctime_nsec(), entry, size));
         Ok(())
     })?;
-    files.sort_unstable();
+    sort_by(&mut files, Ord::cmp);
     let (newest, mut messages, mut removed) = (files.len().saturating_sub(1), 0, 0_u64);
     for (number, (since, _, entry, size)) in files.into_iter().enumerate() {
         let is_old = now.duration_since(since).is_ok_and(|age| age > AGE_LIMIT);

@@ -19,6 +19,7 @@ use crate::mail::address::{Domain, Mailbox, ReversePath};
 use crate::maildir::{Entry, with_path};
 use crate::net::trace::quoted;
 use crate::smtp::command::Envelope;
+use crate::sorting::sort_by;
 
 /// Octets of a file's name at most with the domain. A longer one would leave too little room for the record of
 /// attempts: then the name does not have the domain.
@@ -154,7 +155,7 @@ impl SharedIndex {
     /// The messages for a domain, as [`Maildir::entries`](crate::maildir::Maildir::entries) orders them.
     pub(super) fn entries(&self, domain: &Domain) -> Vec<Entry> {
         let mut entries: Vec<_> = self.lock().by_domain.get(domain).into_iter().flatten().cloned().collect();
-        entries.sort_unstable_by(Entry::by_age);
+        sort_by(&mut entries, Entry::by_age);
         entries
     }
 

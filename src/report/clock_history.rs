@@ -20,6 +20,7 @@ use std::fmt::Write as _;
 use std::time::Duration;
 
 use crate::clock::Timestamp;
+use crate::sorting::sort_by;
 
 const DAY: i64 = 24 * 60 * 60;
 
@@ -96,7 +97,7 @@ impl ClockHistory {
             self.set_back(before, -step);
         }
         self.left.retain(|left| *left > now);
-        self.left.sort_unstable();
+        sort_by(&mut self.left, Timestamp::cmp);
         self.left.truncate(LEFT_LIMIT);
         if is_jump || step < -TOLERANCE { ClockStep::SetFrom(before) } else { ClockStep::Passed }
     }

@@ -190,13 +190,10 @@ impl Notify {
     /// Parses `NEVER`, or a list of `SUCCESS`, `FAILURE` and `DELAY`, each at most once; `None`: the value is not valid.
     pub fn parse(value: &[u8]) -> Option<Notify> {
         let text = std::str::from_utf8(value).ok()?;
-        let mut words: Vec<String> = text.split(',').map(str::to_ascii_uppercase).collect();
-        let known = words.iter().all(|word| matches!(word.as_str(), "SUCCESS" | "FAILURE" | "DELAY"));
-        let never = words == ["NEVER"];
-        let count = words.len();
-        words.sort_unstable();
-        words.dedup();
-        (never || known && words.len() == count).then(|| Notify(Some(text.to_owned())))
+        let words: Vec<_> = text.split(',').map(str::to_ascii_uppercase).collect();
+        let times = |known: &str| words.iter().filter(|word| *word == known).count();
+        let once = ["SUCCESS", "FAILURE", "DELAY"].into_iter().filter(|known| times(known) == 1).count();
+        (words == ["NEVER"] || once == words.len()).then(|| Notify(Some(text.to_owned())))
     }
 
     /// The text of the parameter; `None`: RCPT did not have it.

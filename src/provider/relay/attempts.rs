@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 
 use super::hosts::{AttemptKind, AttemptState, HostTable, TableState};
 use crate::net::cancel::CancelToken;
+use crate::sorting::sort_by;
 
 /// How long an attempt may have no session while mail waits for its connection.
 const GIVE_WAY_AFTER: Duration = Duration::from_secs(3);
@@ -85,7 +86,7 @@ impl HostTable {
             attempt.sessions == 0 && !attempt.gave_way && !(has_share && attempt.kind != AttemptKind::Mail)
         };
         let mut idle: Vec<_> = state.attempts.values_mut().filter(may_end).collect();
-        idle.sort_by_key(|attempt| attempt.idle_since);
+        sort_by(&mut idle, |one, other| one.idle_since.cmp(&other.idle_since));
         for attempt in idle.into_iter().take(needed.saturating_sub(ending)) {
             if attempt.idle_since.elapsed() >= GIVE_WAY_AFTER {
                 attempt.gave_way = true;
