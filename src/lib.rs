@@ -33,6 +33,7 @@ pub mod log_limit;
 pub mod plural;
 pub mod nearest;
 pub mod sorting;
+pub mod threads;
 
 // The protocol, pure.
 pub mod sasl;

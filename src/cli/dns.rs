@@ -39,6 +39,7 @@ use crate::mail::address::Domain;
 use crate::net::reserved::{is_own, not_public};
 use crate::net::resolver::{Rtype, address_for_name};
 use crate::net::tls::CertificateInfo;
+use crate::threads;
 
 /// Domains that are looked up at the same time, and those whose lines are printed together.
 const PARALLEL_LOOKUPS: usize = 8;
@@ -219,7 +220,7 @@ fn check_domains(plans: &[DomainPlan<'_>], lookups: &DnsLookups, tally: &mut Dns
         thread::scope(|scope| {
             for _ in 1..PARALLEL_LOOKUPS.min(block.len()) {
                 // Without more threads, this one does all the work.
-                let _ = thread::Builder::new().spawn_scoped(scope, work);
+                let _ = threads::spawn_scoped(scope, "dns", work);
             }
             work();
         });

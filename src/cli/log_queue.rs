@@ -8,12 +8,12 @@ use std::collections::VecDeque;
 use std::io;
 use std::mem;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread;
 use std::time::Duration;
 
 use log::Level;
 
 use crate::clock::Timestamp;
+use crate::threads;
 
 /// Octets of the lines that wait at most.
 const QUEUE_LIMIT: usize = 1024 * 1024;
@@ -77,7 +77,7 @@ impl LogQueue {
     pub fn start(make_sink: impl Fn() -> Box<dyn LogSink>) -> Arc<LogQueue> {
         let (queue, mut sink) = (Arc::new(LogQueue::default()), make_sink());
         let writer = Arc::clone(&queue);
-        let thread = thread::Builder::new().name("log".to_owned()).spawn(move || writer.write_lines(sink.as_mut()));
+        let thread = threads::spawn("log", move || writer.write_lines(sink.as_mut()));
         match thread {
             Ok(_) => queue,
             Err(_) => Arc::new(LogQueue { direct: Some(Mutex::new(make_sink())), ..LogQueue::default() }),
@@ -173,6 +173,7 @@ impl LogQueue {
 #[cfg(test)]
 mod tests {
     use std::sync::mpsc;
+    use std::thread;
 
     use super::*;
 

@@ -5,7 +5,6 @@ use std::fs;
 use std::io::{self, IsTerminal, Write};
 use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
-use std::thread;
 
 use getopts::{Matches, Options};
 use rustix::process::{Resource, Rlimit};
@@ -20,6 +19,7 @@ use crate::net::cancel::CancelToken;
 use crate::net::descriptor::Waiting;
 use crate::net::inherited::{self, PassedSockets, TakeError};
 use crate::net::readiness::Readiness;
+use crate::threads;
 
 /// The file that `-c` names.
 pub(super) fn config_path(matches: &Matches) -> PathBuf {
@@ -154,7 +154,7 @@ fn stop(signal: i32, cancel: &CancelToken) {
 }
 
 fn for_each_signal(mut signals: Signals, act: impl FnMut(i32) + Send + 'static) -> io::Result<()> {
-    thread::Builder::new().name("signals".to_owned()).spawn(move || signals.forever().for_each(act)).map(drop)
+    threads::spawn("signals", move || signals.forever().for_each(act)).map(drop)
 }
 
 /// Whether this process ignored SIGHUP at the first call of this function. Only on Linux can this be found out without

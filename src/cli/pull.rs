@@ -34,6 +34,7 @@ use crate::net::readiness::Readiness;
 use crate::net::tls;
 use crate::plural::counted;
 use crate::privileges::SystemUser;
+use crate::threads;
 
 /// The progress line appears after this time; most calls end before.
 const PROGRESS_DELAY: Duration = Duration::from_secs(1);
@@ -125,7 +126,7 @@ fn call(customer: &Customer, cancel: &CancelToken, quiet: bool, interactive: boo
         let (_under_way, ended) = mpsc::channel();
         if interactive && !quiet {
             let counters = &counters;
-            thread::Builder::new().spawn_scoped(scope, move || show_progress(counters, &ended))?;
+            threads::spawn_scoped(scope, "progress", move || show_progress(counters, &ended))?;
         }
         io::Result::Ok(customer.pull(cancel, &counters))
     })?;

@@ -6,7 +6,6 @@
 use std::collections::BTreeSet;
 use std::io::{self, BufRead, IsTerminal, Write};
 use std::path::Path;
-use std::thread;
 
 use getopts::{Matches, Options};
 use rustix::termios::{LocalModes, OptionalActions, Termios, tcgetattr, tcsetattr};
@@ -20,6 +19,7 @@ use crate::maildir::replace_file_durably;
 use crate::net::tls;
 use crate::plural::counted;
 use crate::sasl::{ITERATIONS, SALT_OCTETS, ScramVerifier, is_usable};
+use crate::threads;
 
 pub(super) const SECRET_SUMMARY: &str = "\
 Makes a verifier, which the provider stores in place of a customer's secret: the verifier itself opens no account.
@@ -168,12 +168,12 @@ impl HiddenInput {
         let before = tcgetattr(rustix::stdio::stdin())?;
         // A signal that ends the process must not leave the terminal without echo.
         let (restored, mut signals) = (before.clone(), Signals::new([SIGINT, SIGQUIT, SIGTERM])?);
-        thread::spawn(move || {
+        threads::spawn("signals", move || {
             if let Some(signal) = signals.forever().next() {
                 let _ = tcsetattr(rustix::stdio::stdin(), OptionalActions::Now, &restored);
                 std::process::exit(128 + signal);
             }
-        });
+        })?;
         let mut silent = before.clone();
         silent.local_modes.remove(LocalModes::ECHO);
         tcsetattr(rustix::stdio::stdin(), OptionalActions::Flush, &silent)?;

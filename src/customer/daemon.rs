@@ -31,6 +31,7 @@ use crate::net::wake::receive_wakes;
 use crate::report::calls::{self, CallRecord};
 use crate::sandbox;
 use crate::schedule::{CallOutcome, CallTimer, Clocks, Schedule};
+use crate::threads;
 
 /// The loop reads the clock at least this often: an administrator or NTP may set it.
 const CLOCK_CHECK_INTERVAL: Duration = Duration::from_secs(60);
@@ -374,7 +375,7 @@ impl Daemon<'_> {
             end.event = Some(work());
             drop(end);
         };
-        if let Err(error) = std::thread::Builder::new().name(name.to_owned()).spawn(work) {
+        if let Err(error) = threads::spawn(name, work) {
             log_no_thread(&error);
         }
     }

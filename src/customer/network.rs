@@ -11,7 +11,7 @@ pub fn watch(notify: impl Fn() + Send + 'static, cancel: &CancelToken) {
     let cancel = cancel.clone();
     let watched = linux::socket().and_then(|socket| {
         let work = move || linux::listen(&socket, &notify, &cancel);
-        std::thread::Builder::new().name("network".to_owned()).spawn(work)
+        crate::threads::spawn("network", work)
     });
     if let Err(error) = watched {
         log::info!("event=network-not-watched error={}", crate::net::trace::quoted(error));

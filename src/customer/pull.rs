@@ -43,6 +43,7 @@ use crate::smtp::limits;
 use crate::smtp::reply::Severity;
 use crate::smtp::server::ServerRole;
 use crate::smtp::status::{is_login_rejected, is_too_soon, means_no_mail};
+use crate::threads;
 use crate::turn;
 
 /// The most calls in a row to a provider that sends a part of the mail in each.
@@ -593,8 +594,8 @@ fn spawn<'s>(scope: &'s Scope<'s, '_>, work: impl FnOnce() + Send + 's) -> Optio
         work();
         drop(running);
     };
-    match thread::Builder::new().name("upload".to_owned()).spawn_scoped(scope, work) {
-        Ok(_) => Some(end),
+    match threads::spawn_scoped(scope, "upload", work) {
+        Ok(()) => Some(end),
         Err(error) => {
             log_no_thread(&error);
             None

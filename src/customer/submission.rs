@@ -24,6 +24,7 @@ use crate::session::storage_failure_reply;
 use crate::smtp::command::{Envelope, MailFrom, Notify};
 use crate::smtp::reply::Reply;
 use crate::smtp::server::{Incoming, MessageSink, Server, ServerRole, SessionHandler};
+use crate::threads;
 
 /// The name of the listeners in the log.
 pub const LISTENER_NAME: &str = "submission";
@@ -66,7 +67,7 @@ impl SubmissionListeners {
             let work = move || {
                 acceptor.accept(&listener, Arc::new(move |accepted: &Arc<AcceptedConnection>| service.serve(accepted)))
             };
-            threads.push(std::thread::Builder::new().name(LISTENER_NAME.to_owned()).spawn(work)?);
+            threads.push(threads::spawn(LISTENER_NAME, work)?);
         }
         Ok(SubmissionListeners { service, limiter, threads })
     }

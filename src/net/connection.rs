@@ -30,7 +30,6 @@ use std::mem::{self, MaybeUninit};
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags};
@@ -43,6 +42,7 @@ use crate::net::tls::{CertificateInfo, ClientTls, ServerTls, TlsInfo, TlsSession
 use crate::net::trace::Trace;
 use crate::platform;
 use crate::sasl::TlsChannel;
+use crate::threads;
 
 /// Octets read from the system in one `fill`.
 const READ_SIZE: usize = 64 * 1024;
@@ -220,7 +220,7 @@ impl Connection {
         }
         // If no thread can be started, the alert is at least sent.
         let _ = self.flush();
-        let _ = thread::Builder::new().spawn(move || self.close());
+        let _ = threads::spawn("close", move || self.close());
     }
 
     /// After an error of TLS: sends our alert and nothing else, and reads until the peer closes the connection or the deadline

@@ -20,6 +20,7 @@ use crate::net::limiter::{AcceptedConnection, ConnectionLimiter, NotAdmitted};
 use crate::net::trace::{log_no_thread, quoted};
 use crate::platform;
 use crate::smtp::reply::Reply;
+use crate::threads;
 
 /// The pause after accept(2) has failed, usually because the system has no descriptors left.
 const ACCEPT_RETRY_PAUSE: Duration = Duration::from_millis(100);
@@ -207,7 +208,7 @@ impl Acceptor {
             }
         };
         let service = service.clone();
-        let worker = std::thread::Builder::new().name(format!("{name}-worker")).spawn(move || {
+        let worker = threads::spawn(&format!("{name}-worker"), move || {
             if catch_unwind(AssertUnwindSafe(|| service(permit.accepted()))).is_err() {
                 log::error!("event=panic listener={name} peer={peer}");
             }

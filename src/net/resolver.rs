@@ -23,7 +23,6 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, ToSocketAddrs,
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::thread::Builder;
 use std::time::{Duration, Instant};
 
 pub use domain::base::Rtype;
@@ -39,6 +38,7 @@ use crate::mail::address::{Domain, parse_literal};
 use crate::net::cancel::{self, CancelToken};
 use crate::net::connection;
 use crate::sorting::sort_by;
+use crate::threads;
 
 const CONFIGURATION: &str = "/etc/resolv.conf";
 const PORT: u16 = 53;
@@ -474,7 +474,7 @@ fn look_up_by_system(address: &str, deadline: Instant, cancel: &CancelToken) -> 
     // A token, so that poll(2) can wait for it and for `cancel`.
     let done = CancelToken::new()?;
     let (name, ended) = (address.to_owned(), done.clone());
-    Builder::new().name("lookup".to_owned()).spawn(move || {
+    threads::spawn("lookup", move || {
         let _slot = slot;
         let _ = sender.send(name.to_socket_addrs().map(Iterator::collect).map_err(timed_out_if_temporary));
         ended.cancel();

@@ -11,13 +11,14 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
-use std::thread::{Builder, JoinHandle};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags};
 
 use crate::net::cancel::{CancelToken, poll};
 use crate::net::trace::quoted;
+use crate::threads;
 
 const NAME: &str = ".wake";
 
@@ -108,7 +109,7 @@ pub fn receive_wakes(
 ) -> Option<JoinHandle<()>> {
     let cancel = cancel.clone();
     let started = WakeSocket::bind(root, mode)
-        .and_then(|socket| Builder::new().name("wake".to_owned()).spawn(move || socket.receive(&cancel, &*woken)));
+        .and_then(|socket| threads::spawn("wake", move || socket.receive(&cancel, &*woken)));
     let failed = |error: &io::Error| {
         let error = quoted(format!("{}: {error}", root.join(NAME).display()));
         let consequence = "mail that other processes store waits";

@@ -11,7 +11,6 @@ use std::net::IpAddr;
 use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags};
@@ -24,6 +23,7 @@ use crate::maildir::{replace_file, wait_for_state_file, with_path};
 use crate::net::cancel::{CancelToken, poll};
 use crate::net::trace::quoted;
 use crate::plural::counted;
+use crate::threads;
 
 /// How long an attempt waits for the file, and the thread for the lock.
 const FILE_WAIT: Duration = Duration::from_millis(250);
@@ -176,7 +176,7 @@ impl Logins {
         if state.running.is_none() {
             let logins = self.clone();
             // If the system has no thread, attempts use the table in memory.
-            if thread::Builder::new().name("logins".to_owned()).spawn(move || logins.run()).is_ok() {
+            if threads::spawn("logins", move || logins.run()).is_ok() {
                 state.running = Some(Instant::now());
             }
         }
@@ -388,6 +388,7 @@ const CLOSED: PollFlags = PollFlags::empty();
 #[cfg(test)]
 mod tests {
     use std::os::fd::AsFd;
+    use std::thread;
 
     use super::*;
     use crate::maildir::lock_state_file;

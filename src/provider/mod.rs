@@ -37,7 +37,7 @@ use std::io;
 use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::thread::{Builder, JoinHandle};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crate::config::ProviderConfig;
@@ -54,6 +54,7 @@ use crate::report::clock_watch::ClockWatch;
 use crate::sasl::Mechanism;
 use crate::session::server::{ServerSession, SessionLimits};
 use crate::smtp::server::{Server, ServerOptions, ServerRole};
+use crate::threads;
 use delivery::DeliveryThread;
 use logins::Logins;
 use rates::SubmissionRates;
@@ -221,10 +222,10 @@ impl PreparedProvider {
             reason => relay_handle.woken(reason),
         });
         running.threads.extend(receive_wakes(&shared.config.spool, SOCKET_MODE, cancel, woken));
-        running.spawn("delivery", move || delivery.run())?;
-        running.spawn("relay", move || relay.run())?;
+        running.threads.push(threads::spawn("delivery", move || delivery.run())?);
+        running.threads.push(threads::spawn("relay", move || relay.run())?);
         let (watched, cancel) = (reloader.clone(), shared.lasting.cancel.clone());
-        running.spawn("upkeep", move || watched.keep_up(&cancel))?;
+        running.threads.push(threads::spawn("upkeep", move || watched.keep_up(&cancel))?);
         for BoundListener { kind, socket, inherited } in listeners {
             let (name, address) = (kind.name(), socket.local_addr()?);
             listener::log_listening(name, name, address, inherited);
@@ -241,7 +242,8 @@ impl PreparedProvider {
                 let connection = Connection::accepted(accepted.socket().clone(), trace(&reloader.current(), kind));
                 serve(&reloader, kind, connection, Some(accepted.peer), Some(accepted));
             };
-            running.spawn(name, move || acceptor.accept(&socket, Arc::new(service)))?;
+            let accept = move || acceptor.accept(&socket, Arc::new(service));
+            running.threads.push(threads::spawn(name, accept)?);
         }
         Ok(running)
     }
@@ -269,13 +271,13 @@ impl PreparedProvider {
         let timeout = shared.config.timeouts.shutdown;
         let (spool, watch) = (shared.spool.clone(), shared.lasting.watch.clone());
         let logins = shared.lasting.logins.clone();
-        Builder::new().spawn(move || {
+        threads::spawn("shutdown", move || {
             cancel.wait_until(None);
             std::thread::sleep(timeout);
             abort.cancel();
         })?;
         // The worker has the only `TurnSender`: after its end, the delivery thread ends after the last session.
-        let worker = Builder::new().spawn(move || {
+        let worker = threads::spawn("session", move || {
             let SupervisedConnection { input, output, peer } = connection;
             let trace = trace(&shared, listener);
             if listener != Listener::Inbound {
@@ -331,11 +333,6 @@ impl RunningProvider {
     /// The reloader, which reads the configuration anew.
     pub fn reloader(&self) -> &Reloader {
         &self.reloader
-    }
-
-    fn spawn(&mut self, name: &str, work: impl FnOnce() + Send + 'static) -> io::Result<()> {
-        self.threads.push(Builder::new().name(name.to_owned()).spawn(work)?);
-        Ok(())
     }
 }
 

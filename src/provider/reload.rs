@@ -7,7 +7,7 @@
 use std::collections::HashSet;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
-use std::thread::{Builder, JoinHandle};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use super::accept::SpoolDsnSink;
@@ -24,6 +24,7 @@ use crate::net::cancel::CancelToken;
 use crate::net::tls::ServerTls;
 use crate::net::trace::quoted;
 use crate::report::Reporter;
+use crate::threads;
 
 /// Makes the state that depends on the configuration. `earlier`: the relay's context before a reload.
 ///
@@ -155,7 +156,7 @@ impl Reloader {
                     }
                     spool.tidy();
                 };
-                tidying = Builder::new().name("tidy".to_owned()).spawn(tidy).ok();
+                tidying = threads::spawn("tidy", tidy).ok();
             }
             if cancel.wait_until(Some(Instant::now() + UPKEEP_INTERVAL)) {
                 break;
@@ -187,7 +188,7 @@ impl Reloader {
             };
             pass.run(&plan);
         };
-        Builder::new().name("expiry".to_owned()).spawn(pass).ok()
+        threads::spawn("expiry", pass).ok()
     }
 }
 

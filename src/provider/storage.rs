@@ -30,12 +30,12 @@ use std::ops::ControlFlow;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread::Builder;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, select, unbounded};
 
 use crate::net::trace::log_no_thread;
+use crate::threads;
 
 /// Threads for each of the two channels, not counting those whose job is blocked.
 const THREADS_PER_ROLE: usize = 2;
@@ -379,7 +379,7 @@ impl<W: LaneWork> StoragePool<W> {
             threads: self.threads.clone(),
             times: self.times,
         };
-        Builder::new().name("storage".to_owned()).spawn(move || thread.run())?;
+        threads::spawn("storage", move || thread.run())?;
         threads.push(state);
         Ok(())
     }

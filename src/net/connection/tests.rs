@@ -5,6 +5,7 @@ use crate::net::tls::{self, Trust};
 use std::io::Read;
 use std::net::{TcpListener, TcpStream};
 use std::os::unix::net::UnixStream;
+use std::thread;
 use std::time::Duration;
 
 const NAME: &str = "relay.example.net";

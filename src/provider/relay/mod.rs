@@ -51,7 +51,6 @@ mod worker;
 
 use std::path::Path;
 use std::sync::{Arc, Weak};
-use std::thread::Builder;
 use std::time::{Duration, Instant, SystemTime};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
@@ -61,6 +60,7 @@ use crate::maildir::Entry;
 use crate::net::trace::log_no_thread;
 use crate::net::wake::WakeReason;
 use crate::provider::spool::SpoolQueue;
+use crate::threads;
 use attempts::{AttemptPermit, NoAttempt};
 use destinations::{DestinationTable, IsSlow, RESCAN_INTERVAL};
 use hosts::AttemptKind;
@@ -266,7 +266,7 @@ fn spawn_worker(handle: &RelayHandle, waiting: &Receiver<Job>) -> bool {
         drop(permit);
         handle.send(RelayEvent::Done(next));
     };
-    let spawned = Builder::new().name("relay".to_owned()).spawn(move || waiting.iter().for_each(done));
+    let spawned = threads::spawn("relay", move || waiting.iter().for_each(done));
     spawned.inspect_err(log_no_thread).is_ok()
 }
 

@@ -7,7 +7,7 @@
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::thread::{self, Builder};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use super::hosts::{HostPermit, HostTable, RouteError};
@@ -19,6 +19,7 @@ use crate::queue::{QueueLock, QueuedMessage};
 use crate::session::client::{ClientSession, MessageSource, SessionFailure};
 use crate::smtp::client::Client;
 use crate::smtp::status::DeliveryResult;
+use crate::threads;
 
 /// If more messages than this wait for each session, another one is opened.
 const MESSAGES_PER_SESSION: usize = 20;
@@ -140,7 +141,7 @@ impl WorkerContext {
                 let Some(permit) = self.hosts.acquire_additional(shared.host) else { return };
                 shared.sessions.fetch_add(1, Ordering::Relaxed);
                 let session = move || self.send_additional(route, to, shared, permit);
-                if let Err(error) = Builder::new().name("relay".to_owned()).spawn_scoped(scope, session) {
+                if let Err(error) = threads::spawn_scoped(scope, "relay", session) {
                     log_no_thread(&error);
                     shared.session_failed.store(true, Ordering::Relaxed);
                 }
