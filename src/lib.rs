@@ -23,6 +23,7 @@
 
 // The system, time, randomness, the user, the files of an administrator, the log.
 pub mod platform;
+pub mod threads;
 pub mod clock;
 pub mod ids;
 pub mod sandbox;
@@ -33,7 +34,6 @@ pub mod log_limit;
 pub mod plural;
 pub mod nearest;
 pub mod sorting;
-pub mod threads;
 
 // The protocol, pure.
 pub mod sasl;

@@ -25,7 +25,9 @@ use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::OnceLock;
+
+use crate::threads::Guarded;
 
 /// Directories that the C library, the TLS library and the time library read: names, servers, certificates, time zones, and
 /// the modules of the name service switch (nsswitch.conf), which are libraries, with their data.
@@ -67,7 +69,7 @@ const LINKS_LIMIT: usize = 40;
 const OUTSIDE: &str = "it is outside the directories that this process may use since its start: restart it";
 
 /// The directories in which this process has read files of an administrator.
-static NOTED: Mutex<BTreeSet<PathBuf>> = Mutex::new(BTreeSet::new());
+static NOTED: Guarded<BTreeSet<PathBuf>> = Guarded::new(BTreeSet::new());
 
 /// The directories that this process may use; empty: there is no restriction.
 static PERMITTED: OnceLock<Permitted> = OnceLock::new();
@@ -139,7 +141,7 @@ pub fn harden() {
 /// to which symbolic links lead.
 pub fn note_file(path: &Path) {
     if PERMITTED.get().is_none() {
-        add_places(&mut NOTED.lock().unwrap_or_else(PoisonError::into_inner), path);
+        add_places(&mut NOTED.lock(), path);
     }
 }
 
@@ -147,7 +149,7 @@ pub fn note_file(path: &Path) {
 pub fn note_directory(path: &Path) {
     if PERMITTED.get().is_none() {
         let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
-        NOTED.lock().unwrap_or_else(PoisonError::into_inner).insert(path);
+        NOTED.lock().insert(path);
     }
 }
 
@@ -200,7 +202,7 @@ fn add_linked(places: &mut BTreeSet<PathBuf>, directory: &Path, depth: usize) {
 
 impl Permitted {
     fn new(directories: &[MailDirectory]) -> Permitted {
-        let mut readable = NOTED.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let mut readable = NOTED.lock().clone();
         readable.extend(SYSTEM_DIRECTORIES.map(PathBuf::from).into_iter().filter(|path| path.is_dir()));
         SYSTEM_FILES.iter().for_each(|path| add_system_places(&mut readable, Path::new(path)));
         for value in SYSTEM_VARIABLES.iter().filter_map(std::env::var_os) {

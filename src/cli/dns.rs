@@ -18,7 +18,6 @@ use std::io;
 use std::net::IpAddr;
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, PoisonError};
 use std::thread;
 
 use self::finding::{DnsFinding, DnsVerdict, address_line, mx_line, reverse_name, txt_line, zone_line};
@@ -39,7 +38,7 @@ use crate::mail::address::Domain;
 use crate::net::reserved::{is_own, not_public};
 use crate::net::resolver::{Rtype, address_for_name};
 use crate::net::tls::CertificateInfo;
-use crate::threads;
+use crate::threads::{self, Guarded};
 
 /// Domains that are looked up at the same time, and those whose lines are printed together.
 const PARALLEL_LOOKUPS: usize = 8;
@@ -207,14 +206,14 @@ fn check_customer(config: &CustomerConfig, tally: &mut DnsTally) -> Result<(), E
 fn check_domains(plans: &[DomainPlan<'_>], lookups: &DnsLookups, tally: &mut DnsTally) -> Result<(), ExitError> {
     let mut left = plans.len();
     for block in plans.chunks(DOMAIN_BLOCK) {
-        let findings: Mutex<Vec<Vec<DnsFinding>>> = Mutex::new(vec![Vec::new(); block.len()]);
+        let findings: Guarded<Vec<Vec<DnsFinding>>> = Guarded::new(vec![Vec::new(); block.len()]);
         let next = AtomicUsize::new(0);
         let work = || {
             while let (number, false) = (next.fetch_add(1, Ordering::Relaxed), lookups.is_over())
                 && let Some(plan) = block.get(number)
             {
                 let found = judge_domain(plan, lookups);
-                findings.lock().unwrap_or_else(PoisonError::into_inner)[number] = found;
+                findings.lock()[number] = found;
             }
         };
         thread::scope(|scope| {
@@ -224,7 +223,7 @@ fn check_domains(plans: &[DomainPlan<'_>], lookups: &DnsLookups, tally: &mut Dns
             }
             work();
         });
-        let findings = findings.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let findings = findings.into_inner();
         for (plan, found) in block.iter().zip(&findings).filter(|(_, found)| !found.is_empty()) {
             tally.print(plan.domain, found)?;
             left -= 1;

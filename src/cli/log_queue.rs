@@ -7,13 +7,13 @@
 use std::collections::VecDeque;
 use std::io;
 use std::mem;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, PoisonError};
 use std::time::Duration;
 
 use log::Level;
 
 use crate::clock::Timestamp;
-use crate::threads;
+use crate::threads::{self, Guarded};
 
 /// Octets of the lines that wait at most.
 const QUEUE_LIMIT: usize = 1024 * 1024;
@@ -52,10 +52,10 @@ pub(super) trait LogSink: Send {
 /// The lines that wait.
 #[derive(Default)]
 pub(super) struct LogQueue {
-    state: Mutex<QueueState>,
+    state: Guarded<QueueState>,
     changed: Condvar,
     /// Only if the system has no thread for the log: then the thread that logs a line writes it.
-    direct: Option<Mutex<Box<dyn LogSink>>>,
+    direct: Option<Guarded<Box<dyn LogSink>>>,
 }
 
 #[derive(Default)]
@@ -80,21 +80,17 @@ impl LogQueue {
         let thread = threads::spawn("log", move || writer.write_lines(sink.as_mut()));
         match thread {
             Ok(_) => queue,
-            Err(_) => Arc::new(LogQueue { direct: Some(Mutex::new(make_sink())), ..LogQueue::default() }),
+            Err(_) => Arc::new(LogQueue { direct: Some(Guarded::new(make_sink())), ..LogQueue::default() }),
         }
-    }
-
-    fn lock(&self) -> MutexGuard<'_, QueueState> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Adds a line, or counts it as lost.
     pub fn push(&self, line: LogLine) {
         if let Some(sink) = &self.direct {
-            let _ = sink.lock().unwrap_or_else(PoisonError::into_inner).write(&line);
+            let _ = sink.lock().write(&line);
             return;
         }
-        let mut state = self.lock();
+        let mut state = self.state.lock();
         let octets = line.text.len() + LINE_OVERHEAD;
         if state.octets + octets > QUEUE_LIMIT {
             state.lost += 1;
@@ -110,7 +106,7 @@ impl LogQueue {
     /// Lets the thread do something before the next line; nothing happens if there is no thread.
     pub fn do_in_thread(&self, task: Box<dyn FnOnce() + Send>) {
         if self.direct.is_none() {
-            self.lock().task = Some(task);
+            self.state.lock().task = Some(task);
             self.changed.notify_all();
         }
     }
@@ -119,12 +115,12 @@ impl LogQueue {
     fn write_lines(&self, sink: &mut dyn LogSink) {
         // The number in a report that waits.
         let mut reported = 0;
-        let mut state = self.lock();
+        let mut state = self.state.lock();
         loop {
             if let Some(task) = state.task.take() {
                 drop(state);
                 task();
-                state = self.lock();
+                state = self.state.lock();
             }
             let Some(line) = state.lines.front().cloned() else {
                 state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
@@ -132,7 +128,7 @@ impl LogQueue {
             };
             drop(state);
             let result = sink.write(&line);
-            state = self.lock();
+            state = self.state.lock();
             state.is_failing = result.is_err();
             let is_report = line.text.starts_with(LOSS_REPORT);
             match (state.is_failing, is_report) {
@@ -146,7 +142,7 @@ impl LogQueue {
                 reported = mem::take(&mut state.lost);
                 drop(state);
                 log::error!("event=log-lost lines={reported}");
-                state = self.lock();
+                state = self.state.lock();
             }
             // Subtract only now: `wait_until_written` must not end before the report.
             state.octets = state.octets.saturating_sub(line.text.len() + LINE_OVERHEAD);
@@ -159,13 +155,13 @@ impl LogQueue {
 
     /// Waits until all lines are written; returns whether they are.
     pub fn wait_until_written(&self, limit: Duration) -> bool {
-        let waited = self.changed.wait_timeout_while(self.lock(), limit, |state| !state.lines.is_empty());
+        let waited = self.changed.wait_timeout_while(self.state.lock(), limit, |state| !state.lines.is_empty());
         waited.unwrap_or_else(PoisonError::into_inner).0.lines.is_empty()
     }
 
     /// Returns the lines that are not written, also the one that is being written, and how many were lost.
     pub fn unwritten(&self) -> (Vec<Arc<LogLine>>, u64) {
-        let state = self.lock();
+        let state = self.state.lock();
         (state.lines.iter().cloned().collect(), state.lost)
     }
 }

@@ -12,7 +12,7 @@ use std::fs::{self, OpenOptions};
 use std::io::{self, BufRead, BufReader, Read};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::{Instant, SystemTime};
 
 use rustix::fs::OFlags;
@@ -26,6 +26,7 @@ use crate::mail::address::{Domain, Mailbox};
 use crate::net::trace::quoted;
 use crate::recipients::{ConfigError, ListedRecipient, Located, RecipientList, SourceLine};
 use crate::sandbox;
+use crate::threads::Guarded;
 
 /// The most entries of a file.
 const ENTRIES_LIMIT: u64 = 1_000_000;
@@ -153,7 +154,7 @@ pub struct RecipientsFile {
     domains: Vec<Domain>,
     /// The line of the configuration that names the file.
     line: SourceLine,
-    state: Mutex<FileState>,
+    state: Guarded<FileState>,
 }
 
 #[derive(Debug, Default)]
@@ -182,16 +183,12 @@ impl RecipientsFile {
     /// The file of recipients in these domains that this line names.
     fn new(path: PathBuf, domains: &[Domain], line: SourceLine) -> Arc<RecipientsFile> {
         sandbox::note_file(&path);
-        Arc::new(RecipientsFile { path, domains: domains.to_owned(), line, state: Mutex::default() })
-    }
-
-    fn lock(&self) -> MutexGuard<'_, FileState> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        Arc::new(RecipientsFile { path, domains: domains.to_owned(), line, state: Guarded::default() })
     }
 
     /// Returns the list, and whether it is that of the present file.
     fn current(&self, account: &str) -> (Option<Arc<RecipientList>>, bool) {
-        let (mut state, now) = (self.lock(), Instant::now());
+        let (mut state, now) = (self.state.lock(), Instant::now());
         let stamp = self.stamp();
         let is_quiet = stamp.is_some_and(|stamp| stamp.is_quiet(SystemTime::now()));
         if state.list.is_none() && state.read.is_none() {
@@ -219,7 +216,7 @@ impl RecipientsFile {
         drop(state);
         // Reading a long file takes a second, in which other threads use the old list.
         let (read, after) = (read(&self.path, &self.domains), self.stamp());
-        let mut state = self.lock();
+        let mut state = self.state.lock();
         state.is_read = false;
         if after != stamp {
             // The file has changed again, or was just being truncated: the system changes the time after the size.

@@ -8,10 +8,10 @@ use std::collections::HashMap;
 use std::fmt;
 use std::hash::{BuildHasher, RandomState};
 use std::io;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::plural::counted;
 use crate::smtp::reply::{Reply, Severity};
+use crate::threads::Guarded;
 
 /// The most failed recipients that a summary lists. The others are only counted.
 const LISTED_FAILURES: usize = 50;
@@ -25,7 +25,7 @@ pub type Deferred = HashMap<u64, u64>;
 
 /// The counters of one call, shared by all threads that work for it.
 #[derive(Debug, Default)]
-pub struct CallCounters(Mutex<Counts>);
+pub struct CallCounters(Guarded<Counts>);
 
 #[derive(Debug, Default)]
 struct Counts {
@@ -51,29 +51,25 @@ struct Counts {
 }
 
 impl CallCounters {
-    fn lock(&self) -> MutexGuard<'_, Counts> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Adds the number of messages that wait at the provider; 0 if it does not report the number.
     pub fn add_queued(&self, messages: u64) {
-        self.lock().queued += messages;
+        self.0.lock().queued += messages;
     }
 
     /// A message begins. `octets`: its size as MAIL has announced it, or 0.
     pub fn begin_message(&self, octets: u64) {
-        let mut counts = self.lock();
+        let mut counts = self.0.lock();
         (counts.announced, counts.arriving) = (octets, 0);
     }
 
     /// Adds octets of the content of the message that is arriving.
     pub fn add_octets(&self, octets: usize) {
-        self.lock().arriving += octets as u64;
+        self.0.lock().arriving += octets as u64;
     }
 
     /// The message was accepted.
     pub fn message_done(&self) {
-        let mut counts = self.lock();
+        let mut counts = self.0.lock();
         counts.total.messages += 1;
         counts.total.octets += counts.arriving;
         (counts.announced, counts.arriving) = (0, 0);
@@ -81,7 +77,7 @@ impl CallCounters {
 
     /// A recipient was rejected (5yz) or deferred (4yz). `by`: the host that decided, for the summary.
     pub fn not_accepted(&self, recipient: &MessageRecipient<'_>, by: impl fmt::Display, reply: &Reply) {
-        let mut counts = self.lock();
+        let mut counts = self.0.lock();
         // After "too many recipients" (4.5.3) the provider sends the same message again, perhaps several times. Do not
         // count it as another message.
         let is_permanent = reply.severity() == Severity::Permanent;
@@ -110,7 +106,7 @@ impl CallCounters {
 
     /// Adds a recipient to the line of a message that was deferred at MAIL, unless the line is too long already.
     pub fn name_recipient(&self, message: &MessageRecipient<'_>, to: &str) {
-        let mut counts = self.lock();
+        let mut counts = self.0.lock();
         let key = Some(counts.key(message));
         if let Some((_, text)) = counts.failures.iter_mut().rev().find(|(deferred, _)| *deferred == key)
             && text.len() < LISTED_FAILURE_LENGTH
@@ -124,55 +120,55 @@ impl CallCounters {
 
     /// A recipient was accepted; if `recipient` has no address, MAIL was accepted. It is not deferred any more.
     pub fn accepted(&self, recipient: &MessageRecipient<'_>) {
-        self.lock().release(recipient);
+        self.0.lock().release(recipient);
     }
 
     /// A call begins.
     pub fn begin_call(&self) {
-        self.lock().again = None;
+        self.0.lock().again = None;
     }
 
     /// A call begins that follows a call to the same provider at once.
     pub fn begin_next_call(&self) {
-        self.lock().again = Some(Deferred::default());
+        self.0.lock().again = Some(Deferred::default());
     }
 
     /// The recipients that are deferred now, for [`CallCounters::offered_again`].
     pub fn deferred(&self) -> Deferred {
-        self.lock().deferred.clone()
+        self.0.lock().deferred.clone()
     }
 
     /// The provider begins to offer all of its mail again. Forgets the recipients that were deferred, except those
     /// `before`: otherwise they would count twice if they are deferred again, and once if they are accepted now.
     pub fn offered_again(&self, before: &Deferred) {
-        let mut counts = self.lock();
+        let mut counts = self.0.lock();
         counts.deferred.clone_from(before);
         counts.failures.retain(|(key, _)| key.is_none_or(|key| before.contains_key(&key)));
     }
 
     /// An outgoing message was sent to at least one recipient.
     pub fn sent(&self) {
-        self.lock().total.sent += 1;
+        self.0.lock().total.sent += 1;
     }
 
     /// The outgoing queue cannot be locked or read. The first failure is stored.
     pub fn outgoing_failed(&self, error: io::Error) {
-        self.lock().outgoing_failure.get_or_insert(error);
+        self.0.lock().outgoing_failure.get_or_insert(error);
     }
 
     /// Removes and returns the failure of the outgoing queue.
     pub fn take_outgoing_failure(&self) -> Option<io::Error> {
-        self.lock().outgoing_failure.take()
+        self.0.lock().outgoing_failure.take()
     }
 
     /// Sets how many outgoing messages wait for another call.
     pub fn set_waiting(&self, messages: u64) {
-        self.lock().total.waiting = messages;
+        self.0.lock().total.waiting = messages;
     }
 
     /// The result so far. `seconds`: the duration of the call.
     pub fn summary(&self, seconds: f64) -> Summary {
-        let counts = self.lock();
+        let counts = self.0.lock();
         let deferred = counts.deferred.values().sum();
         let failures = counts.failures.iter().map(|(_, failure)| failure.clone()).collect();
         Summary { seconds, deferred, failures, ..counts.total.clone() }
@@ -180,7 +176,7 @@ impl CallCounters {
 
     /// The progress of the call, in one line without a line end.
     pub fn progress(&self) -> String {
-        let Counts { total: Summary { messages, octets, sent, .. }, arriving, announced, queued, .. } = &*self.lock();
+        let Counts { total: Summary { messages, octets, sent, .. }, arriving, announced, queued, .. } = &*self.0.lock();
         let all = counted(*queued.max(messages), "message", "messages");
         let of_all = if *queued > 0 { format!("{messages} of {all}") } else { all };
         let mut line = format!("{of_all}, {}", HumanSize(octets + arriving));

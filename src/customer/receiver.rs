@@ -30,7 +30,7 @@
 use std::collections::HashSet;
 use std::hash::{BuildHasher, BuildHasherDefault, DefaultHasher, Hash, Hasher};
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 use super::counters::{CallCounters, MessageRecipient};
 use super::mailboxes::{Mailboxes, Routing, delivered_here, log_discarded, mailbox_exists, relayed_recipient};
@@ -51,6 +51,7 @@ use crate::smtp::command::{Envelope, MailFrom, Notify, Recipient};
 use crate::smtp::reply::{Reply, Severity};
 use crate::smtp::server::{Incoming, MessageSink, SessionHandler, Unaccepted, check_held_domain};
 use crate::smtp::status::{RecipientStatus, connection_lost};
+use crate::threads::Guarded;
 
 /// The most destinations of one message. One alias may have a hundred.
 const MESSAGE_DESTINATIONS: usize = 400;
@@ -70,10 +71,10 @@ pub struct Receiver {
 struct CallContext {
     retry_queue: Arc<RetryQueue>,
     counters: Arc<CallCounters>,
-    hops: Mutex<NextHops>,
+    hops: Guarded<NextHops>,
     /// The next hop that decided on the negative reply that follows; `None`: the customer itself.
-    decided_by: Mutex<Option<String>>,
-    incoming: Mutex<IncomingMail>,
+    decided_by: Guarded<Option<String>>,
+    incoming: Guarded<IncomingMail>,
     /// Defer what would be rejected.
     soft_bounce: bool,
 }
@@ -92,18 +93,6 @@ impl CallContext {
     fn mailboxes(&self) -> &Mailboxes {
         &self.retry_queue.mailboxes
     }
-
-    fn hops(&self) -> MutexGuard<'_, NextHops> {
-        self.hops.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn incoming(&self) -> MutexGuard<'_, IncomingMail> {
-        self.incoming.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn decided_by(&self) -> MutexGuard<'_, Option<String>> {
-        self.decided_by.lock().unwrap_or_else(PoisonError::into_inner)
-    }
 }
 
 impl Receiver {
@@ -111,14 +100,14 @@ impl Receiver {
     pub fn new(
         retry_queue: Arc<RetryQueue>, counters: Arc<CallCounters>, hops: NextHops, soft_bounce: bool,
     ) -> Receiver {
-        let (hops, decided_by, incoming) = (Mutex::new(hops), Mutex::default(), Mutex::default());
+        let (hops, decided_by, incoming) = (Guarded::new(hops), Guarded::default(), Guarded::default());
         let context = Arc::new(CallContext { retry_queue, counters, hops, decided_by, incoming, soft_bounce });
         Receiver { context, offered: None, accepted: Vec::new(), deferred_at_mail: false }
     }
 
     /// What the provider has offered.
     pub fn into_incoming(self) -> IncomingMail {
-        std::mem::take(&mut self.context.incoming())
+        std::mem::take(&mut self.context.incoming.lock())
     }
 
     /// Checks that all destinations of a recipient accept it. The error is the reply to RCPT.
@@ -133,7 +122,7 @@ impl Receiver {
         }
         let count = deliveries.len();
         let must_accept = mailboxes.rules().is_fallback(&recipient.mailbox);
-        let mut hops = self.context.hops();
+        let mut hops = self.context.hops.lock();
         hops.set_rcpt_deadline();
         let mut rejection = None;
         for delivery in &mut deliveries {
@@ -156,7 +145,7 @@ impl Receiver {
 
     /// Records for the summary that a next hop has decided, and returns its reply.
     fn of_hop(&self, hop: String, reply: Reply) -> Reply {
-        *self.context.decided_by() = Some(hop);
+        *self.context.decided_by.lock() = Some(hop);
         reply
     }
 
@@ -200,7 +189,7 @@ impl MessageIdentity {
 
 impl SessionHandler for Receiver {
     fn sender(&mut self, mail: &MailFrom, _: Option<&str>) -> Result<(), Reply> {
-        self.context.hops().begin();
+        self.context.hops.lock().begin();
         self.accepted.clear();
         self.deferred_at_mail = false;
         let size = mail.size.unwrap_or(0);
@@ -209,7 +198,7 @@ impl SessionHandler for Receiver {
         self.context.mailboxes().check_room(size)?;
         // If this message was deferred at MAIL in an earlier transaction, count its recipients instead from now on.
         self.context.counters.accepted(&MessageIdentity::new(&mail.envelope, size).to(""));
-        self.context.incoming().messages += 1;
+        self.context.incoming.lock().messages += 1;
         Ok(())
     }
 
@@ -248,15 +237,15 @@ impl SessionHandler for Receiver {
     }
 
     fn not_accepted(&mut self, what: Unaccepted<'_>, reply: &Reply) {
-        let (by, identity) = (self.context.decided_by().take(), self.identity().unwrap_or_default());
+        let (by, identity) = (self.context.decided_by.lock().take(), self.identity().unwrap_or_default());
         let by = by.as_deref().unwrap_or("us");
         let count = |identity: &MessageIdentity, to: &str| {
             self.context.counters.not_accepted(&identity.to(to), by, reply);
             if reply.severity() == Severity::Permanent {
-                self.context.incoming().settled.insert(fingerprint(&(&identity.from, identity.size, to)));
+                self.context.incoming.lock().settled.insert(fingerprint(&(&identity.from, identity.size, to)));
             }
         };
-        self.context.incoming().messages += u64::from(matches!(what, Unaccepted::Sender(_)));
+        self.context.incoming.lock().messages += u64::from(matches!(what, Unaccepted::Sender(_)));
         match what {
             // `sender` sets `offered` before it defers a MAIL. If MAIL was rejected earlier, or a soft bounce has
             // turned that into a deferral, only its path is known.
@@ -401,7 +390,7 @@ impl IncomingMessage {
     /// its recipients: count it once.
     fn note_accepted(&self) {
         let fingerprint = fingerprint(&(&self.identity.from, self.size, self.hasher.finish()));
-        let mut incoming = self.context.incoming();
+        let mut incoming = self.context.incoming.lock();
         if !incoming.settled.insert(fingerprint) {
             incoming.messages = incoming.messages.saturating_sub(1);
         }
@@ -417,7 +406,7 @@ impl IncomingMessage {
         let Some((hop, status)) = open.or_else(|| statuses.iter().find(|(_, status)| status.is_rejected())) else {
             return Reply::new(451, "4.3.0", "No destination has accepted the message");
         };
-        *self.context.decided_by() = Some(hop.clone());
+        *self.context.decided_by.lock() = Some(hop.clone());
         let in_doubt = || connection_lost("The next mail server has not replied");
         status.reply().cloned().unwrap_or_else(in_doubt)
     }
@@ -430,7 +419,7 @@ impl IncomingMessage {
         let info = header.client_info(&self.provider);
         let (size, eight_bit) = (self.spooled.wire_size(), self.spooled.eight_bit());
         let utf8_header = eight_bit && header.needs_utf8();
-        let mut hops = context.hops();
+        let mut hops = context.hops.lock();
         hops.set_content_deadline();
         let mut deliveries = Vec::new();
         for (hop, recipients) in std::mem::take(&mut self.routing.hop_recipients) {

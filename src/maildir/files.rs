@@ -7,13 +7,13 @@ use std::io::Write;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt, fchown};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, PoisonError};
 use std::time::SystemTime;
 
 use rustix::fs::{Access, AtFlags, CWD, OFlags};
 use rustix::io::Errno;
 
 use crate::sandbox;
+use crate::threads::Guarded;
 
 /// Puts the path before the text of an error. If this process or the system has no descriptors left, the kind becomes
 /// `OutOfMemory`, because there is no kind for that.
@@ -126,7 +126,7 @@ pub(super) fn make_directory(path: &Path, mode: u32) -> io::Result<()> {
     }
     // The system may give it the inode number of a removed one, whose name was fsynced.
     if let Ok(id) = DirectoryId::of_path(path) {
-        DURABLE.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert_default().remove(&id);
+        DURABLE.lock().get_or_insert_default().remove(&id);
     }
     Ok(())
 }
@@ -147,7 +147,7 @@ impl DirectoryId {
 }
 
 /// The directories whose names this process has fsynced.
-static DURABLE: Mutex<Option<HashSet<DirectoryId>>> = Mutex::new(None);
+static DURABLE: Guarded<Option<HashSet<DirectoryId>>> = Guarded::new(None);
 
 /// The errors of fsync(2) that do not mean a failure of the disk.
 const NOT_SYNCED: [io::ErrorKind; 4] = [
@@ -166,7 +166,7 @@ const DURABLE_LIMIT: usize = 100_000;
 /// fsynced, such as those of autofs and of read-only file systems.
 pub(super) fn sync_names(path: &Path) -> io::Result<()> {
     let known = |id: DirectoryId, add: bool| {
-        let mut durable = DURABLE.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut durable = DURABLE.lock();
         let durable = durable.get_or_insert_default();
         if add && durable.len() >= DURABLE_LIMIT {
             durable.clear();

@@ -28,7 +28,7 @@ use std::hash::{Hash, Hasher};
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use super::files::with_path;
@@ -37,6 +37,7 @@ use super::state_file::{open_state_file, wait_for_state_file};
 use super::{CLOCK_STEP, Maildir};
 use crate::clock::uptime;
 use crate::platform::boot_id;
+use crate::threads::Guarded;
 
 /// How long a bound is valid. Other agents add files without changing it.
 const BOUND_LIFETIME: Duration = Duration::from_secs(10 * 60);
@@ -69,7 +70,7 @@ pub struct UsageLimit {
     /// `u64::MAX`: no limit.
     limit: Usage,
     /// The threads of this process wait here for their turn; one of them waits for other processes.
-    turn: Mutex<LockTurn>,
+    turn: Guarded<LockTurn>,
     turn_ended: Condvar,
 }
 
@@ -122,7 +123,7 @@ impl UsageLimit {
             name: name.to_owned(),
             maildirs,
             limit,
-            turn: Mutex::default(),
+            turn: Guarded::default(),
             turn_ended: Condvar::new(),
         }
     }
@@ -167,16 +168,12 @@ impl UsageLimit {
         format!("{USAGE_FILE}{}", self.name)
     }
 
-    fn turn(&self) -> MutexGuard<'_, LockTurn> {
-        self.turn.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Locks the file. The error is `TimedOut` if another thread or process has the lock for longer than `patience`.
     fn lock(&self, patience: Duration) -> io::Result<LockedUsage<'_>> {
         let name = self.file_name();
-        let patience = if self.turn().in_vain { Duration::ZERO } else { patience };
+        let patience = if self.turn.lock().in_vain { Duration::ZERO } else { patience };
         let late = Instant::now() + patience;
-        let waited = self.turn_ended.wait_timeout_while(self.turn(), patience, |turn| turn.taken);
+        let waited = self.turn_ended.wait_timeout_while(self.turn.lock(), patience, |turn| turn.taken);
         let (mut turn, _) = waited.unwrap_or_else(PoisonError::into_inner);
         if turn.taken {
             turn.in_vain |= patience > RECOUNT_TIMEOUT;
@@ -187,9 +184,9 @@ impl UsageLimit {
         let taken = TakenTurn(self);
         let file = wait_for_state_file(&self.root, &name, late);
         match &file {
-            Ok(_) => self.turn().in_vain = false,
+            Ok(_) => self.turn.lock().in_vain = false,
             Err(error) if error.kind() != io::ErrorKind::TimedOut => {}
-            Err(_) => self.turn().in_vain |= patience > RECOUNT_TIMEOUT,
+            Err(_) => self.turn.lock().in_vain |= patience > RECOUNT_TIMEOUT,
         }
         let file = file?;
         Ok(LockedUsage { limit: self, bound: Bound::read(&file), file, _turn: taken })
@@ -253,7 +250,7 @@ struct TakenTurn<'a>(&'a UsageLimit);
 
 impl Drop for TakenTurn<'_> {
     fn drop(&mut self) {
-        self.0.turn().taken = false;
+        self.0.turn.lock().taken = false;
         self.0.turn_ended.notify_one();
     }
 }

@@ -29,7 +29,7 @@ use std::io::{self, Write};
 use std::mem::{self, MaybeUninit};
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags};
@@ -42,7 +42,7 @@ use crate::net::tls::{CertificateInfo, ClientTls, ServerTls, TlsInfo, TlsSession
 use crate::net::trace::Trace;
 use crate::platform;
 use crate::sasl::TlsChannel;
-use crate::threads;
+use crate::threads::{self, Guarded};
 
 /// Octets read from the system in one `fill`.
 const READ_SIZE: usize = 64 * 1024;
@@ -752,18 +752,18 @@ fn line_end(octets: &[u8], ends: LineEnd) -> Option<usize> {
 /// thread, or in each connection, it would stay in memory as long as the connection.
 struct ReadSpace(Box<[MaybeUninit<u8>]>);
 
-static SPARE_SPACES: Mutex<Vec<Box<[MaybeUninit<u8>]>>> = Mutex::new(Vec::new());
+static SPARE_SPACES: Guarded<Vec<Box<[MaybeUninit<u8>]>>> = Guarded::new(Vec::new());
 
 impl ReadSpace {
     fn take() -> ReadSpace {
-        let spare = SPARE_SPACES.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        let spare = SPARE_SPACES.lock().pop();
         ReadSpace(spare.unwrap_or_else(|| Box::new_uninit_slice(READ_SIZE)))
     }
 }
 
 impl Drop for ReadSpace {
     fn drop(&mut self) {
-        let mut spares = SPARE_SPACES.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut spares = SPARE_SPACES.lock();
         if spares.len() < SPARE_SPACE_LIMIT {
             spares.push(mem::take(&mut self.0));
         }

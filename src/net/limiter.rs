@@ -25,12 +25,13 @@
 use std::net::{IpAddr, Ipv6Addr};
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU8, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar};
 use std::time::{Duration, Instant};
 
 use rustix::net::{Shutdown, shutdown};
 
 use crate::log_limit::{LoggedWarnings, may_log};
+use crate::threads::Guarded;
 
 /// The patience when no place is free: the network of an honest client needs no longer for a command.
 const LEAST_PATIENCE: Duration = Duration::from_secs(5);
@@ -84,23 +85,23 @@ pub enum NotAdmitted {
 pub struct ConnectionLimiter(Arc<LimiterState>);
 
 struct LimiterState {
-    connections: Mutex<Vec<Arc<AcceptedConnection>>>,
+    connections: Guarded<Vec<Arc<AcceptedConnection>>>,
     released: Condvar,
-    limits: Mutex<ConnectionLimits>,
+    limits: Guarded<ConnectionLimits>,
     /// By listener and client: the connections that were not admitted.
-    logged: Mutex<LoggedWarnings<(&'static str, IpAddr)>>,
+    logged: Guarded<LoggedWarnings<(&'static str, IpAddr)>>,
 }
 
 impl ConnectionLimiter {
     /// A limiter without connections.
     pub fn new(limits: ConnectionLimits) -> ConnectionLimiter {
-        let (connections, limits, logged) = (Mutex::default(), Mutex::new(limits), Mutex::default());
+        let (connections, limits, logged) = (Guarded::default(), Guarded::new(limits), Guarded::default());
         ConnectionLimiter(Arc::new(LimiterState { connections, released: Condvar::new(), limits, logged }))
     }
 
     /// Changes the limits. They apply from the next connection on; the present ones stay.
     pub fn set_limits(&self, limits: ConnectionLimits) {
-        *self.0.limits.lock().unwrap_or_else(PoisonError::into_inner) = limits;
+        *self.0.limits.lock() = limits;
     }
 
     /// Counts one more connection, and makes room for it. `known`: whether an account has authenticated from the network of
@@ -112,9 +113,9 @@ impl ConnectionLimiter {
     pub(super) fn admit(
         &self, listener: &'static str, socket: &Arc<OwnedFd>, peer: IpAddr, known: Option<bool>, now: Instant,
     ) -> Result<ConnectionPermit, NotAdmitted> {
-        let limits = *self.0.limits.lock().unwrap_or_else(PoisonError::into_inner);
+        let limits = *self.0.limits.lock();
         let network = client_network(peer);
-        let mut connections = self.lock();
+        let mut connections = self.0.connections.lock();
         let here: Vec<&AcceptedConnection> =
             connections.iter().map(|other| &**other).filter(|o| o.listener == listener).collect();
         let of_client = here.iter().filter(|other| client_network(other.peer) == network && !other.is_displaced());
@@ -140,7 +141,7 @@ impl ConnectionLimiter {
 
     /// Whether to log that a connection was not admitted, and how many of that client were not logged: see [`may_log`].
     pub(super) fn may_log(&self, listener: &'static str, peer: IpAddr, now: Instant) -> Option<usize> {
-        let mut logged = self.0.logged.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut logged = self.0.logged.lock();
         may_log(&mut logged, &[(listener, client_network(peer))], LOGGED_LIMIT, now)
     }
 
@@ -148,8 +149,8 @@ impl ConnectionLimiter {
     /// all listeners that a full listener would have no patience with; if all of these are from known networks, only the
     /// oldest. Newer connections stay, because the shortage may end soon.
     pub(super) fn relieve(&self, now: Instant) {
-        let limits = *self.0.limits.lock().unwrap_or_else(PoisonError::into_inner);
-        let connections = self.lock();
+        let limits = *self.0.limits.lock();
+        let connections = self.0.connections.lock();
         let all: Vec<&AcceptedConnection> = connections.iter().map(|other| &**other).collect();
         cut_ending(&all, &limits, now);
         let is_silent = |other: &&&AcceptedConnection| {
@@ -165,11 +166,8 @@ impl ConnectionLimiter {
     /// Waits until there is no connection, or until the deadline.
     pub fn wait_until_idle(&self, deadline: Instant) {
         let left = deadline.saturating_duration_since(Instant::now());
-        let _ = self.0.released.wait_timeout_while(self.lock(), left, |connections| !connections.is_empty());
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Vec<Arc<AcceptedConnection>>> {
-        self.0.connections.lock().unwrap_or_else(PoisonError::into_inner)
+        let _ =
+            self.0.released.wait_timeout_while(self.0.connections.lock(), left, |connections| !connections.is_empty());
     }
 }
 
@@ -340,7 +338,7 @@ impl ConnectionPermit {
 
 impl Drop for ConnectionPermit {
     fn drop(&mut self) {
-        let mut connections = self.limiter.lock();
+        let mut connections = self.limiter.0.connections.lock();
         if let Some(at) = connections.iter().position(|other| Arc::ptr_eq(other, &self.accepted)) {
             connections.swap_remove(at);
         }

@@ -8,11 +8,11 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixDatagram;
-use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use crate::clock::monotonic_microseconds;
 use crate::net::trace::quoted;
+use crate::threads::Guarded;
 
 /// How long a report waits for the supervisor to read earlier ones.
 const SEND_TIMEOUT: Duration = Duration::from_secs(5);
@@ -23,19 +23,19 @@ pub struct Readiness {
     /// The address of the socket: a path, or `@` and an abstract name (unix(7)).
     socket: Option<String>,
     /// The descriptor of `--ready-fd`; closed after the newline.
-    pipe: Mutex<Option<File>>,
+    pipe: Guarded<Option<File>>,
 }
 
 impl Readiness {
     /// Reads `NOTIFY_SOCKET`. `pipe`: the descriptor that gets a newline.
     pub fn new(pipe: Option<OwnedFd>) -> Readiness {
         let socket = env::var("NOTIFY_SOCKET").ok().filter(|address| !address.is_empty());
-        Readiness { socket, pipe: Mutex::new(pipe.map(File::from)) }
+        Readiness { socket, pipe: Guarded::new(pipe.map(File::from)) }
     }
 
     /// Reports that the listeners accept connections, after the start or a reload.
     pub fn ready(&self) {
-        let pipe = self.pipe.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let pipe = self.pipe.lock().take();
         if let Some(mut pipe) = pipe
             && let Err(error) = pipe.write_all(b"\n")
         {

@@ -9,7 +9,6 @@
 
 use std::collections::{HashMap, HashSet};
 use std::io;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::spool::{Spool, SpoolQueue};
@@ -22,6 +21,7 @@ use crate::queue::{AgedMessages, LockError, QueueLock, QueueName};
 use crate::report::Reporter;
 use crate::report::calls::CallRecord;
 use crate::report::held::{HeldExpiry, HeldOutcome};
+use crate::threads::Guarded;
 
 /// Messages of a domain that one pass handles before it goes on to the next domain.
 const MESSAGES_IN_PASS: usize = if cfg!(test) { 100 } else { 2000 };
@@ -47,7 +47,7 @@ const LOCK_INTERVAL: Duration = Duration::from_millis(50);
 
 /// When each domain is due. The passes of one process share the plan.
 #[derive(Default)]
-pub struct ExpiryPlan(Mutex<HashMap<Domain, DomainPlan>>);
+pub struct ExpiryPlan(Guarded<HashMap<Domain, DomainPlan>>);
 
 struct DomainPlan {
     /// The times in the configuration for which the plan was made.
@@ -109,14 +109,10 @@ impl LeftFor {
 }
 
 impl ExpiryPlan {
-    fn lock(&self) -> MutexGuard<'_, HashMap<Domain, DomainPlan>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// The domains that are due now, each with its account. Domains of a customer whose file is skipped are left out: its
     /// `expire-after` is unknown.
     fn due<'a>(&self, accounts: &'a Accounts, now: Timestamp) -> Vec<(&'a Account, &'a Domain)> {
-        let (mut plans, instant) = (self.lock(), Instant::now());
+        let (mut plans, instant) = (self.0.lock(), Instant::now());
         plans.retain(|domain, plan| plan.under_way.is_some() || accounts.owner(domain).is_some());
         let is_due = |account: &Account, domain: &Domain| {
             plans.get(domain).is_none_or(|plan| {
@@ -132,7 +128,7 @@ impl ExpiryPlan {
 
     /// Begins a domain. `None`: another pass is in it.
     fn begin<'a>(&'a self, account: &Account, domain: &'a Domain, now: Timestamp) -> Option<DomainUnderWay<'a>> {
-        let (mut plans, instant) = (self.lock(), Instant::now());
+        let (mut plans, instant) = (self.0.lock(), Instant::now());
         let under_way = Some(instant);
         let look = instant + LOOK_INTERVAL;
         let before = plans.get(domain);
@@ -148,7 +144,7 @@ impl ExpiryPlan {
     /// The number of domains in which a pass makes no progress.
     pub fn stuck(&self) -> usize {
         let is_stuck = |plan: &&DomainPlan| plan.under_way.is_some_and(|since| since.elapsed() >= STUCK_AFTER);
-        self.lock().values().filter(is_stuck).count()
+        self.0.lock().values().filter(is_stuck).count()
     }
 }
 
@@ -164,14 +160,14 @@ struct DomainUnderWay<'a> {
 
 impl DomainUnderWay<'_> {
     fn with_plan(&self, change: impl FnOnce(&mut DomainPlan)) {
-        if let Some(plan) = self.plan.lock().get_mut(self.domain) {
+        if let Some(plan) = self.plan.0.lock().get_mut(self.domain) {
             change(plan);
         }
     }
 
     /// The last message that the last pass has handled, and when a message before that is due.
     fn rest(&self) -> (Option<Entry>, Option<Timestamp>) {
-        let plans = self.plan.lock();
+        let plans = self.plan.0.lock();
         let rest = plans.get(self.domain).and_then(|plan| plan.rest.clone());
         rest.map_or((None, None), |(last, due)| (Some(last), due))
     }

@@ -10,7 +10,7 @@ use std::io::{self, Read};
 use std::net::IpAddr;
 use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags};
@@ -23,7 +23,7 @@ use crate::maildir::{replace_file, wait_for_state_file, with_path};
 use crate::net::cancel::{CancelToken, poll};
 use crate::net::trace::quoted;
 use crate::plural::counted;
-use crate::threads;
+use crate::threads::{self, Guarded};
 
 /// How long an attempt waits for the file, and the thread for the lock.
 const FILE_WAIT: Duration = Duration::from_millis(250);
@@ -54,7 +54,7 @@ enum Change {
 pub struct Logins {
     root: PathBuf,
     clock: Clock,
-    state: Mutex<LoginState>,
+    state: Guarded<LoginState>,
     synchronised: Condvar,
 }
 
@@ -120,13 +120,13 @@ impl Logins {
 
     /// Whether an account has authenticated from the network of this address. Does not wait for the file.
     pub fn knows(&self, address: IpAddr) -> bool {
-        self.lock().table.knows(ClientNetwork::of(Some(address)))
+        self.state.lock().table.knows(ClientNetwork::of(Some(address)))
     }
 
     /// Reads the file, and writes the changes that it does not have. Returns when that is done, but after 250 ms at the
     /// latest.
     pub fn synchronise(self: &Arc<Self>) {
-        let asked = self.ask(&mut self.lock());
+        let asked = self.ask(&mut self.state.lock());
         drop(self.wait(asked, FILE_WAIT));
     }
 
@@ -152,7 +152,7 @@ impl Logins {
                 let now = self.now();
                 !state.table.open(attempt, now) && state.table.is_crowded(attempt, now)
             };
-            let waiting = self.synchronised.wait_timeout_while(self.lock(), LOOK_INTERVAL, is_crowded);
+            let waiting = self.synchronised.wait_timeout_while(self.state.lock(), LOOK_INTERVAL, is_crowded);
             if !waiting.unwrap_or_else(PoisonError::into_inner).1.timed_out() {
                 return;
             }
@@ -160,7 +160,7 @@ impl Logins {
     }
 
     fn change(self: &Arc<Self>, change: Change) -> u64 {
-        let (now, mut state) = (self.now(), self.lock());
+        let (now, mut state) = (self.now(), self.state.lock());
         state.apply(now, &change);
         self.synchronised.notify_all();
         state.changes.push((now, change));
@@ -184,7 +184,7 @@ impl Logins {
     }
 
     fn wait(&self, asked: u64, limit: Duration) -> MutexGuard<'_, LoginState> {
-        let state = self.lock();
+        let state = self.state.lock();
         // If the disk hangs, only the first attempt waits for it.
         let left = state.running.map_or(Duration::ZERO, |since| limit.saturating_sub(since.elapsed()));
         let waiting = self.synchronised.wait_timeout_while(state, left, |state| state.done < asked);
@@ -195,10 +195,6 @@ impl Logins {
         state
     }
 
-    fn lock(&self) -> MutexGuard<'_, LoginState> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     fn now(&self) -> i64 {
         self.clock.now().seconds()
     }
@@ -207,7 +203,7 @@ impl Logins {
     fn run(&self) {
         loop {
             let (asked, has_changes) = {
-                let mut state = self.lock();
+                let mut state = self.state.lock();
                 if state.done >= state.asked {
                     state.running = None;
                     return;
@@ -216,7 +212,7 @@ impl Logins {
                 (state.asked, !state.changes.is_empty())
             };
             let result = self.exchange(has_changes);
-            let mut state = self.lock();
+            let mut state = self.state.lock();
             state.done = asked;
             self.synchronised.notify_all();
             if let Err(error) = result {
@@ -233,14 +229,14 @@ impl Logins {
         let Some(_lock) = lock.transpose()? else { return Ok(()) };
         let path = self.path();
         let (text, written) = {
-            let state = self.lock();
+            let state = self.state.lock();
             (Some(state.table.text()).filter(|text| *text != state.text), state.changes.len())
         };
         if let Some(text) = &text {
             replace_file(&path, text)?;
         }
         let stamp = path.metadata().ok().map(|found| FileStamp::of(&found));
-        let mut state = self.lock();
+        let mut state = self.state.lock();
         // While the file was written, changes may have been added, and the oldest dropped because there were too many.
         let written = written.min(state.changes.len());
         state.changes.drain(..written);
@@ -262,13 +258,13 @@ impl Logins {
             };
             let stamp = Some(FileStamp::of(&file.metadata()?));
             let mut text = Vec::new();
-            if self.lock().stamp != stamp {
+            if self.state.lock().stamp != stamp {
                 file.take(TABLE_SIZE_LIMIT).read_to_end(&mut text)?;
             }
             Ok((text, stamp))
         };
         let (text, stamp) = read().map_err(|error| with_path(&path, error))?;
-        let (now, mut state) = (self.now(), self.lock());
+        let (now, mut state) = (self.now(), self.state.lock());
         let wrong = if state.stamp == stamp { 0 } else { state.read(text, stamp, now) };
         match wrong {
             0 => Ok(()),
@@ -330,7 +326,7 @@ impl LoginAttempt {
             Admission::Rejected => None,
         };
         let subjects = attempt.attempt.subjects();
-        let others = may_log(&mut logins.lock().delays_logged, &subjects, LOGGED_LIMIT, Instant::now());
+        let others = may_log(&mut logins.state.lock().delays_logged, &subjects, LOGGED_LIMIT, Instant::now());
         if let Some(others) = others {
             log(seconds, others);
         }
@@ -342,7 +338,7 @@ impl LoginAttempt {
     fn wait_until(&self, deadline: Instant, input: BorrowedFd<'_>, cancel: &CancelToken) -> Result<(), Undecided> {
         loop {
             let now = Instant::now();
-            if self.logins.lock().table.is_displaced(&self.attempt.id) {
+            if self.logins.state.lock().table.is_displaced(&self.attempt.id) {
                 return Err(Undecided::TooMany);
             }
             if now >= deadline {
@@ -358,7 +354,7 @@ impl LoginAttempt {
                 return Err(Undecided::ClientGone);
             }
             // Read the file before the next check: another process may have displaced this attempt.
-            self.logins.ask(&mut self.logins.lock());
+            self.logins.ask(&mut self.logins.state.lock());
         }
     }
 
@@ -421,7 +417,7 @@ mod tests {
                 .end(AttemptEnd::Succeeded);
         };
         thread::scope(|scope| (0..60).for_each(|account| drop(scope.spawn(move || log_in(account)))));
-        assert!(!logins.lock().table.text().contains("failed"));
+        assert!(!logins.state.lock().table.text().contains("failed"));
     }
 
     fn is_quick(work: impl FnOnce()) -> bool {

@@ -7,7 +7,7 @@
 use std::collections::HashMap;
 use std::io;
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Instant;
 
 use crate::config::{Account, Accounts, OverQuota};
@@ -18,12 +18,13 @@ use crate::net::trace::quoted;
 use crate::platform::boot_id;
 use crate::session::storage_failure_reply;
 use crate::smtp::reply::Reply;
+use crate::threads::Guarded;
 
 /// The quotas of all accounts that have one.
 pub struct Quotas {
     limits: HashMap<String, Arc<UsageLimit>>,
     /// By account, and which of its limits is exceeded.
-    logged: Mutex<LoggedWarnings<(String, &'static str)>>,
+    logged: Guarded<LoggedWarnings<(String, &'static str)>>,
 }
 
 impl Quotas {
@@ -43,7 +44,7 @@ impl Quotas {
             let maildirs = account.domains.iter().map(&directory).collect();
             Some((account.name.clone(), Arc::new(UsageLimit::new(root, &account.name, maildirs, limit))))
         });
-        Quotas { limits: limited.collect(), logged: Mutex::default() }
+        Quotas { limits: limited.collect(), logged: Guarded::default() }
     }
 
     /// The quota of an account; `None`: it has none.
@@ -82,7 +83,7 @@ impl Quotas {
 
     fn log(&self, exceeded: &LimitExceeded) {
         let LimitExceeded { name, unit, .. } = exceeded;
-        let mut logged = self.logged.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut logged = self.logged.lock();
         if let Some(others) = may_log(&mut logged, &[(name.clone(), *unit)], usize::MAX, Instant::now()) {
             log::warn!("event=over-quota account={name} reason={unit} times={}", others + 1);
         }

@@ -22,7 +22,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::clock::Clock;
@@ -30,6 +30,7 @@ use crate::log_limit::{LoggedWarnings, may_log};
 use crate::maildir::{wait_for_state_file, with_path};
 use crate::net::trace::quoted;
 use crate::smtp::reply::Reply;
+use crate::threads::Guarded;
 
 /// The prefix of the files in `SPOOL/.odmr`.
 pub const RATE_FILE: &str = "rate-";
@@ -48,9 +49,9 @@ pub struct SubmissionRates {
     root: PathBuf,
     clock: Clock,
     /// Not locked while a file is used: a disk that hangs must not delay other accounts.
-    known: Mutex<HashMap<String, KnownHour>>,
+    known: Guarded<HashMap<String, KnownHour>>,
     /// Failures of all files.
-    logged: Mutex<LoggedWarnings<()>>,
+    logged: Guarded<LoggedWarnings<()>>,
 }
 
 /// The hour of an account as this process has seen it last.
@@ -102,7 +103,7 @@ impl Hour {
 impl SubmissionRates {
     /// Reads no file yet. `root`: the spool.
     pub fn new(root: &Path, clock: Clock) -> SubmissionRates {
-        SubmissionRates { root: root.to_owned(), clock, known: Mutex::default(), logged: Mutex::default() }
+        SubmissionRates { root: root.to_owned(), clock, known: Guarded::default(), logged: Guarded::default() }
     }
 
     /// Checks that the account may submit a message now. `limit`: messages in an hour, 0: no limit.
@@ -173,14 +174,14 @@ impl SubmissionRates {
 
     /// Calls `call` with the last known hour of an account; at first, an hour that is over.
     fn known_hour(&self, account: &str, call: &mut dyn FnMut(&mut KnownHour) -> bool) -> bool {
-        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut known = self.known.lock();
         let nothing = KnownHour { hour: Hour { begun: i64::MIN, messages: 0 }, is_alone: false };
         call(known.entry(account.to_owned()).or_insert(nothing))
     }
 
     /// Logs that the file of an account cannot be used, at most once a minute.
     fn log(&self, account: &str, error: &io::Error) {
-        let mut logged = self.logged.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut logged = self.logged.lock();
         if may_log(&mut logged, &[()], usize::MAX, Instant::now()).is_some() {
             let consequence = "messages of other processes do not count";
             log::error!(

@@ -6,7 +6,7 @@
 
 use std::collections::HashSet;
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, PoisonError, RwLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -24,7 +24,7 @@ use crate::net::cancel::CancelToken;
 use crate::net::tls::ServerTls;
 use crate::net::trace::quoted;
 use crate::report::Reporter;
-use crate::threads;
+use crate::threads::{self, Guarded};
 
 /// Makes the state that depends on the configuration. `earlier`: the relay's context before a reload.
 ///
@@ -61,14 +61,14 @@ struct ReloaderState {
     /// The settings that only a restart changes.
     fixed: Fixed,
     /// Locked during a reload: the certificate may change while the configuration is read.
-    one_at_a_time: Mutex<()>,
+    one_at_a_time: Guarded<()>,
 }
 
 impl Reloader {
     /// `shared`: the state at the start.
     pub fn new(shared: Arc<Shared>) -> Reloader {
         let fixed = Fixed::of(&shared.config);
-        Reloader(Arc::new(ReloaderState { current: RwLock::new(shared), fixed, one_at_a_time: Mutex::default() }))
+        Reloader(Arc::new(ReloaderState { current: RwLock::new(shared), fixed, one_at_a_time: Guarded::default() }))
     }
 
     /// The state that a new connection, or a new transaction, begins with.
@@ -84,7 +84,7 @@ impl Reloader {
     /// after the message under way. If a customer's file has a mistake, its account is not changed; if any other file
     /// has one, nothing is changed. The result is logged.
     pub fn reload(&self, file: &Path) {
-        let _one = self.0.one_at_a_time.lock().unwrap_or_else(PoisonError::into_inner);
+        let _one = self.0.one_at_a_time.lock();
         let old = self.current();
         let _reloading = old.spool.begin_reload();
         let accounts = &old.config.accounts;
@@ -113,7 +113,7 @@ impl Reloader {
     /// Reads the certificate and its key anew. If they cannot be used, the old ones stay in use, and the error is
     /// logged.
     fn reload_certificate(&self) {
-        let _one = self.0.one_at_a_time.lock().unwrap_or_else(PoisonError::into_inner);
+        let _one = self.0.one_at_a_time.lock();
         let old = self.current();
         let Some(files) = &old.config.tls else { return };
         match files.load() {

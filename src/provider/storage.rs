@@ -29,13 +29,13 @@ use std::io;
 use std::ops::ControlFlow;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, MutexGuard};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, select, unbounded};
 
 use crate::net::trace::log_no_thread;
-use crate::threads;
+use crate::threads::{self, Guarded};
 
 /// Threads for each of the two channels, not counting those whose job is blocked.
 const THREADS_PER_ROLE: usize = 2;
@@ -104,7 +104,7 @@ type LaneChannel<W> = (Sender<Arc<Lane<W>>>, Receiver<Arc<Lane<W>>>);
 
 struct Lane<W: LaneWork> {
     number: usize,
-    state: Mutex<LaneState<W>>,
+    state: Guarded<LaneState<W>>,
     quick: Sender<Arc<Lane<W>>>,
     slow: Sender<Arc<Lane<W>>>,
     reports: Reports<W>,
@@ -148,10 +148,6 @@ impl<W: LaneWork> LaneState<W> {
 }
 
 impl<W: LaneWork> Lane<W> {
-    fn lock(&self) -> MutexGuard<'_, LaneState<W>> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     fn schedule(self: &Arc<Self>, mut state: MutexGuard<'_, LaneState<W>>) {
         if !std::mem::replace(&mut state.scheduled, true) {
             self.send_to_channel(&state);
@@ -166,9 +162,9 @@ impl<W: LaneWork> Lane<W> {
 
     /// Does some of the jobs, none after a slow one. A thread for quick lanes does no slow job.
     fn work(self: &Arc<Self>, thread: &ThreadState) {
-        let Some(mut work) = self.lock().work.take() else { return };
+        let Some(mut work) = self.state.lock().work.take() else { return };
         for _ in 0..JOBS_PER_TURN {
-            let mut state = self.lock();
+            let mut state = self.state.lock();
             if thread.role == ThreadRole::Quick && state.is_slow() {
                 break;
             }
@@ -188,13 +184,13 @@ impl<W: LaneWork> Lane<W> {
             }
             let surprise = begun.elapsed() > SLOW_JOB && !slow;
             if surprise {
-                self.lock().slow_until = Instant::now() + SLOW_TIME;
+                self.state.lock().slow_until = Instant::now() + SLOW_TIME;
             }
             if surprise || slow {
                 break;
             }
         }
-        let mut state = self.lock();
+        let mut state = self.state.lock();
         match state.closed && state.jobs.is_empty() {
             true => {
                 drop(state);
@@ -210,7 +206,7 @@ impl<W: LaneWork> Lane<W> {
     fn end(&self, work: W, panicked: bool) {
         // Drop it here, not in the delivery thread: it closes files, which may wait for the disk.
         let dropped = catch_unwind(AssertUnwindSafe(|| drop(work)));
-        self.lock().jobs.clear();
+        self.state.lock().jobs.clear();
         self.reports.send(self.number, LaneReport::Ended { panicked: panicked || dropped.is_err() });
     }
 }
@@ -221,7 +217,7 @@ pub struct LaneHandle<W: LaneWork>(Arc<Lane<W>>);
 impl<W: LaneWork> LaneHandle<W> {
     /// Submits a job. The caller bounds how many there are. After the end of the lane, the job is dropped.
     pub fn submit(&self, job: W::Job) {
-        let mut state = self.0.lock();
+        let mut state = self.0.state.lock();
         state.jobs.push_back(job);
         self.0.schedule(state);
     }
@@ -229,7 +225,7 @@ impl<W: LaneWork> LaneHandle<W> {
 
 impl<W: LaneWork> Drop for LaneHandle<W> {
     fn drop(&mut self) {
-        let mut state = self.0.lock();
+        let mut state = self.0.state.lock();
         state.closed = true;
         self.0.schedule(state);
     }
@@ -248,25 +244,21 @@ enum ThreadRole {
 struct ThreadState {
     role: ThreadRole,
     /// When its job has begun; `None`: it is idle.
-    since: Mutex<Option<Instant>>,
+    since: Guarded<Option<Instant>>,
 }
 
 impl ThreadState {
-    fn lock(&self) -> MutexGuard<'_, Option<Instant>> {
-        self.since.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     fn begin_job(&self) -> Instant {
-        *self.lock().insert(Instant::now())
+        *self.since.lock().insert(Instant::now())
     }
 
     fn is_idle(&self) -> bool {
-        self.lock().is_none()
+        self.since.lock().is_none()
     }
 
     /// When its job will have run for this time; `None`: it is idle.
     fn overdue(&self, time: Duration) -> Option<Instant> {
-        self.lock().map(|since| since + time)
+        self.since.lock().map(|since| since + time)
     }
 
     /// Whether it is idle, or its job has run for less than this time.
@@ -275,7 +267,7 @@ impl ThreadState {
     }
 }
 
-type Threads = Arc<Mutex<Vec<Arc<ThreadState>>>>;
+type Threads = Arc<Guarded<Vec<Arc<ThreadState>>>>;
 
 /// The storage threads.
 pub struct StoragePool<W: LaneWork> {
@@ -316,7 +308,7 @@ impl<W: LaneWork> StoragePool<W> {
         };
         LaneHandle(Arc::new(Lane {
             number,
-            state: Mutex::new(state),
+            state: Guarded::new(state),
             quick: self.quick.0.clone(),
             slow: self.slow.0.clone(),
             reports: self.reports.clone(),
@@ -331,7 +323,7 @@ impl<W: LaneWork> StoragePool<W> {
     /// Starts the threads that are missing. Call it after jobs were submitted, and again at the time that it returns, if any.
     /// The caller must never be blocked by a disk itself.
     pub fn tend(&self, now: Instant) -> Option<Instant> {
-        let mut threads = lock(&self.threads);
+        let mut threads = self.threads.lock();
         let blocked = threads.iter().filter(|thread| !thread.works(now, self.times.blocked)).count();
         let before = self.blocked.swap(blocked, Ordering::Relaxed);
         if blocked != before {
@@ -371,7 +363,7 @@ impl<W: LaneWork> StoragePool<W> {
     }
 
     fn start_thread(&self, role: ThreadRole, threads: &mut Vec<Arc<ThreadState>>) -> io::Result<()> {
-        let state = Arc::new(ThreadState { role, since: Mutex::default() });
+        let state = Arc::new(ThreadState { role, since: Guarded::default() });
         let thread = StorageThread {
             state: state.clone(),
             quick: self.quick.1.clone(),
@@ -383,10 +375,6 @@ impl<W: LaneWork> StoragePool<W> {
         threads.push(state);
         Ok(())
     }
-}
-
-fn lock(threads: &Threads) -> MutexGuard<'_, Vec<Arc<ThreadState>>> {
-    threads.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 struct StorageThread<W: LaneWork> {
@@ -407,7 +395,7 @@ impl<W: LaneWork> StorageThread<W> {
                     lane.work(&self.state);
                     // Drop it before the wait: it has senders of the channel, which would never be disconnected.
                     drop(lane);
-                    *self.state.lock() = None;
+                    *self.state.since.lock() = None;
                 }
                 Err(RecvTimeoutError::Timeout) if !self.is_superfluous() => {}
                 Err(_) => break,
@@ -428,7 +416,7 @@ impl<W: LaneWork> StorageThread<W> {
 
     /// Whether the other threads are enough; if so, this one is removed from the list.
     fn is_superfluous(&self) -> bool {
-        let (mut threads, now) = (lock(&self.threads), Instant::now());
+        let (mut threads, now) = (self.threads.lock(), Instant::now());
         let works =
             |thread: &&Arc<ThreadState>| thread.role == self.state.role && thread.works(now, self.times.blocked);
         let superfluous = threads.iter().filter(works).count() > THREADS_PER_ROLE;

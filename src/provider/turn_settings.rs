@@ -1,7 +1,7 @@
 //! The settings of all turned sessions that begin under one configuration.
 
 use std::collections::{HashMap, HashSet};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::spool::Spool;
@@ -11,6 +11,7 @@ use crate::net::cancel::CancelToken;
 use crate::report::Reporter;
 use crate::session::{Limits, Timeouts};
 use crate::smtp::client::Without8BitMime;
+use crate::threads::Guarded;
 
 /// The times and limits of turned sessions, and the tokens that end them.
 pub struct TurnSettings {
@@ -67,12 +68,12 @@ impl TurnLimits {
 
 /// The domains that reloads have removed from each account; all its domains, if the account was removed.
 #[derive(Default)]
-pub struct LostDomains(Mutex<HashMap<String, HashSet<Domain>>>);
+pub struct LostDomains(Guarded<HashMap<String, HashSet<Domain>>>);
 
 impl LostDomains {
     /// Adds the domains that each account had before a reload and no longer has, and removes those that it has again.
     pub fn update(&self, before: &Accounts, after: &Accounts) {
-        let mut lost = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut lost = self.0.lock();
         for account in before.iter() {
             lost.entry(account.name.clone()).or_default().extend(account.domains.iter().cloned());
         }
@@ -84,7 +85,7 @@ impl LostDomains {
 
     /// Whether the account has lost one of these domains.
     pub fn any<'a>(&self, account: &str, mut domains: impl Iterator<Item = &'a Domain>) -> bool {
-        let lost = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let lost = self.0.lock();
         lost.get(account).is_some_and(|lost| domains.any(|domain| lost.contains(domain)))
     }
 }

@@ -4,7 +4,7 @@
 use std::collections::VecDeque;
 use std::io::{self, Read};
 use std::ops::ControlFlow;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar};
 use std::time::{Duration, Instant};
 
 use super::soft_bounce::{RejectedMessage, SoftBounces};
@@ -22,6 +22,7 @@ use crate::smtp::client::OutgoingMessage;
 use crate::smtp::command::Recipient;
 use crate::smtp::reply::Reply;
 use crate::smtp::status::{DecidedBy, DeliveryResult, RecipientStatus};
+use crate::threads::Guarded;
 
 /// Octets that are read at a time if a file is longer than expected.
 const READ_BLOCK: usize = 4096;
@@ -163,7 +164,7 @@ pub struct SessionCount(Arc<CountState>);
 
 #[derive(Default)]
 struct CountState {
-    count: Mutex<usize>,
+    count: Guarded<usize>,
     session_ended: Condvar,
 }
 
@@ -171,13 +172,9 @@ struct CountState {
 pub struct SessionPermit(SessionCount);
 
 impl SessionCount {
-    fn lock(&self) -> MutexGuard<'_, usize> {
-        self.0.count.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Counts one more session. `None`: there are `limit` already.
     pub fn admit(&self, limit: usize) -> Option<SessionPermit> {
-        let mut count = self.lock();
+        let mut count = self.0.count.lock();
         if *count >= limit {
             return None;
         }
@@ -188,13 +185,13 @@ impl SessionCount {
     /// Waits until no session is left, or until the deadline.
     pub fn wait_until_none(&self, deadline: Instant) {
         let left = deadline.saturating_duration_since(Instant::now());
-        let _ = self.0.session_ended.wait_timeout_while(self.lock(), left, |count| *count > 0);
+        let _ = self.0.session_ended.wait_timeout_while(self.0.count.lock(), left, |count| *count > 0);
     }
 }
 
 impl Drop for SessionPermit {
     fn drop(&mut self) {
-        *self.0.lock() -= 1;
+        *self.0.0.count.lock() -= 1;
         self.0.0.session_ended.notify_all();
     }
 }

@@ -22,7 +22,7 @@ use std::collections::{HashMap, HashSet};
 use std::fmt::Write as _;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use crate::clock::Timestamp;
 use crate::file_stamp::FileStamp;
@@ -30,6 +30,7 @@ use crate::mail::address::Mailbox;
 use crate::maildir::{read_state_file, remove_if_there, replace_file, with_path};
 use crate::net::trace::quoted;
 use crate::sorting::sort_by;
+use crate::threads::Guarded;
 
 /// The least time from the first to the last rejection of a learned recipient, in seconds.
 const LEARNED_AFTER: i64 = 60 * 60;
@@ -219,7 +220,7 @@ fn log_not_recorded(recorded: io::Result<()>, account: &str) {
 
 /// A cache of the accounts' files: RCPT reads a file again only when it has changed.
 #[derive(Default)]
-pub struct UnknownCache(Mutex<HashMap<PathBuf, (FileStamp, Arc<UnknownRecipients>)>>);
+pub struct UnknownCache(Guarded<HashMap<PathBuf, (FileStamp, Arc<UnknownRecipients>)>>);
 
 impl UnknownCache {
     /// Whether a recipient of the account with this file is learned.
@@ -230,7 +231,7 @@ impl UnknownCache {
     }
 
     fn recipients(&self, path: &Path, stamp: FileStamp) -> Arc<UnknownRecipients> {
-        let files = || self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let files = || self.0.lock();
         if let Some((_, recipients)) = files().get(path).filter(|(read, _)| *read == stamp) {
             return recipients.clone();
         }

@@ -6,11 +6,12 @@
 //! before. A fake has the same number of iterations and length of salt as the verifier of some account.
 
 use std::collections::BTreeSet;
-use std::sync::{Condvar, Mutex, OnceLock, PoisonError};
+use std::sync::{Condvar, OnceLock, PoisonError};
 use std::time::Duration;
 
 use crate::config::Accounts;
 use crate::sasl::{self, ITERATIONS, SALT_OCTETS, ScramVerifier, Unavailable, stable_salt};
+use crate::threads::Guarded;
 
 /// How many sessions may compute PBKDF2 at the same time: more would only slow each other down on a small machine.
 const CONCURRENT_WORK: usize = 4;
@@ -22,7 +23,7 @@ const WORK_WAIT: Duration = Duration::from_secs(30);
 #[derive(Default)]
 pub struct Verifiers {
     key: OnceLock<[u8; 32]>,
-    running: Mutex<usize>,
+    running: Guarded<usize>,
     ended: Condvar,
 }
 
@@ -31,7 +32,7 @@ struct WorkPermit<'a>(&'a Verifiers);
 
 impl Drop for WorkPermit<'_> {
     fn drop(&mut self) {
-        *self.0.running.lock().unwrap_or_else(PoisonError::into_inner) -= 1;
+        *self.0.running.lock() -= 1;
         self.0.ended.notify_one();
     }
 }
@@ -86,7 +87,7 @@ impl Verifiers {
     }
 
     fn begin(&self, limit: Duration) -> Result<WorkPermit<'_>, Unavailable> {
-        let running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
+        let running = self.running.lock();
         let full = |running: &mut usize| *running >= CONCURRENT_WORK;
         let waited = self.ended.wait_timeout_while(running, limit, full);
         let (mut running, waited) = waited.unwrap_or_else(PoisonError::into_inner);

@@ -5,7 +5,7 @@ use std::ffi::OsString;
 use std::fs;
 use std::io;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::listed::Listed;
@@ -18,6 +18,7 @@ use crate::file_stamp::FileStamp;
 use crate::ids::Ids;
 use crate::maildir::{Entry, Maildir, log_sweep_failed, with_remedy};
 use crate::net::trace::quoted;
+use crate::threads::Guarded;
 
 /// How often to look again for a message that a mail reader keeps renaming.
 pub(super) const OPEN_ATTEMPTS: usize = 5;
@@ -49,7 +50,7 @@ pub(super) struct Shortage;
 /// The files that this process has logged as `not-mail` or `recipients-left`, so that each is logged once, and files
 /// that are not messages do not count as waiting.
 #[derive(Default)]
-pub(super) struct Notes(Mutex<HashMap<PathBuf, (Note, Option<FileStamp>)>>);
+pub(super) struct Notes(Guarded<HashMap<PathBuf, (Note, Option<FileStamp>)>>);
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Note {
@@ -63,13 +64,9 @@ enum Note {
 const NOTES_LIMIT: usize = 10_000;
 
 impl Notes {
-    fn lock(&self) -> MutexGuard<'_, HashMap<PathBuf, (Note, Option<FileStamp>)>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Notes a file, with its stamp from before it was read. Returns whether the note is new.
     fn add(&self, maildir: &Maildir, entry: &Entry, note: Note, stamp: Option<FileStamp>) -> bool {
-        let mut notes = self.lock();
+        let mut notes = self.0.lock();
         if notes.len() >= NOTES_LIMIT {
             notes.clear();
         }
@@ -78,7 +75,7 @@ impl Notes {
 
     /// Forgets a file, which is a message now.
     fn remove(&self, maildir: &Maildir, entry: &Entry) {
-        let mut notes = self.lock();
+        let mut notes = self.0.lock();
         if !notes.is_empty() {
             notes.remove(&maildir.path().join(entry.unique()));
         }
@@ -86,7 +83,7 @@ impl Notes {
 
     /// Whether a file may be a message: it is not noted as `not-mail`, or it has changed since.
     pub(super) fn is_mail(&self, maildir: &Maildir, entry: &Entry) -> bool {
-        let notes = self.lock();
+        let notes = self.0.lock();
         if notes.is_empty() {
             return true;
         }

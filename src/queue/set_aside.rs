@@ -5,13 +5,13 @@ use std::collections::HashMap;
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
-use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use super::message::set_aside_maildir;
 use super::name::QueueName;
 use crate::clock::cautious_now;
 use crate::sorting::sort_by;
+use crate::threads::Guarded;
 
 /// The age at which a message is removed, from the time at which it was set aside.
 const AGE_LIMIT: Duration = Duration::from_secs(30 * 24 * 60 * 60);
@@ -27,7 +27,7 @@ const LISTED_AFTER: u64 = OCTETS_LIMIT / 16;
 
 /// The octets that were added to `.refused` of each queue since it was listed.
 #[derive(Default)]
-pub(super) struct SetAsideLimits(Mutex<HashMap<PathBuf, u64>>);
+pub(super) struct SetAsideLimits(Guarded<HashMap<PathBuf, u64>>);
 
 impl SetAsideLimits {
     /// Counts a message of this size that was set aside. If enough was added, applies the limits.
@@ -35,7 +35,7 @@ impl SetAsideLimits {
     /// # Errors
     /// The disk fails.
     pub(super) fn added(&self, name: &QueueName, octets: u64) -> io::Result<()> {
-        let mut added = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut added = self.0.lock();
         if let Some(added) = added.get_mut(&name.path)
             && *added < LISTED_AFTER
         {

@@ -11,7 +11,6 @@
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::ffi::{OsStr, OsString};
 use std::io;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::message;
 use super::name::QueueName;
@@ -20,6 +19,7 @@ use crate::maildir::{Entry, with_path};
 use crate::net::trace::quoted;
 use crate::smtp::command::Envelope;
 use crate::sorting::sort_by;
+use crate::threads::Guarded;
 
 /// Octets of a file's name at most with the domain. A longer one would leave too little room for the record of
 /// attempts: then the name does not have the domain.
@@ -72,7 +72,7 @@ pub(super) fn domain_of(name: &QueueName, entry: &Entry) -> io::Result<Option<Do
 
 /// The messages of a shared directory, by domain.
 #[derive(Default)]
-pub struct SharedIndex(Mutex<State>);
+pub struct SharedIndex(Guarded<State>);
 
 #[derive(Default)]
 struct State {
@@ -95,7 +95,7 @@ impl SharedIndex {
 
     fn read_by(&self, name: &QueueName, domain_of: &dyn Fn(&Entry) -> io::Result<Option<Domain>>) -> io::Result<()> {
         // The lock is held until the end: what is added or settled meanwhile is recorded after it, and not overwritten.
-        let (mut state, mut read) = (self.lock(), State::default());
+        let (mut state, mut read) = (self.0.lock(), State::default());
         read.news = state.news.clone();
         name.maildir().each_file(&mut |entry, _| {
             let known = state.unnamed.get(entry.unique()).cloned();
@@ -125,7 +125,7 @@ impl SharedIndex {
 
     /// Records that a message has arrived.
     pub fn add(&self, domain: Domain, entry: Entry) {
-        let mut state = self.lock();
+        let mut state = self.0.lock();
         if named_domain(&entry).is_none() {
             state.unnamed.insert(entry.unique().to_owned(), Some(domain.clone()));
         }
@@ -134,7 +134,7 @@ impl SharedIndex {
 
     /// Records the present name of a message; `None`: it is gone.
     pub(super) fn replace(&self, domain: &Domain, unique: &OsStr, entry: Option<&Entry>) {
-        let mut state = self.lock();
+        let mut state = self.0.lock();
         let entries = state.by_domain.entry(domain.clone()).or_default();
         let first = Entry { name: unique.to_owned(), seen: false };
         let starts = |entry: &&Entry| entry.name.as_encoded_bytes().starts_with(unique.as_encoded_bytes());
@@ -154,7 +154,7 @@ impl SharedIndex {
 
     /// The messages for a domain, as [`Maildir::entries`](crate::maildir::Maildir::entries) orders them.
     pub(super) fn entries(&self, domain: &Domain) -> Vec<Entry> {
-        let mut entries: Vec<_> = self.lock().by_domain.get(domain).into_iter().flatten().cloned().collect();
+        let mut entries: Vec<_> = self.0.lock().by_domain.get(domain).into_iter().flatten().cloned().collect();
         sort_by(&mut entries, Entry::by_age);
         entries
     }
@@ -162,16 +162,12 @@ impl SharedIndex {
     /// The domains for which [`SharedIndex::read`] has found new messages, or new names of messages, since the last
     /// call.
     pub fn take_news(&self) -> HashSet<Domain> {
-        std::mem::take(&mut self.lock().news)
+        std::mem::take(&mut self.0.lock().news)
     }
 
     /// The domains with mail.
     pub fn domains(&self) -> Vec<Domain> {
-        self.lock().by_domain.keys().cloned().collect()
-    }
-
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.lock().by_domain.keys().cloned().collect()
     }
 }
 

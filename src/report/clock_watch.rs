@@ -7,13 +7,13 @@
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use super::clock_history::{ClockHistory, ClockStep};
 use crate::clock::{Clock, Timestamp};
 use crate::maildir::{read_state_file, replace_file_durably, with_path};
 use crate::net::trace::quoted;
+use crate::threads::Guarded;
 
 /// Octets of the file that are read at most. It has about 1000 at most.
 const FILE_LIMIT: u64 = 4096;
@@ -25,7 +25,7 @@ const WRITE_INTERVAL: i64 = 60 * 60;
 pub struct ClockWatch {
     path: PathBuf,
     clock: Clock,
-    watched: Mutex<Watched>,
+    watched: Guarded<Watched>,
 }
 
 #[derive(Clone)]
@@ -48,11 +48,7 @@ impl ClockWatch {
                 (ClockHistory::new(last_change(root).filter(|time| *time <= now).unwrap_or(now)), None)
             }
         };
-        ClockWatch { path, clock, watched: Mutex::new(Watched { history, written }) }
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Watched> {
-        self.watched.lock().unwrap_or_else(PoisonError::into_inner)
+        ClockWatch { path, clock, watched: Guarded::new(Watched { history, written }) }
     }
 
     /// Looks at the clock, and writes the history if that is due. A failure is logged; this process goes on with its
@@ -60,7 +56,7 @@ impl ClockWatch {
     pub fn look(&self) {
         let now = self.clock.now();
         let text = {
-            let mut watched = self.lock();
+            let mut watched = self.watched.lock();
             let step = watched.history.look(now);
             if let ClockStep::SetFrom(before) = step {
                 log::warn!("event=clock-set before={} after={}", before.rfc3339(), now.rfc3339());
@@ -82,12 +78,12 @@ impl ClockWatch {
     /// The age of a message with this time of arrival: see [`ClockHistory::age`].
     pub fn age(&self, arrived: Timestamp) -> Duration {
         self.look();
-        self.lock().history.age(arrived)
+        self.watched.lock().history.age(arrived)
     }
 
     /// The history with a look at the present time. Nothing is written.
     pub fn history(&self) -> ClockHistory {
-        let (now, mut history) = (self.clock.now(), self.lock().history.clone());
+        let (now, mut history) = (self.clock.now(), self.watched.lock().history.clone());
         history.look(now);
         history
     }

@@ -7,10 +7,11 @@
 //! used up, and DSNs of a delay are deferred when half of it is. Under load that deviates from RFC 3461 section 5.2.
 
 use std::collections::HashMap;
-use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::dsn::Action;
+
+use crate::threads::Guarded;
 
 /// DSNs to one domain, a minute.
 const DOMAIN_RATE: u32 = 120;
@@ -28,7 +29,7 @@ const DOMAINS_LIMIT: usize = 1000;
 
 /// Counts the DSNs of one process.
 #[derive(Default)]
-pub(super) struct DsnLimiter(Mutex<Backlogs>);
+pub(super) struct DsnLimiter(Guarded<Backlogs>);
 
 /// When all DSNs so far would have been sent, if they were sent at the rate of the limit.
 #[derive(Default)]
@@ -44,7 +45,7 @@ pub(super) struct TooMany;
 impl DsnLimiter {
     /// Counts a DSN to a domain. Returns how long it must wait.
     pub(super) fn admit(&self, action: Action, domain: &str, now: Instant) -> Result<Duration, TooMany> {
-        let mut backlogs = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut backlogs = self.0.lock();
         let longest = match action {
             Action::Failed => MINUTE + LONGEST_WAIT,
             Action::Delayed => MINUTE / 2,
@@ -100,6 +101,6 @@ mod tests {
         assert!(limiter.admit(Action::Failed, "z.example", now + MINUTE).is_ok());
         let later = now + LONGEST_WAIT + 2 * MINUTE;
         assert!(limiter.admit(Action::Relayed, "z.example", later).is_ok());
-        assert_eq!(limiter.0.lock().unwrap().domains.len(), 1);
+        assert_eq!(limiter.0.lock().domains.len(), 1);
     }
 }

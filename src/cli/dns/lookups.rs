@@ -1,7 +1,6 @@
 //! The questions to the name servers: each is asked once, within a time limit, and none after several without a reply.
 
 use std::net::{IpAddr, SocketAddr};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::mx::{ExpectedHost, MxFact, MxFacts};
@@ -9,6 +8,7 @@ use crate::ids::Ids;
 use crate::mail::address::Domain;
 use crate::net::resolver::{Answer, Record, ResolveError, Resolver, Rtype, address_for_name};
 use crate::net::tls;
+use crate::threads::Guarded;
 
 /// Hosts of one domain that are looked up.
 const HOST_LIMIT: usize = 10;
@@ -23,7 +23,7 @@ pub struct DnsLookups {
     most_unanswered: usize,
     /// The place where the name servers are configured, for errors.
     configured: &'static str,
-    asked: Mutex<AskedQuestions>,
+    asked: Guarded<AskedQuestions>,
 }
 
 #[derive(Default)]
@@ -59,7 +59,7 @@ impl DnsLookups {
         let resolver = resolver.map_or_else(|| Resolver::system(&ids), |server| Ok(Resolver::at(server, &ids)));
         let resolver = resolver.map(|resolver| resolver.hurried(timeout, deadline));
         let resolver = resolver.map_err(|error| ResolveError { text: error.to_string(), no_reply: true });
-        DnsLookups { resolver, deadline, most_unanswered, configured, asked: Mutex::default() }
+        DnsLookups { resolver, deadline, most_unanswered, configured, asked: Guarded::default() }
     }
 
     /// Whether nothing more is asked.
@@ -68,7 +68,7 @@ impl DnsLookups {
     }
 
     fn is_dead(&self) -> bool {
-        self.asked().unanswered >= self.most_unanswered
+        self.asked.lock().unanswered >= self.most_unanswered
     }
 
     /// Why nothing more is asked, and what to do.
@@ -83,14 +83,14 @@ impl DnsLookups {
     ///
     /// No server gave a usable reply, now or before.
     pub fn ask(&self, name: &Domain, kind: Rtype) -> Result<Answer, ResolveError> {
-        if let Some(known) = self.asked().known.iter().find(|known| known.kind == kind && known.name == *name) {
+        if let Some(known) = self.asked.lock().known.iter().find(|known| known.kind == kind && known.name == *name) {
             return known.answer.clone();
         }
         if self.is_over() {
             return Err(ResolveError { text: format!("not asked, as {}", self.why_over()), no_reply: true });
         }
         let answer = self.query(name, kind);
-        let mut asked = self.asked();
+        let mut asked = self.asked.lock();
         asked.unanswered = if replies(&answer) { 0 } else { asked.unanswered + 1 };
         // Ask again a question that had a reply before: only the server of this domain may be down, and not the resolver.
         let known = asked.known.iter().find(|known| replies(&known.answer));
@@ -99,7 +99,7 @@ impl DnsLookups {
         {
             drop(asked);
             let again = self.query(&name, kind);
-            asked = self.asked();
+            asked = self.asked.lock();
             if replies(&again) {
                 asked.unanswered = 0;
             }
@@ -116,10 +116,6 @@ impl DnsLookups {
             Ok(resolver) => resolver.records(name, kind),
             Err(error) => Err(error.clone()),
         }
-    }
-
-    fn asked(&self) -> MutexGuard<'_, AskedQuestions> {
-        self.asked.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Asks for the addresses of a host, of IPv4 and of IPv6.

@@ -67,7 +67,7 @@ fn wait_until_quiet(file: &RecipientsFile) {
     while stamp.is_some_and(|stamp| !stamp.is_quiet(SystemTime::now())) {
         std::thread::sleep(Duration::from_millis(20));
     }
-    if let Some((_, since)) = &mut file.lock().change {
+    if let Some((_, since)) = &mut file.state.lock().change {
         *since -= QUIET_TIME;
     }
 }
@@ -137,7 +137,7 @@ fn all_recipients_are_deferred_until_a_first_list_was_read() {
     fs::write(&path, "alice\n").unwrap();
     wait_until_quiet(&file);
     assert_eq!(look_up("alice@example.org"), Knowledge::Unsettled);
-    assert_eq!(file.lock().read, Some(fs::metadata(&path).ok().map(|found| FileStamp::of(&found))));
+    assert_eq!(file.state.lock().read, Some(fs::metadata(&path).ok().map(|found| FileStamp::of(&found))));
     fs::write(&path, "alice@example.org\n").unwrap();
     assert_eq!(look_up("alice@example.org"), Knowledge::Changing);
     wait_until_quiet(&file);

@@ -330,7 +330,7 @@ fn a_call_that_ends_during_the_pass_prevents_the_warning() {
     let domain = Domain::parse("example.org").unwrap();
     std::thread::scope(|scope| {
         let pass = scope.spawn(|| case.pass_that_waits(Duration::from_secs(60)).left);
-        while case.plan.lock().get(&domain).is_none_or(|plan| plan.under_way.is_none()) {
+        while case.plan.0.lock().get(&domain).is_none_or(|plan| plan.under_way.is_none()) {
             std::thread::yield_now();
         }
         std::thread::sleep(Duration::from_millis(200));

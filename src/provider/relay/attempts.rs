@@ -12,12 +12,13 @@
 //!   finished a message for 3 s do not count for the limit; at most `connections` of them.
 //! - An attempt without a session ends after 10 min, and all its lookups end after 1 min.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, MutexGuard};
 use std::time::{Duration, Instant};
 
 use super::hosts::{AttemptKind, AttemptState, HostTable, TableState};
 use crate::net::cancel::CancelToken;
 use crate::sorting::sort_by;
+use crate::threads::Guarded;
 
 /// How long an attempt may have no session while mail waits for its connection.
 const GIVE_WAY_AFTER: Duration = Duration::from_secs(3);
@@ -54,7 +55,7 @@ impl HostTable {
     pub(super) fn begin_attempt(self: &Arc<HostTable>, kind: AttemptKind) -> Result<AttemptPermit, NoAttempt> {
         // The token needs a descriptor. If there is none, there would be none for a connection either.
         let cancel = CancelToken::new().map_err(|_| NoAttempt::AllInUse)?;
-        let mut state = self.lock();
+        let mut state = self.state.lock();
         state.check_share(kind)?;
         let number = state.next_attempt;
         state.next_attempt += 1;
@@ -72,14 +73,14 @@ impl HostTable {
         };
         state.attempts.insert(number, attempt);
         drop(state);
-        let lookups = Mutex::new(LOOKUP_DEADLINE);
+        let lookups = Guarded::new(LOOKUP_DEADLINE);
         Ok(AttemptPermit { hosts: self.clone(), number, kind, deadline: now + ATTEMPT_DEADLINE, cancel, lookups })
     }
 
     /// Ends up to `needed` attempts that have had no session for a while, for mail that is due while all connections are in
     /// use.
     pub(super) fn give_way(&self, needed: usize) {
-        let mut state = self.lock();
+        let mut state = self.state.lock();
         let has_share = state.limit / 4 > 0;
         let ending = state.attempts.values().filter(|attempt| attempt.gave_way).count();
         let may_end = |attempt: &&mut AttemptState| {
@@ -97,17 +98,17 @@ impl HostTable {
 
     /// Ends the waits of all attempts that have no session, after the relay was cancelled.
     pub(super) fn cancel_attempts(&self) {
-        self.lock().attempts.values().for_each(|attempt| attempt.cancel.cancel());
+        self.state.lock().attempts.values().for_each(|attempt| attempt.cancel.cancel());
     }
 
     /// Whether a destination is slow.
     pub(super) fn is_slow(&self, destination: &str) -> bool {
-        self.lock().slow.get(destination).is_some_and(|until| *until > Instant::now())
+        self.state.lock().slow.get(destination).is_some_and(|until| *until > Instant::now())
     }
 
     /// Removes a destination that has no mail from the slow ones.
     pub(super) fn forget_slow(&self, destination: &str) {
-        self.lock().slow.remove(destination);
+        self.state.lock().slow.remove(destination);
     }
 }
 
@@ -148,7 +149,7 @@ pub(super) struct AttemptPermit {
     deadline: Instant,
     cancel: CancelToken,
     /// The time that is left for its lookups.
-    lookups: Mutex<Duration>,
+    lookups: Guarded<Duration>,
 }
 
 impl AttemptPermit {
@@ -179,19 +180,15 @@ impl AttemptPermit {
 
     /// Whether there is no time left for a lookup.
     pub(super) fn lookups_are_over(&self) -> bool {
-        Instant::now() >= self.deadline || self.lock_lookups().is_zero()
+        Instant::now() >= self.deadline || self.lookups.lock().is_zero()
     }
 
     /// Calls `lookups` with the deadline of the lookups, and subtracts the time that they take.
     pub(super) fn look_up<T>(&self, lookups: impl FnOnce(Instant) -> T) -> T {
-        let (begun, left) = (Instant::now(), *self.lock_lookups());
+        let (begun, left) = (Instant::now(), *self.lookups.lock());
         let result = lookups(self.deadline.min(begun + left));
-        *self.lock_lookups() = left.saturating_sub(begun.elapsed());
+        *self.lookups.lock() = left.saturating_sub(begun.elapsed());
         result
-    }
-
-    fn lock_lookups(&self) -> MutexGuard<'_, Duration> {
-        self.lookups.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Counts a session, until the result is dropped.
@@ -214,7 +211,7 @@ impl AttemptPermit {
 
     /// Records at the end of the attempt whether its destination is slow.
     pub(super) fn record_speed(&self, destination: &str) {
-        let mut state = self.hosts.lock();
+        let mut state = self.hosts.state.lock();
         let Some(attempt) = state.attempts.get(&self.number) else { return };
         let (session, is_slow) = (attempt.first_session, attempt.gave_way || attempt.is_slow);
         if is_slow || session.unwrap_or_else(|| attempt.begun.elapsed()) >= SLOW_AFTER {
@@ -231,14 +228,14 @@ impl AttemptPermit {
     }
 
     fn with<T>(&self, look: impl FnOnce(&mut AttemptState) -> T) -> Option<T> {
-        let mut state: MutexGuard<'_, TableState> = self.hosts.lock();
+        let mut state: MutexGuard<'_, TableState> = self.hosts.state.lock();
         state.attempts.get_mut(&self.number).map(look)
     }
 }
 
 impl Drop for AttemptPermit {
     fn drop(&mut self) {
-        self.hosts.lock().attempts.remove(&self.number);
+        self.hosts.state.lock().attempts.remove(&self.number);
     }
 }
 
@@ -335,7 +332,7 @@ mod tests {
     fn all_lookups_of_an_attempt_have_one_deadline() {
         let attempt = table(1).begin_attempt(AttemptKind::Mail).ok().unwrap();
         assert!(!attempt.lookups_are_over());
-        *attempt.lock_lookups() = Duration::from_millis(1);
+        *attempt.lookups.lock() = Duration::from_millis(1);
         attempt.look_up(|deadline| std::thread::sleep(deadline.saturating_duration_since(Instant::now())));
         assert!(attempt.lookups_are_over());
         assert!(attempt.session_deadline().is_some());

@@ -1,12 +1,12 @@
 //! The hosts that the relay has connections to, and those that are down.
 
 use std::collections::{HashMap, HashSet};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::mail::address::Domain;
 use crate::net::cancel::CancelToken;
 use crate::smtp::reply::Reply;
+use crate::threads::Guarded;
 
 /// After an attempt has found all connections to a host in use, no additional session is opened for this time, so that
 /// the attempt finds a connection when it tries again.
@@ -54,7 +54,7 @@ pub(super) struct AttemptState {
 /// The state of each host, with the number of connections to it.
 #[derive(Default)]
 pub(super) struct HostTable {
-    state: Mutex<TableState>,
+    pub(super) state: Guarded<TableState>,
 }
 
 #[derive(Default)]
@@ -135,21 +135,21 @@ pub(super) enum RouteError {
 impl HostTable {
     /// Sets the limits. `limit`: connections in all; `limit_each`: connections to one host; `by_mx`: there is no smarthost.
     pub(super) fn set_limits(&self, limit: usize, limit_each: usize, by_mx: bool) {
-        let mut state = self.lock();
+        let mut state = self.state.lock();
         (state.limit, state.limit_each, state.by_mx) = (limit, limit_each, by_mx);
     }
 
     /// Sets whether an attempt waits for a connection. `for_mail`: it has mail with a sender. Returns whether a
     /// connection will be free soon, because an additional session ends for it.
     pub(super) fn set_attempt_waits(&self, waits: bool, for_mail: bool) -> bool {
-        let mut state = self.lock();
+        let mut state = self.state.lock();
         (state.attempt_waits, state.smarthost_waits) = (waits, for_mail && !state.by_mx);
         waits && state.additional > 0
     }
 
     /// Sets whether mail has arrived for a destination since its attempt began; `false` at the end of the attempt.
     pub(super) fn set_mail_waits(&self, destination: &str, waits: bool) {
-        let mut state = self.lock();
+        let mut state = self.state.lock();
         match waits {
             true => drop(state.mail_waits.insert(destination.to_owned())),
             false => drop(state.mail_waits.remove(destination)),
@@ -159,7 +159,7 @@ impl HostTable {
     /// Whether the DSNs of an attempt at these destinations must wait for the next attempt: mail for one of them has
     /// arrived, or mail for another destination needs a connection to this host.
     pub(super) fn mail_waits(&self, destinations: &[Domain], host: &str) -> bool {
-        let state = self.lock();
+        let state = self.state.lock();
         state.smarthost_waits
             || state.hosts.get(host).is_some_and(HostState::is_wanted_for_mail)
             || !state.mail_waits.is_empty() && destinations.iter().any(|one| state.mail_waits.contains(one.as_str()))
@@ -171,7 +171,7 @@ impl HostTable {
     /// # Errors
     /// The host is busy.
     pub(super) fn acquire(&self, host: &str, kind: AttemptKind) -> Result<HostPermit<'_>, RouteError> {
-        let mut state = self.lock();
+        let mut state = self.state.lock();
         let limit_each = state.limit_each;
         if !state.hosts.contains_key(host) {
             state.hosts.retain(|_, host| host.is_needed());
@@ -199,7 +199,7 @@ impl HostTable {
     /// Counts a connection for an additional session with a host. `None`: the limits or waiting attempts do not permit
     /// it.
     pub(super) fn acquire_additional(&self, host: &str) -> Option<HostPermit<'_>> {
-        let mut state = self.lock();
+        let mut state = self.state.lock();
         if state.attempt_waits || state.attempts.len() + state.additional >= state.limit {
             return None;
         }
@@ -216,31 +216,31 @@ impl HostTable {
 
     /// Whether an additional session must end because an attempt waits for its connection.
     pub(super) fn must_yield(&self, host: &str) -> bool {
-        let state = self.lock();
+        let state = self.state.lock();
         state.attempt_waits || state.hosts.get(host).is_some_and(HostState::is_wanted)
     }
 
     /// Whether a busy host will soon have a connection for another attempt, because an additional session ends for it.
     pub(super) fn yields(&self, host: &str) -> bool {
-        self.lock().hosts.get(host).is_some_and(|host| host.additional > 0)
+        self.state.lock().hosts.get(host).is_some_and(|host| host.additional > 0)
     }
 
     /// Whether a host is down: no attempt connects to it now.
     pub(super) fn is_down(&self, host: &str) -> bool {
-        self.lock().hosts.get(host).is_some_and(HostState::is_down)
+        self.state.lock().hosts.get(host).is_some_and(HostState::is_down)
     }
 
     /// Marks all hosts as up and all destinations as not slow, so that the next attempts try them: for `odmr queue
     /// retry`.
     pub(super) fn forget_down(&self) {
-        let mut state = self.lock();
+        let mut state = self.state.lock();
         state.hosts.values_mut().for_each(|host| host.down_until = None);
         state.slow.clear();
     }
 
     /// Marks a host as down for `pause`.
     pub(super) fn mark_down(&self, host: &str, pause: Duration) {
-        let mut state = self.lock();
+        let mut state = self.state.lock();
         // Remove unused entries: otherwise the table would grow with every host ever connected to.
         state.hosts.retain(|_, host| host.is_needed());
         state.hosts.entry(host.to_owned()).or_default().down_until = Some(Instant::now() + pause);
@@ -248,20 +248,16 @@ impl HostTable {
 
     /// The hosts and addresses that earlier attempts at a destination have tried, if they left others untried.
     pub(super) fn passed(&self, destination: &str) -> HashSet<String> {
-        self.lock().passed.get(destination).cloned().unwrap_or_default()
+        self.state.lock().passed.get(destination).cloned().unwrap_or_default()
     }
 
     /// Records the hosts and addresses that the next attempt at a destination skips; empty: none.
     pub(super) fn set_passed(&self, destination: &str, passed: HashSet<String>) {
-        let mut state = self.lock();
+        let mut state = self.state.lock();
         match passed.is_empty() || passed.len() > PASSED_LIMIT {
             true => state.passed.remove(destination),
             false => state.passed.insert(destination.to_owned(), passed),
         };
-    }
-
-    pub(super) fn lock(&self) -> MutexGuard<'_, TableState> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -282,7 +278,7 @@ impl HostPermit<'_> {
 
 impl Drop for HostPermit<'_> {
     fn drop(&mut self) {
-        let mut state = self.table.lock();
+        let mut state = self.table.state.lock();
         state.additional -= usize::from(self.additional);
         if let Some(host) = state.hosts.get_mut(&self.host) {
             host.connections -= 1;

@@ -6,7 +6,6 @@
 //! not permit as many. An additional session ends when another attempt waits for a connection.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -19,7 +18,7 @@ use crate::queue::{QueueLock, QueuedMessage};
 use crate::session::client::{ClientSession, MessageSource, SessionFailure};
 use crate::smtp::client::Client;
 use crate::smtp::status::DeliveryResult;
-use crate::threads;
+use crate::threads::{self, Guarded};
 
 /// If more messages than this wait for each session, another one is opened.
 const MESSAGES_PER_SESSION: usize = 20;
@@ -33,7 +32,7 @@ const DOWN_FACTOR: u32 = 4;
 
 /// The state that the sessions of one attempt with one host share.
 struct SharedQueue<'a> {
-    lock: Mutex<&'a mut QueueLock>,
+    lock: Guarded<&'a mut QueueLock>,
     hosts: &'a HostTable,
     destinations: &'a [Domain],
     /// The name for which connections count.
@@ -51,7 +50,7 @@ impl<'a> SharedQueue<'a> {
         lock: &'a mut QueueLock, hosts: &'a HostTable, destinations: &'a [Domain], host: &'a str,
     ) -> SharedQueue<'a> {
         SharedQueue {
-            lock: Mutex::new(lock),
+            lock: Guarded::new(lock),
             hosts,
             destinations,
             host,
@@ -61,10 +60,6 @@ impl<'a> SharedQueue<'a> {
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, &'a mut QueueLock> {
-        self.lock.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     fn all_settled(&self) -> AllSettled {
         !self.unsettled.load(Ordering::Relaxed)
     }
@@ -72,7 +67,7 @@ impl<'a> SharedQueue<'a> {
     /// Whether the queue is long enough for one more session.
     fn needs_session(&self) -> bool {
         let enough = MESSAGES_PER_SESSION * self.sessions.load(Ordering::Relaxed);
-        !self.session_failed.load(Ordering::Relaxed) && self.lock().waiting() > enough
+        !self.session_failed.load(Ordering::Relaxed) && self.lock.lock().waiting() > enough
     }
 }
 
@@ -94,7 +89,7 @@ impl MessageSource for SessionQueue<'_, '_> {
         if matches!(self.role, Role::Additional(hosts, host) if hosts.must_yield(host)) {
             return None;
         }
-        let mut message = self.shared.lock().next_message();
+        let mut message = self.shared.lock.lock().next_message();
         // If mail has arrived, leave the DSNs to the next attempt, which sends that mail first.
         if message.as_ref().is_some_and(|message| message.envelope.from == ReversePath::Null)
             && self.shared.hosts.mail_waits(self.shared.destinations, self.shared.host)
@@ -112,7 +107,7 @@ impl MessageSource for SessionQueue<'_, '_> {
     }
 
     fn put_back(&mut self, message: QueuedMessage) {
-        self.shared.lock().put_back(message);
+        self.shared.lock.lock().put_back(message);
     }
 }
 
@@ -165,7 +160,7 @@ impl WorkerContext {
                 error
             })?;
             let ended = self.deliver(route, session, to, SessionQueue { shared, role: Role::First(open) });
-            if matches!(ended, Ended::Done) || !shared.all_settled() || !shared.lock().has_next() {
+            if matches!(ended, Ended::Done) || !shared.all_settled() || !shared.lock.lock().has_next() {
                 return Ok(());
             }
             let Ended::Lost(failure) = ended else { continue };
@@ -214,7 +209,7 @@ impl WorkerContext {
             decided |= !result.decided_by.is_connection_loss();
             let attempt = self.attempt_with(&id, Some(client));
             let shared = queue.shared;
-            if self.reporter.finish_attempt(message, result, &attempt, &mut shared.lock()).is_err() {
+            if self.reporter.finish_attempt(message, result, &attempt, &mut shared.lock.lock()).is_err() {
                 shared.unsettled.store(true, Ordering::Relaxed);
             }
         };

@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet};
 use std::net::{IpAddr, SocketAddr};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use super::attempts::AttemptPermit;
@@ -27,6 +27,7 @@ use crate::smtp::client::{Abort, Client, ClientOptions, Rejection, StartTls};
 use crate::smtp::command::Recipient;
 use crate::smtp::reply::{Reply, Severity};
 use crate::smtp::status::{DecidedBy, DeliveryResult, RecipientStatus};
+use crate::threads::Guarded;
 
 /// The maximum of addresses of one host in one attempt (RFC 5321 section 5.1 requires at least two).
 const ADDRESS_LIMIT: usize = 8;
@@ -415,7 +416,7 @@ impl WorkerContext {
         let route = permit.look_up(|deadline| within(deadline).route(destination));
         let route = route.map_err(|error| not_found(destination, error))?;
         let hosts = hosts(route, destination, &self.hostname).map_err(RouteError::Rejected)?;
-        let passed_over = Mutex::new(Vec::new());
+        let passed_over = Guarded::new(Vec::new());
         let look_up = |host: &Domain| {
             if let Some(address) = address_for_name(host) {
                 log::info!("event=mx-is-address destination={destination} host={host} address={address}");
@@ -431,7 +432,7 @@ impl WorkerContext {
                         quoted(reason)
                     );
                     let text = format!("{host} has {address}, which is {reason}");
-                    passed_over.lock().unwrap_or_else(PoisonError::into_inner).push(text);
+                    passed_over.lock().push(text);
                     false
                 }
             });
@@ -443,7 +444,7 @@ impl WorkerContext {
         let (look_up, connect) = (&look_up, &connect);
         let route = AttemptRoute { name, destinations, counted_as: None, permit, look_up, connect };
         let sent = self.by_route(&route, &AddressOrder::of_hosts(hosts), lock);
-        let passed_over = passed_over.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let passed_over = passed_over.into_inner();
         match (sent, passed_over.first()) {
             // Do not reject: the owner of the domain may correct the address.
             (Err(RouteError::Rejected(_)), Some(text)) => {

@@ -83,7 +83,7 @@ impl Owner {
     }
 
     fn threads(&self) -> usize {
-        lock(&self.pool.threads).len()
+        self.pool.threads.lock().len()
     }
 }
 
@@ -167,12 +167,12 @@ fn a_lane_is_slow_for_a_while_after_a_job_that_took_longer_than_expected() {
     let (keep, wait) = unbounded();
     lane.submit(FakeJob::Wait(wait));
     lane.submit(FakeJob::Number(0));
-    assert!(!lane.0.lock().is_slow());
+    assert!(!lane.0.state.lock().is_slow());
     owner.until("the begin of the first job", |_| at_work.load(Ordering::SeqCst));
     std::thread::sleep(2 * SLOW_JOB);
     drop(keep);
     owner.until("the next job", |owner| owner.received(0).len() == 1);
-    assert!(lane.0.lock().is_slow());
+    assert!(lane.0.state.lock().is_slow());
 }
 
 #[test]
@@ -246,10 +246,10 @@ fn the_threads_end_after_the_pool_and_its_lanes() {
     lane.submit(FakeJob::Number(0));
     owner.pool.tend(Instant::now());
     let threads = owner.pool.threads.clone();
-    let first = Arc::downgrade(&lock(&threads)[0]);
+    let first = Arc::downgrade(&threads.lock()[0]);
     drop(lane);
     drop(owner);
-    lock(&threads).clear();
+    threads.lock().clear();
     let late = Instant::now() + Duration::from_secs(20);
     while first.strong_count() > 0 {
         assert!(Instant::now() < late, "the thread goes on without a pool");
