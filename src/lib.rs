@@ -34,6 +34,7 @@ pub mod log_limit;
 pub mod plural;
 pub mod nearest;
 pub mod sorting;
+pub mod sysexit;
 
 // The protocol, pure.
 pub mod sasl;

@@ -162,10 +162,10 @@ fn the_manual_page_has_each_subcommand_and_option() {
     assert_eq!(documented.collect::<BTreeSet<_>>(), names, "doc/odmr.8: the subcommands");
 }
 
-/// The exit codes of the page are those of `src/cli/exit.rs`.
+/// The exit codes of the page are those of `src/sysexit.rs`.
 #[test]
 fn the_manual_page_has_each_exit_code() {
-    let codes = read("src/cli/exit.rs");
+    let codes = read("src/sysexit.rs");
     let codes: BTreeSet<_> = codes
         .lines()
         .filter_map(|line| line.trim().strip_suffix(',')?.split_once(" = "))

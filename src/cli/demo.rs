@@ -15,7 +15,7 @@ use std::sync::mpsc::{self, Receiver};
 use std::thread;
 use std::time::Duration;
 
-use getopts::Matches;
+use getopts::{Matches, Options};
 use log::LevelFilter;
 
 use super::exit::{ExitError, Sysexit};
@@ -49,14 +49,20 @@ Subject: going out
 This message waited for the call, and was sent before the connection turned.
 ";
 
-/// The name of the option that prints the tour.
-pub(super) const EXPLAIN: &str = "explain";
+pub(super) const DEMO_SUMMARY: &str =
+    "Shows two messages in one call over TLS: one to the provider, the turn, one into a Maildir.";
 
 /// Each line of the demonstration and its explanation.
 const TOUR: &str = include_str!("../../doc/tour.md");
 
 /// How long the last line of a dialogue may take to be logged after the client has its reply.
 const LOG_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// The options of `odmr demo`.
+pub(super) fn options(options: &mut Options) {
+    let help = "also explains each line: the RFC section, why it is sent, and the source file that sends it";
+    options.optflag("", "explain", help);
+}
 
 /// Runs the demonstration and prints it; removes the temporary directory also after an error.
 pub(super) fn run(matches: &Matches) -> Result<(), ExitError> {
@@ -66,7 +72,7 @@ pub(super) fn run(matches: &Matches) -> Result<(), ExitError> {
         let text = format!("{}: {error}; set TMPDIR to a directory that this user may write to", directory.display());
         io::Error::new(error.kind(), text)
     })?;
-    let mut out = Output { dialogue: collect_dialogue(), tour: matches.opt_present(EXPLAIN).then_some(TOUR) };
+    let mut out = Output { dialogue: collect_dialogue(), tour: matches.opt_present("explain").then_some(TOUR) };
     let played = play(&directory, &ids, &mut out);
     let _ = fs::remove_dir_all(&directory);
     played.and_then(|()| out.finish())

@@ -1,7 +1,4 @@
-//! Exit codes: the one place where each failure of the program gets its code of sysexits.h.
-//!
-//! By the code, programs that call `odmr send` decide what to do with their message, and supervisors decide whether to
-//! try again.
+//! Failures of the program, each with its exit code.
 
 use std::io;
 use std::path::Path;
@@ -10,54 +7,10 @@ use rustix::io::Errno;
 
 use crate::config::ConfigError;
 use crate::customer::CallError;
-use crate::customer::sendmail::{SendmailError, SendmailErrorKind};
+use crate::customer::sendmail::SendmailError;
 use crate::maildir::write_remedy;
 use crate::provider::StartError;
-
-/// The exit codes, by their names in sysexits.h.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Sysexit {
-    /// `odmr check` has found an error. This code is not in sysexits.h.
-    CheckFailed = 1,
-    /// The command line is wrong.
-    Usage = 64,
-    /// An address or a header cannot be read.
-    DataError = 65,
-    /// A file that is named on the command line cannot be read.
-    NoInput = 66,
-    /// A recipient has no mailbox here.
-    NoUser = 67,
-    /// The name of the provider has no address.
-    NoHost = 68,
-    /// The provider does not answer, or the message is too large or in a loop.
-    Unavailable = 69,
-    /// A system call failed.
-    OsError = 71,
-    /// A directory or file cannot be created.
-    CannotCreate = 73,
-    /// Reading or writing failed.
-    InputOutput = 74,
-    /// Try again later.
-    Temporary = 75,
-    /// The peer, or its certificate, breaks the protocol.
-    Protocol = 76,
-    NoPermission = 77,
-    /// The configuration is wrong.
-    Config = 78,
-}
-
-impl Sysexit {
-    /// The exit code of an error of the system, mostly about a file or directory.
-    pub(super) fn of_system(kind: io::ErrorKind) -> Sysexit {
-        use io::ErrorKind::*;
-        match kind {
-            PermissionDenied => Sysexit::NoPermission,
-            ReadOnlyFilesystem | NotFound | NotADirectory | AlreadyExists | IsADirectory => Sysexit::CannotCreate,
-            StorageFull | QuotaExceeded | FileTooLarge => Sysexit::Temporary,
-            _ => Sysexit::OsError,
-        }
-    }
-}
+pub(super) use crate::sysexit::Sysexit;
 
 /// A failure of the program: its exit code, and one line for the user; empty: nothing is printed.
 #[derive(Debug)]
@@ -99,13 +52,7 @@ impl From<ConfigError> for ExitError {
 
 impl From<StartError> for ExitError {
     fn from(error: StartError) -> ExitError {
-        let code = match error {
-            StartError::Config(_) => Sysexit::Config,
-            StartError::System(_, kind) => Sysexit::of_system(kind),
-            StartError::Spool(_) => Sysexit::CannotCreate,
-            StartError::Busy(_) => Sysexit::Temporary,
-        };
-        ExitError::new(code, error)
+        ExitError::new(error.code, error.text)
     }
 }
 
@@ -126,18 +73,7 @@ impl From<CallError> for ExitError {
 
 impl From<SendmailError> for ExitError {
     fn from(error: SendmailError) -> ExitError {
-        let code = match error.kind {
-            SendmailErrorKind::Usage => Sysexit::Usage,
-            SendmailErrorKind::BadData => Sysexit::DataError,
-            SendmailErrorKind::UnknownMailbox => Sysexit::NoUser,
-            SendmailErrorKind::Rejected => Sysexit::Unavailable,
-            SendmailErrorKind::Deferred => Sysexit::Temporary,
-            SendmailErrorKind::CannotCreate => Sysexit::CannotCreate,
-            SendmailErrorKind::InputOutput => Sysexit::InputOutput,
-            SendmailErrorKind::NoPermission => Sysexit::NoPermission,
-            SendmailErrorKind::Config => Sysexit::Config,
-        };
-        ExitError::new(code, error.text)
+        ExitError::new(error.code, error.text)
     }
 }
 

@@ -52,6 +52,8 @@ use help::{EXIT_CODES, suggestion, wrong_option};
 use logging::LogTarget;
 use owner::{become_owner, check_owned, log_prevented_reload, owner_to_become, reload_errors};
 use process::{DaemonSignals, print, print_fitted};
+use setup::customer::SETUP_CUSTOMER_SUMMARY;
+use setup::provider::SETUP_PROVIDER_SUMMARY;
 
 const HELP: &str = "\
 odmr: On-Demand Mail Relay (RFC 2645), provider and customer in one program
@@ -85,106 +87,37 @@ struct Subcommand {
     run: fn(&Matches) -> Result<(), ExitError>,
 }
 
+const SERVE_SUMMARY: &str = "Runs the provider in the foreground; logs to stderr or syslog; SIGTERM ends it.";
+
+const PULL_SUMMARY: &str =
+    "Makes one call to the provider, or calls by the schedule. It is a success too if there is no mail.";
+
+const STATUS_SUMMARY: &str =
+    "Shows the mail that waits, by account or domain, with its age, and the last calls, from the files of either side.";
+
+const QUEUE_ARGUMENTS: &str =
+    " list [ACCOUNT|DOMAIN] | show|remove|bounce|retry ID [DOMAIN] | bounce|retry|export DOMAIN | import";
+
+const CUSTOMER_ARGUMENTS: &str = " add NAME DOMAIN ... | list | show NAME | remove NAME";
+
 const SUBCOMMANDS: [Subcommand; 11] = [
-    Subcommand {
-        name: "serve",
-        summary: "Runs the provider in the foreground; logs to stderr or syslog; SIGTERM ends it.",
-        has_config: true,
-        arguments: "",
-        options: |options| {
-            options.optflag("v", "verbose", "logs the dialogue too, in transcript form, without secrets");
-            options.optopt("", "inetd", "serves one connection, on descriptors 0 and 1: odmr or inbound", "LISTENER");
-            logging::options(options);
-            process::readiness_option(options);
-        },
-        run: serve,
-    },
-    Subcommand {
-        name: "pull",
-        summary: "Makes one call to the provider, or calls by the schedule. It is a success too if there is no mail.",
-        has_config: true,
-        arguments: "",
-        options: pull::options,
-        run: pull::run,
-    },
-    Subcommand {
-        name: "check",
-        summary: "Checks a configuration of either side.",
-        has_config: true,
-        arguments: "",
-        options: check::options,
-        run: check::run,
-    },
-    Subcommand {
-        name: "status",
-        summary: "Shows the mail that waits, by account or domain, with its age, and the last calls, from the files of either side.",
-        has_config: true,
-        arguments: " [ACCOUNT|DOMAIN]",
-        options: status::options,
-        run: status::run,
-    },
-    Subcommand {
-        name: "queue",
-        summary: queue::SUMMARY,
-        has_config: true,
-        arguments: " list [ACCOUNT|DOMAIN] | show|remove|bounce|retry ID [DOMAIN] | bounce|retry|export DOMAIN | import",
-        options: |_| {},
-        run: queue::run,
-    },
-    Subcommand {
-        name: "expire",
-        summary: expire::EXPIRE_SUMMARY,
-        has_config: true,
-        arguments: "",
-        options: logging::options,
-        run: expire::run,
-    },
-    Subcommand {
-        name: "customer",
-        summary: customer::CUSTOMER_SUMMARY,
-        has_config: true,
-        arguments: " add NAME DOMAIN ... | list | show NAME | remove NAME",
-        options: customer::options,
-        run: customer::run,
-    },
-    Subcommand {
-        name: "setup provider",
-        summary: setup::provider::SETUP_PROVIDER_SUMMARY,
-        has_config: false,
-        arguments: " HOSTNAME",
-        options: setup::provider::options,
-        run: setup::provider::run,
-    },
-    Subcommand {
-        name: "setup customer",
-        summary: setup::customer::SETUP_CUSTOMER_SUMMARY,
-        has_config: false,
-        arguments: " FILE",
-        options: setup::customer::options,
-        run: setup::customer::run,
-    },
-    Subcommand {
-        name: "secret",
-        summary: secret::SECRET_SUMMARY,
-        has_config: false,
-        arguments: " [NAME -c FILE]",
-        options: secret::options,
-        run: secret::run,
-    },
-    Subcommand {
-        name: "demo",
-        summary: "Shows two messages in one call over TLS: one to the provider, the turn, one into a Maildir.",
-        has_config: false,
-        arguments: "",
-        options: |options| {
-            options.optflag(
-                "",
-                demo::EXPLAIN,
-                "also explains each line: the RFC section, why it is sent, and the source file that sends it",
-            );
-        },
-        run: demo::run,
-    },
+    Subcommand::of_file("serve", SERVE_SUMMARY, "", serve_options, serve),
+    Subcommand::of_file("pull", PULL_SUMMARY, "", pull::options, pull::run),
+    Subcommand::of_file("check", "Checks a configuration of either side.", "", check::options, check::run),
+    Subcommand::of_file("status", STATUS_SUMMARY, " [ACCOUNT|DOMAIN]", status::options, status::run),
+    Subcommand::of_file("queue", queue::SUMMARY, QUEUE_ARGUMENTS, |_| {}, queue::run),
+    Subcommand::of_file("expire", expire::EXPIRE_SUMMARY, "", logging::options, expire::run),
+    Subcommand::of_file("customer", customer::CUSTOMER_SUMMARY, CUSTOMER_ARGUMENTS, customer::options, customer::run),
+    Subcommand::new(
+        "setup provider",
+        SETUP_PROVIDER_SUMMARY,
+        " HOSTNAME",
+        setup::provider::options,
+        setup::provider::run,
+    ),
+    Subcommand::new("setup customer", SETUP_CUSTOMER_SUMMARY, " FILE", setup::customer::options, setup::customer::run),
+    Subcommand::new("secret", secret::SECRET_SUMMARY, " [NAME -c FILE]", secret::options, secret::run),
+    Subcommand::new("demo", demo::DEMO_SUMMARY, "", demo::options, demo::run),
 ];
 
 /// Runs the program with the arguments of this process; returns its exit code.
@@ -253,6 +186,21 @@ fn run(arguments: &[String]) -> Result<(), ExitError> {
 }
 
 impl Subcommand {
+    const fn new(
+        name: &'static str, summary: &'static str, arguments: &'static str, options: fn(&mut Options),
+        run: fn(&Matches) -> Result<(), ExitError>,
+    ) -> Subcommand {
+        Subcommand { name, summary, has_config: false, arguments, options, run }
+    }
+
+    /// One that needs `-c FILE`.
+    const fn of_file(
+        name: &'static str, summary: &'static str, arguments: &'static str, options: fn(&mut Options),
+        run: fn(&Matches) -> Result<(), ExitError>,
+    ) -> Subcommand {
+        Subcommand { has_config: true, ..Subcommand::new(name, summary, arguments, options, run) }
+    }
+
     /// The first word of its name.
     fn word(&self) -> &'static str {
         self.name.split(' ').next().unwrap_or(self.name)
@@ -286,6 +234,13 @@ impl Subcommand {
     }
 }
 
+fn serve_options(options: &mut Options) {
+    options.optflag("v", "verbose", "logs the dialogue too, in transcript form, without secrets");
+    options.optopt("", "inetd", "serves one connection, on descriptors 0 and 1: odmr or inbound", "LISTENER");
+    logging::options(options);
+    process::readiness_option(options);
+}
+
 /// `odmr serve`: the provider until SIGTERM or SIGINT, or the one connection of `--inetd`. Other signals are ignored.
 fn serve(matches: &Matches) -> Result<(), ExitError> {
     let listener = match matches.opt_str("inetd").as_deref() {
@@ -315,13 +270,13 @@ fn serve(matches: &Matches) -> Result<(), ExitError> {
         None => Readiness::default(),
         Some((sockets, readiness)) => {
             let sockets = sockets.into_listeners(&Listener::ALL.map(Listener::name), only);
-            provider.bind(sockets.map_err(StartError::Config)?, owner.is_none())?;
+            provider.bind(sockets.map_err(StartError::config)?, owner.is_none())?;
             readiness
         }
     };
     become_owner(owner.as_ref(), &[&spool])?;
     if let Some(owner) = &owner {
-        check_owned(owner, &spool, SPOOL_DEPTH).map_err(StartError::Spool)?;
+        check_owned(owner, &spool, SPOOL_DEPTH).map_err(|text| ExitError::new(Sysexit::CannotCreate, text))?;
     }
     confine_provider(&spool, listener.is_none());
     if let Some(listener) = listener {

@@ -3,7 +3,7 @@
 //!
 //! The message is read into memory and a file without a name. It is queued or submitted only if its size, its header
 //! and all recipients are accepted, and it is durable before [`send`] returns. An error is one line of text and a
-//! [`SendmailErrorKind`], for which the command line has an exit code of sysexits.h.
+//! [`Sysexit`].
 //!
 //! - Lines end in LF or CRLF. Several CRs before an LF are part of one line end: one program wrote CRLF, and another
 //!   replaced its LF by CRLF. A bare CR ends a line too: many programs write one, no message may contain one (RFC 5321
@@ -47,6 +47,7 @@ use crate::smtp::command::{Body, Envelope, Notify, Recipient, Return, is_xtext};
 use crate::smtp::content::HeaderScanner;
 use crate::smtp::limits::ENVELOPE_ID;
 use crate::smtp::reply::{Reply, Severity};
+use crate::sysexit::Sysexit;
 use crate::text_file::BYTE_ORDER_MARK;
 
 /// Octets of the input that are read at once.
@@ -81,76 +82,53 @@ pub struct SendmailOptions {
     pub user: LoginUser,
 }
 
-/// The kind of a failure. Each has an exit code.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum SendmailErrorKind {
-    /// The command line is wrong.
-    Usage,
-    /// An address or the header is not valid.
-    BadData,
-    /// A recipient in a domain of the customer has no mailbox.
-    UnknownMailbox,
-    /// The message is too large or in a loop.
-    Rejected,
-    /// The disk or a quota is full, or the daemon defers the message or cannot be reached. Another attempt may succeed.
-    Deferred,
-    /// No file can be created in the queue.
-    CannotCreate,
-    /// Reading or writing failed.
-    InputOutput,
-    /// This user has no permission to read or write a file.
-    NoPermission,
-    /// The configuration has no `[outgoing]`.
-    Config,
-}
-
 /// Why a message was not queued.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SendmailError {
-    pub kind: SendmailErrorKind,
+    pub code: Sysexit,
     /// One line for the user.
     pub text: String,
 }
 
 impl SendmailError {
-    fn new(kind: SendmailErrorKind, text: impl Into<String>) -> SendmailError {
-        SendmailError { kind, text: text.into() }
+    fn new(code: Sysexit, text: impl Into<String>) -> SendmailError {
+        SendmailError { code, text: text.into() }
     }
 
     fn usage(text: impl Into<String>) -> SendmailError {
-        SendmailError::new(SendmailErrorKind::Usage, text)
+        SendmailError::new(Sysexit::Usage, text)
     }
 
     fn bad_data(text: impl Into<String>) -> SendmailError {
-        SendmailError::new(SendmailErrorKind::BadData, text)
+        SendmailError::new(Sysexit::DataError, text)
     }
 
-    /// The error of a failed system call. `otherwise`: its kind, unless the call gives a more specific one.
-    fn system(otherwise: SendmailErrorKind, error: &io::Error) -> SendmailError {
-        let kind = match error.kind() {
+    /// The error of a failed system call. `otherwise`: its code, unless the call gives a more specific one.
+    fn system(otherwise: Sysexit, error: &io::Error) -> SendmailError {
+        let code = match error.kind() {
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge => {
                 let text = format!("no room, try again later: {error}");
-                return SendmailError::new(SendmailErrorKind::Deferred, text);
+                return SendmailError::new(Sysexit::Temporary, text);
             }
-            io::ErrorKind::PermissionDenied => SendmailErrorKind::NoPermission,
-            io::ErrorKind::InvalidInput => SendmailErrorKind::BadData,
+            io::ErrorKind::PermissionDenied => Sysexit::NoPermission,
+            io::ErrorKind::InvalidInput => Sysexit::DataError,
             _ => otherwise,
         };
-        SendmailError::new(kind, error.to_string())
+        SendmailError::new(code, error.to_string())
     }
 }
 
 impl From<io::Error> for SendmailError {
     fn from(error: io::Error) -> SendmailError {
-        SendmailError::system(SendmailErrorKind::InputOutput, &error)
+        SendmailError::system(Sysexit::InputOutput, &error)
     }
 }
 
 /// The error for a negative SMTP reply: 4yz is `Deferred`, 5yz is `Rejected`.
 impl From<Reply> for SendmailError {
     fn from(reply: Reply) -> SendmailError {
-        let kind = if reply.code() < 500 { SendmailErrorKind::Deferred } else { SendmailErrorKind::Rejected };
-        SendmailError::new(kind, reply_text(&reply))
+        let code = if reply.code() < 500 { Sysexit::Temporary } else { Sysexit::Unavailable };
+        SendmailError::new(code, reply_text(&reply))
     }
 }
 
@@ -163,7 +141,7 @@ fn reply_text(reply: &Reply) -> String {
 
 fn no_outgoing() -> SendmailError {
     let text = "this customer sends no mail: the configuration has no table [outgoing] with `queue`";
-    SendmailError::new(SendmailErrorKind::Config, text)
+    SendmailError::new(Sysexit::Config, text)
 }
 
 fn open_outbox(config: &CustomerConfig, ids: &Ids) -> Result<Arc<Outbox>, SendmailError> {
@@ -189,7 +167,7 @@ pub fn route(config: &CustomerConfig, owner: Option<&str>) -> Result<SubmissionR
             "{reason}; for other users [outgoing] needs a listener with a port on loopback: add listen = [\"127.0.0.1:25\"] \
              there, and start `odmr pull -c FILE --daemon`"
         );
-        SendmailError::new(SendmailErrorKind::NoPermission, text)
+        SendmailError::new(Sysexit::NoPermission, text)
     })
 }
 
@@ -218,7 +196,7 @@ pub fn send(
         || if queues { outbox.unnamed_file() } else { unnamed_file_in(&temporary_directory(), &ids.queue_id()) };
     let message = InputMessage::read(input, &outbox, &create, !options.ignore_dots)?;
     if message.header.received() > config.limits.received_hops {
-        return Err(SendmailError::new(SendmailErrorKind::Rejected, "too many hops: this message is in a mail loop"));
+        return Err(SendmailError::new(Sysexit::Unavailable, "too many hops: this message is in a mail loop"));
     }
     // Recipients after the limit would not get the message, and Bcc fields there would not be removed.
     if message.header_is_long() {
@@ -277,7 +255,7 @@ fn store_or_submit(
 fn store(
     outbox: &Outbox, mut message: InputMessage, submission: Submission<'_>, received: &str,
 ) -> Result<(), SendmailError> {
-    let cannot_create = |error| SendmailError::system(SendmailErrorKind::CannotCreate, &error);
+    let cannot_create = |error| SendmailError::system(Sysexit::CannotCreate, &error);
     let mut writer = outbox.store(submission, received).map_err(cannot_create)?;
     message.content.rewind()?;
     for_each_block(&mut message.content, |block| writer.write(block))?;
@@ -319,7 +297,7 @@ fn submit_error(listener: SocketAddr, error: SubmitError) -> SendmailError {
         SubmitError::Recipient(mailbox, reply) => recipient_error(&mailbox, &reply),
         SubmitError::Message(reply) => reply.into(),
         SubmitError::InDoubt => SendmailError::new(
-            SendmailErrorKind::Deferred,
+            Sysexit::Temporary,
             format!("{listener} has not replied to the message: it may have it, and another attempt may send it twice"),
         ),
         SubmitError::System(error) => error.into(),
@@ -330,7 +308,7 @@ fn submit_error(listener: SocketAddr, error: SubmitError) -> SendmailError {
         SubmitError::Session(failure @ SessionFailure::Unreachable(_)) => unreachable_listener(failure),
         SubmitError::Session(failure) => {
             let text = format!("{listener}, the `listen` of [outgoing]: {failure}");
-            SendmailError::new(SendmailErrorKind::Deferred, text)
+            SendmailError::new(Sysexit::Temporary, text)
         }
     }
 }
@@ -338,7 +316,7 @@ fn submit_error(listener: SocketAddr, error: SubmitError) -> SendmailError {
 /// The error if the daemon cannot be connected to. `error` names the address.
 fn unreachable_listener(error: impl std::fmt::Display) -> SendmailError {
     let text = format!("{error}; this user's mail goes there: is `odmr pull --daemon` running?");
-    SendmailError::new(SendmailErrorKind::Deferred, text)
+    SendmailError::new(Sysexit::Temporary, text)
 }
 
 /// `-bs`: serves one SMTP session over two descriptors, or lets the daemon serve it, until it ends.
@@ -397,7 +375,7 @@ pub fn list(config: &CustomerConfig, ids: &Ids) -> Result<String, SendmailError>
         });
         listed.map_err(|error| match error.kind() {
             io::ErrorKind::PermissionDenied => {
-                SendmailError::new(SendmailErrorKind::NoPermission, format!("{error}; be its owner, or root"))
+                SendmailError::new(Sysexit::NoPermission, format!("{error}; be its owner, or root"))
             }
             _ => error.into(),
         })?;
@@ -499,12 +477,12 @@ fn known_recipients(
 
 /// The error for a negative reply to RCPT.
 fn recipient_error(recipient: &Mailbox, reply: &Reply) -> SendmailError {
-    let kind = match reply.enhanced() {
-        Some("5.1.1") => SendmailErrorKind::UnknownMailbox,
-        _ if reply.severity() == Severity::Permanent => SendmailErrorKind::BadData,
-        _ => SendmailErrorKind::Deferred,
+    let code = match reply.enhanced() {
+        Some("5.1.1") => Sysexit::NoUser,
+        _ if reply.severity() == Severity::Permanent => Sysexit::DataError,
+        _ => Sysexit::Temporary,
     };
-    SendmailError::new(kind, format!("<{recipient}>: {}", reply_text(reply)))
+    SendmailError::new(code, format!("<{recipient}>: {}", reply_text(reply)))
 }
 
 /// The sender that `-f` names, or the user's mailbox.
@@ -591,10 +569,10 @@ impl InputMessage {
             }
             message.header.feed(&decoded);
             message.beyond_ascii += beyond_ascii(&decoded);
-            let mut kind = SendmailErrorKind::InputOutput;
-            let create = || create().inspect_err(|_| kind = SendmailErrorKind::CannotCreate);
+            let mut code = Sysexit::InputOutput;
+            let create = || create().inspect_err(|_| code = Sysexit::CannotCreate);
             let written = message.content.write(&decoded, create);
-            written.map_err(|error| SendmailError::system(kind, &error))?;
+            written.map_err(|error| SendmailError::system(code, &error))?;
             outbox.check_size(message.content.wire_size())?;
         }
         Ok(message)
@@ -779,12 +757,12 @@ mod tests {
                 envelope_id: Some(id.to_owned()),
                 ..SendmailOptions::default()
             };
-            DsnOptions::parse(&options).map_err(|error| error.kind)
+            DsnOptions::parse(&options).map_err(|error| error.code)
         };
         assert!(parse("never", "hdrs", "QQ314159").is_ok());
         assert!(parse("success,delay", "FULL", "a+2Bb").is_ok());
         for (notify, ret, id) in [("never,delay", "full", "x"), ("failure", "all", "x"), ("failure", "full", "a b")] {
-            assert_eq!(parse(notify, ret, id).err(), Some(SendmailErrorKind::Usage), "{notify} {ret} {id}");
+            assert_eq!(parse(notify, ret, id).err(), Some(Sysexit::Usage), "{notify} {ret} {id}");
         }
     }
 }

@@ -54,6 +54,7 @@ use crate::report::clock_watch::ClockWatch;
 use crate::sasl::Mechanism;
 use crate::session::server::{ServerSession, SessionLimits};
 use crate::smtp::server::{Server, ServerOptions, ServerRole};
+use crate::sysexit::Sysexit;
 use crate::threads;
 use delivery::DeliveryThread;
 use logins::Logins;
@@ -100,22 +101,22 @@ pub struct SupervisedConnection {
 
 /// Why a provider cannot start.
 #[derive(Debug)]
-pub enum StartError {
+pub struct StartError {
+    pub code: Sysexit,
+    /// One line for the administrator.
+    pub text: String,
+}
+
+impl StartError {
     /// A file or an address that the configuration names cannot be used.
-    Config(String),
-    /// The system has no socket, descriptor or thread, or the spool is not writable.
-    System(String, io::ErrorKind),
-    /// Files in the spool belong to another user.
-    Spool(String),
-    /// Another process has the spool.
-    Busy(String),
+    pub fn config(text: String) -> StartError {
+        StartError { code: Sysexit::Config, text }
+    }
 }
 
 impl fmt::Display for StartError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        use StartError::{Busy, Config, Spool, System};
-        let (Config(text) | System(text, _) | Spool(text) | Busy(text)) = self;
-        f.write_str(text)
+        f.write_str(&self.text)
     }
 }
 
@@ -123,7 +124,7 @@ impl std::error::Error for StartError {}
 
 impl From<io::Error> for StartError {
     fn from(error: io::Error) -> StartError {
-        StartError::System(error.to_string(), error.kind())
+        StartError { code: Sysexit::of_system(error.kind()), text: error.to_string() }
     }
 }
 
@@ -186,7 +187,7 @@ impl PreparedProvider {
         let config = &self.shared.config;
         if sockets.has(Listener::OdmrTls.name()) && config.tls.is_none() {
             let text = "the supervisor passes a socket odmr-tls, and the file has no [tls]: add it, with `certificate` and `key`";
-            return Err(StartError::Config(text.to_owned()));
+            return Err(StartError::config(text.to_owned()));
         }
         for (kind, addresses) in Listener::ALL.into_iter().zip(config.listen()) {
             let passed = sockets.take(kind.name());
@@ -254,7 +255,8 @@ impl PreparedProvider {
 
     fn busy(&self) -> StartError {
         let spool = self.shared.config.spool.display();
-        StartError::Busy(format!("another `odmr serve` has the spool {spool}: stop it, or name another `spool`"))
+        let text = format!("another `odmr serve` has the spool {spool}: stop it, or name another `spool`");
+        StartError { code: Sysexit::Temporary, text }
     }
 
     /// Serves one connection that a supervisor has accepted, also after a turn, and returns after its end. Mail that the
@@ -361,7 +363,7 @@ fn prepare(
         abort,
         limiter,
     };
-    let shared = configure(config, lasting, None).map_err(StartError::Config)?;
+    let shared = configure(config, lasting, None).map_err(StartError::config)?;
     let relay = Relay { worker: shared.worker.clone(), channel };
     Ok((Arc::new(shared), delivery, relay))
 }
