@@ -336,10 +336,10 @@ impl Account {
             verifier,
             certificates,
             mechanisms: Vec::new(),
-            relay: relay?,
-            any_sender: any_sender?,
+            relay,
+            any_sender,
             max_size: max_size?,
-            rate: rate?,
+            rate,
             delivered_to_prefix: delivered_to_prefix?,
             held: held?,
         };

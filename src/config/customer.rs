@@ -333,11 +333,11 @@ impl OutgoingConfig {
             queue: source.absolute(&queue?),
             listen: values(listen),
             networks: values(networks?.unwrap_or_default()),
-            domain: domain?,
+            domain,
             submission: submission?,
             retry: retry?,
-            max_size: max_size?,
-            without_8bitmime: without_8bitmime?,
+            max_size,
+            without_8bitmime,
         })
     }
 }

@@ -82,17 +82,22 @@ impl HeldConfig {
     pub(super) fn build(table: &mut Table<'_>, domains: &[Domain]) -> Result<HeldConfig, ConfigError> {
         let default = HeldConfig::default();
         let warning_line = table.line_of("delay-warning");
-        let expire_after = table.or("expire-after", EXPIRY, default.expire_after);
-        let delay_warning = table.or("delay-warning", NEVER_OR_LATER, default.delay_warning);
-        let soft_bounce = table.or("soft-bounce", DURATION_OR_NONE, default.soft_bounce);
-        let (max_bytes, max_messages) = (table.get("max-bytes", SIZE), table.get("max-messages", 1..=u32::MAX));
-        let over_quota = table.or("over-quota", OVER_QUOTA, default.over_quota);
-        let messages_per_turn = table.get("messages-per-turn", 0..=u32::MAX);
-        let octets_per_turn = table.get("octets-per-turn", SIZE_OR_NONE);
-        let turn = table.get("turn", DURATION);
-        let min_interval = table.or("min-interval", DURATION_OR_NONE, default.min_interval);
+        let (expire_after, delay_warning) =
+            (table.get("expire-after", EXPIRY), table.get("delay-warning", NEVER_OR_LATER));
+        let held = HeldConfig {
+            soft_bounce: table.or("soft-bounce", DURATION_OR_NONE, default.soft_bounce),
+            max_bytes: table.optional("max-bytes", SIZE),
+            max_messages: table.optional("max-messages", 1..=u32::MAX),
+            over_quota: table.or("over-quota", OVER_QUOTA, default.over_quota),
+            messages_per_turn: table.optional("messages-per-turn", 0..=u32::MAX),
+            octets_per_turn: table.optional("octets-per-turn", SIZE_OR_NONE),
+            turn: table.optional("turn", DURATION),
+            min_interval: table.or("min-interval", DURATION_OR_NONE, default.min_interval),
+            ..default
+        };
         let recipients = table.file.note(KnownRecipients::build(table, domains));
-        let (expire_after, delay_warning) = (expire_after?, delay_warning?);
+        let (expire_after, delay_warning) =
+            (expire_after?.unwrap_or(held.expire_after), delay_warning?.unwrap_or(held.delay_warning));
         if let (Some(expiry), Some(warning)) = (expire_after, delay_warning)
             && warning >= expiry
         {
@@ -100,19 +105,7 @@ impl HeldConfig {
                         or more there";
             return Err(warning_line.error(text));
         }
-        Ok(HeldConfig {
-            expire_after,
-            delay_warning,
-            soft_bounce: soft_bounce?,
-            recipients: recipients?,
-            max_bytes: max_bytes?,
-            max_messages: max_messages?,
-            over_quota: over_quota?,
-            messages_per_turn: messages_per_turn?,
-            octets_per_turn: octets_per_turn?,
-            turn: turn?,
-            min_interval: min_interval?,
-        })
+        Ok(HeldConfig { expire_after, delay_warning, recipients: recipients?, ..held })
     }
 }
 

@@ -36,11 +36,10 @@ pub(super) fn limits(file: &mut Table<'_>) -> Limits {
     let sizes = size_values(&mut limits).map(|(key, _)| key);
     let mut table = file.table_or_empty("limits", &[&numbers[..], &sizes].concat());
     for (key, bounds, limit) in limit_values(&mut limits) {
-        // `or` has noted the error.
-        *limit = table.or(key, bounds, *limit).unwrap_or(*limit);
+        *limit = table.or(key, bounds, *limit);
     }
     for (key, limit) in size_values(&mut limits) {
-        *limit = table.or(key, SIZE_OR_NONE, *limit).unwrap_or(*limit);
+        *limit = table.or(key, SIZE_OR_NONE, *limit);
     }
     limits
 }
@@ -73,7 +72,7 @@ pub(super) fn timeouts(file: &mut Table<'_>) -> Result<Timeouts, ConfigError> {
     let mut table = file.table_or_empty("timeouts", &values.each_ref().map(|(key, _)| *key));
     let atrn = table.line_of("atrn");
     for (key, timeout) in values {
-        *timeout = table.or(key, DURATION, *timeout).unwrap_or(*timeout);
+        *timeout = table.or(key, DURATION, *timeout);
     }
     if timeouts.atrn < ATRN_TIMEOUT {
         let text = "RFC 2645 section 5.2.1 permits the provider ten minutes for ATRN: write \"10m\" or more";

@@ -83,7 +83,7 @@ impl MailboxesConfig {
             result = result.and(source.note(of_file).map(|of_file| aliases.extend(of_file)));
         }
         let (root, except) = (source.absolute(&root?), except?.unwrap_or_default());
-        let (domain_aliases, separators, postmaster) = (domain_aliases?, separators?, postmaster?);
+        let (domain_aliases, postmaster) = (domain_aliases?, postmaster?);
         let (root_of_rules, routes, catch_alls) = (root.clone(), routes?, catch_alls?);
         result?;
         let input = RuleInput {
@@ -98,8 +98,7 @@ impl MailboxesConfig {
             routes,
             catch_alls,
         };
-        let (rules, umask) = (RecipientRules::new(input)?, umask?);
-        let (max_size, without_8bitmime) = (max_size?, without_8bitmime?);
+        let rules = RecipientRules::new(input)?;
         Ok(MailboxesConfig { root, rules, umask, max_size, without_8bitmime, aliases_line })
     }
 }

@@ -90,7 +90,8 @@ impl ProviderConfig {
         let _ = source.note(check_listeners(lists.flatten()));
         let build = |customers: Located<PathBuf>| source.note(Accounts::build(source, &customers, has_tls, earlier));
         let accounts = customers.and_then(build);
-        let (max_size, offer_dsn) = (inbound.or("max-size", SIZE, MAX_SIZE), inbound.or("offer-dsn", Flag, true));
+        let max_size = inbound.or("max-size", SIZE, MAX_SIZE);
+        let offer_dsn = inbound.or("offer-dsn", Flag, true);
         let odmr = source.note(OdmrConfig::build(odmr, odmr_listen, listen_tls, has_tls));
         let relay = source.note(RelayConfig::build(&mut file));
         let (limits, timeouts) = (limits(&mut file), source.note(timeouts(&mut file)));
@@ -100,11 +101,7 @@ impl ProviderConfig {
             spool: source.absolute(&spool?),
             accounts: accounts?,
             tls: tls?,
-            inbound: InboundConfig {
-                listen: addresses(inbound_listen?, 25),
-                max_size: max_size?,
-                offer_dsn: offer_dsn?,
-            },
+            inbound: InboundConfig { listen: addresses(inbound_listen?, 25), max_size, offer_dsn },
             odmr: odmr?,
             relay: relay?,
             limits,
@@ -224,11 +221,10 @@ impl OdmrConfig {
         mut table: Table<'_>, listen: ListenerList, listen_tls: ListenerList, tls: bool,
     ) -> Result<OdmrConfig, ConfigError> {
         let require_line = table.line_of("require-tls");
-        let require_tls = table.or("require-tls", Flag, true);
-        let cram_md5 = table.or("cram-md5", Flag, true);
-        let give_up = table.get("give-up", DURATION);
+        let require_tls = table.get("require-tls", Flag);
+        let (cram_md5, give_up) = (table.or("cram-md5", Flag, true), table.optional("give-up", DURATION));
         let without_8bitmime = table.or("without-8bitmime", WITHOUT_8BITMIME, Without8BitMime::default());
-        let (require_tls, cram_md5, give_up, without_8bitmime) = (require_tls?, cram_md5?, give_up?, without_8bitmime?);
+        let require_tls = require_tls?.unwrap_or(true);
         let (listen, listen_tls) = (addresses(listen?, 366), listen_tls?.unwrap_or_default());
         if !tls {
             let add = "add [tls] with `certificate` and `key`";

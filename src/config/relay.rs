@@ -53,22 +53,17 @@ impl RelayConfig {
         let tls = table.or("tls", TLS_POLICY, TlsPolicy::default());
         let tls_for = policies(&mut table);
         let tls_for = table.file.note(tls_for);
-        let (resolver, port) = (table.get("resolver", RESOLVER), table.or("port", PORT_NUMBER, 25));
-        let allow_private = table.or("allow-private", Flag, false);
-        let connections = table.or("connections", 1..=1000, 20);
-        let connections_per_host = table.or("connections-per-host", 1..=u32::MAX, 5);
-        let without_8bitmime = table.or("without-8bitmime", WITHOUT_8BITMIME, Without8BitMime::default());
         Ok(RelayConfig {
+            tls,
+            resolver: table.optional("resolver", RESOLVER),
+            port: table.or("port", PORT_NUMBER, 25),
+            allow_private: table.or("allow-private", Flag, false),
+            connections: table.or("connections", 1..=1000, 20),
+            connections_per_host: table.or("connections-per-host", 1..=u32::MAX, 5),
+            without_8bitmime: table.or("without-8bitmime", WITHOUT_8BITMIME, Without8BitMime::default()),
             retry: retry_times(&mut table)?,
             smarthost: smarthost?,
-            tls: tls?,
             tls_for: tls_for?,
-            resolver: resolver?,
-            port: port?,
-            allow_private: allow_private?,
-            connections: connections?,
-            connections_per_host: connections_per_host?,
-            without_8bitmime: without_8bitmime?,
         })
     }
 }
@@ -107,12 +102,10 @@ const TLS_POLICY: Text<TlsPolicy> = Text::new(TLS_POLICIES, |text| match text {
 pub(super) fn retry_times(table: &mut Table<'_>) -> Result<Retry, ConfigError> {
     let default = Retry::default();
     let (first_line, max_line) = (table.line_of("retry-first"), table.line_of("retry-max"));
-    let (give_up, delay_warning) = (
-        table.or("give-up", DURATION, default.give_up),
-        table.or("delay-warning", NEVER_OR_LATER, default.delay_warning),
-    );
+    let delay_warning = table.or("delay-warning", NEVER_OR_LATER, default.delay_warning);
+    let give_up = table.get("give-up", DURATION);
     let (max, first) = (table.get("retry-max", DURATION), table.get("retry-first", DURATION));
-    let give_up = give_up?;
+    let give_up = give_up?.unwrap_or(default.give_up);
     let max = max?.unwrap_or(if default.max < give_up { default.max } else { give_up / 2 });
     let first = first?.unwrap_or(default.first.min(max));
     if max > LONGEST_PAUSE {
@@ -128,7 +121,7 @@ pub(super) fn retry_times(table: &mut Table<'_>) -> Result<Retry, ConfigError> {
                     `give-up` is: write less here, or more there";
         return Err(first_line.error(text));
     }
-    Ok(Retry { first, max, give_up, delay_warning: delay_warning? })
+    Ok(Retry { first, max, give_up, delay_warning })
 }
 
 /// The table `tls-for`.

@@ -20,10 +20,10 @@ const MOST_PINS: usize = 8;
 pub(super) fn remote(
     table: &mut Table<'_>, HostPort { address, host }: HostPort, tls_key: &str,
 ) -> Result<RemoteSettings, ConfigError> {
-    let tls = table.or(tls_key, TLS_MODE, TlsMode::default());
+    let tls = table.get(tls_key, TLS_MODE);
     let pin_line = table.line_of("pin");
     let (ca, pins) = (table.located("ca", PATH), pins(table));
-    let (tls, ca, pins) = (tls?, ca?, pins?);
+    let (tls, ca, pins) = (tls?.unwrap_or_default(), ca?, pins?);
     if let (Some(ca), false) = (&ca, pins.is_empty()) {
         let text = "`ca` and `pin` exclude each other: `pin` trusts one certificate, `ca` those that it signed; \
                     remove one of the two";

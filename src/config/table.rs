@@ -85,9 +85,14 @@ impl<'s> Table<'s> {
         Ok(self.located(key, kind)?.map(|located| located.value))
     }
 
-    /// A value without its line, or a default.
-    pub(super) fn or<T>(&mut self, key: &str, kind: impl ValueKind<T>, default: T) -> Result<T, ConfigError> {
-        Ok(self.get(key, kind)?.unwrap_or(default))
+    /// As [`Table::get`]; `None` also if the value has a mistake, which is noted.
+    pub(super) fn optional<T>(&mut self, key: &str, kind: impl ValueKind<T>) -> Option<T> {
+        self.get(key, kind).ok().flatten()
+    }
+
+    /// A value without its line, or a default; the default also if the value has a mistake, which is noted.
+    pub(super) fn or<T>(&mut self, key: &str, kind: impl ValueKind<T>, default: T) -> T {
+        self.optional(key, kind).unwrap_or(default)
     }
 
     /// A mandatory value; `missing`: the text of the error if there is none.
