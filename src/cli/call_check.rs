@@ -35,7 +35,7 @@ pub(super) fn run(config: &CustomerConfig, path: &Path, report: &mut CheckReport
                 match error {
                     // The text names the file and the line already.
                     CallError::Config(text) => report.error(text),
-                    error => report.error(provider.address_error(error.to_string())),
+                    error => report.error(provider.address_line.error(error.to_string())),
                 }
                 continue;
             }
@@ -77,13 +77,13 @@ fn check_login(provider: &ProviderAccount, found: &Probe, report: &mut CheckRepo
     if provider.remote.identity.is_some() {
         let address = &provider.remote.address;
         if found.mechanism != Some(Mechanism::External) {
-            report.warn(provider.certificate_error(format!(
+            report.warn(provider.certificate_line.error(format!(
                 "{address} does not know this certificate, so the login was by {mechanism}: send the certificate's pin to its \
                  operator, for `certificate` in the file of the account"
             )));
         } else if version == Some("TLSv1.2") {
             // RFC 5246 section 7.4.6; TLS 1.3 encrypts it.
-            report.warn(provider.certificate_error(format!(
+            report.warn(provider.certificate_line.error(format!(
                 "{address} uses TLS 1.2, which sends this certificate in clear text: an eavesdropper sees which \
                  customer calls; ask its operator for TLS 1.3"
             )));
@@ -117,14 +117,14 @@ fn check_domains(
             )));
         }
         if !provider.domains.is_empty() && !provider.domains.iter().any(|domain| domain.as_str() == name) {
-            report.warn(provider.domains_error(format!(
+            report.warn(provider.domains_line.error(format!(
                 "{address} holds mail for {name}, which is not in `domains`, so it is not fetched: add it"
             )));
         }
     }
     for domain in &provider.domains {
         if !listed.has_more && !listed.names.iter().any(|name| name == domain.as_str()) {
-            report.error(provider.domains_error(format!(
+            report.error(provider.domains_line.error(format!(
                 "{domain} is not a domain of the account at {address}, which would reject the whole call: remove it"
             )));
         }

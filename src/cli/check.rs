@@ -331,7 +331,7 @@ fn check_certificate(files: &TlsFiles, hostname: &str, report: &mut CheckReport)
     let Ok(certificate) = CertificateInfo::load(&files.certificate) else { return };
     let (name, names) = (files.certificate.display(), names_of(&certificate));
     if !certificate.is_for(hostname) {
-        report.error(files.certificate_error(format!(
+        report.error(files.certificate_line.error(format!(
             "{name} is for {names} and not for {hostname}, so customers that check names reject it: get one for \
              {hostname}, or correct `hostname`"
         )));
@@ -339,9 +339,10 @@ fn check_certificate(files: &TlsFiles, hostname: &str, report: &mut CheckReport)
     if let Some((until, days)) = validity(&certificate, Clock::System.now()) {
         let renew = "renew it, so that customers can call";
         match days {
-            ..0 => report.error(files.certificate_error(format!("{name} has expired on {}: {renew}", until.rfc3339()))),
+            ..0 => report
+                .error(files.certificate_line.error(format!("{name} has expired on {}: {renew}", until.rfc3339()))),
             0..DAYS_TO_RENEW => {
-                report.warn(files.certificate_error(format!("{name} expires on {}: {renew}", until.rfc3339())));
+                report.warn(files.certificate_line.error(format!("{name} expires on {}: {renew}", until.rfc3339())));
             }
             _ => {}
         }
@@ -355,7 +356,7 @@ fn check_key_owner(files: &TlsFiles, spool: &Path, report: &mut CheckReport) {
         && let Ok(Some(owner)) = SystemUser::owner_of(spool)
         && matches!(owner.may_read(&files.key), Ok(false))
     {
-        report.warn(files.key_error(format!(
+        report.warn(files.key_line.error(format!(
             "{} may not be read by the user to whom the spool belongs: if `odmr serve` runs as that user, chown it, or chgrp \
              it and chmod 640",
             files.key.display()
@@ -476,7 +477,7 @@ fn check_own_certificate(provider: &ProviderAccount, identity: &ClientIdentity, 
     let name = identity.certificate.display();
     if let Some((until, days @ ..DAYS_TO_RENEW)) = validity(&certificate, Clock::System.now()) {
         let word = if days < 0 { "has expired" } else { "expires" };
-        report.warn(provider.certificate_error(format!(
+        report.warn(provider.certificate_line.error(format!(
             "{name} {word} on {}: an `odmr serve` goes by the pin and accepts it, other providers may not; renew it with the \
              same key",
             until.rfc3339()
@@ -551,7 +552,7 @@ fn warn_of_senders(mailboxes: &MailboxesConfig, domain: &Domain, user: &str, rep
             let text = format!(
                 "{sender} has no mailbox, so DSNs about mail that {name} sends go to postmaster@{domain}; write an alias, such as aliases = {{ \"{name}\" = \"alice@{home}\" }}"
             );
-            report.warn(mailboxes.missing_alias(text));
+            report.warn(mailboxes.aliases_line.error(text));
         }
     }
 }

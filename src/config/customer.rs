@@ -123,11 +123,11 @@ pub struct ProviderAccount {
     pub schedule: Schedule,
     /// The lines of `ca`, `certificate` and `key`; of a missing key, the line of the table.
     ca_line: SourceLine,
-    certificate_line: SourceLine,
-    key_line: SourceLine,
+    pub certificate_line: SourceLine,
+    pub key_line: SourceLine,
     /// The line of `domains`, or of the table if it has no `domains`.
-    domains_line: SourceLine,
-    address_line: SourceLine,
+    pub domains_line: SourceLine,
+    pub address_line: SourceLine,
 }
 
 impl ProviderAccount {
@@ -145,26 +145,6 @@ impl ProviderAccount {
             (_, Some(_), _) => self.ca_line.error(&error.text),
             _ => self.ca_line.error(format!("{error}: name the certificates to trust in `ca`, or the one in `pin`")),
         }
-    }
-
-    /// An error or a warning on the line of `certificate`.
-    pub fn certificate_error(&self, text: String) -> ConfigError {
-        self.certificate_line.error(text)
-    }
-
-    /// An error or a warning on the line of `key`.
-    pub fn key_error(&self, text: String) -> ConfigError {
-        self.key_line.error(text)
-    }
-
-    /// An error on the line of `domains`, or of the table.
-    pub fn domains_error(&self, text: String) -> ConfigError {
-        self.domains_line.error(text)
-    }
-
-    /// An error on the line of `address`.
-    pub fn address_error(&self, text: String) -> ConfigError {
-        self.address_line.error(text)
     }
 
     /// Reads all providers of a file; `schedule`: the schedule of those without their own.

@@ -36,15 +36,10 @@ pub struct MailboxesConfig {
     /// Whether 8-bit content is sent to a next hop that does not offer 8BITMIME. Default: it is.
     pub without_8bitmime: Without8BitMime,
     /// The line of `aliases`, or of the table if it has no `aliases`.
-    aliases_line: SourceLine,
+    pub aliases_line: SourceLine,
 }
 
 impl MailboxesConfig {
-    /// A warning that an alias is missing, on the line of `aliases`.
-    pub fn missing_alias(&self, text: String) -> ConfigError {
-        self.aliases_line.error(text)
-    }
-
     /// Copies `root` and `umask` from `earlier`: a daemon does not change the directory of its locks and its umask.
     pub fn stay_in_place(&mut self, earlier: &MailboxesConfig) {
         (self.root, self.umask) = (earlier.root.clone(), earlier.umask);

@@ -135,8 +135,9 @@ pub(super) fn check_listeners<'a>(
 pub struct TlsFiles {
     pub certificate: PathBuf,
     pub key: PathBuf,
-    certificate_line: SourceLine,
-    key_line: SourceLine,
+    /// The lines of both, for errors and warnings.
+    pub certificate_line: SourceLine,
+    pub key_line: SourceLine,
 }
 
 impl TlsFiles {
@@ -171,16 +172,6 @@ impl TlsFiles {
                 false => file_error(&self.certificate_line, "certificate", &self.certificate, &text),
             }
         })
-    }
-
-    /// An error or a warning on the line of `key`.
-    pub fn key_error(&self, text: String) -> ConfigError {
-        self.key_line.error(text)
-    }
-
-    /// An error or a warning on the line of `certificate`.
-    pub fn certificate_error(&self, text: String) -> ConfigError {
-        self.certificate_line.error(text)
     }
 }
 
