@@ -34,15 +34,7 @@ use crate::privileges::SystemUser;
 use crate::provider::spool::{Spool, SpoolQueue};
 use block::{Opening, block_for};
 
-pub(super) const CUSTOMER_SUMMARY: &str = "\
-Adds, lists, shows and removes the customers of a provider; FILE is the provider's. A running `odmr serve` reads the change.
-
-    add NAME DOMAIN ...  makes the account NAME for these domains, with a new secret, and prints the customer's whole file:
-                         odmr customer -c FILE add acme example.org >acme.toml
-                         the customer types `odmr setup customer acme.toml`. The secret is stored nowhere here
-    list                 prints a line for each customer
-    show NAME            prints the settings of a customer, its own file without the secret, and the DNS records of its domains
-    remove NAME          removes the account; mail that is held for it stays";
+pub(super) const CUSTOMER_SUMMARY: &str = include_str!("pages/customer.txt");
 
 const HINT: &str = "odmr customer -h";
 
@@ -103,7 +95,8 @@ fn add(path: &Path, name: &str, domains: &[&str], pins: &[String]) -> Result<(),
         return Err(ProviderConfig::load(path).map_or_else(ExitError::from, |_| ExitError::new(Sysexit::Config, text)));
     };
     let lock = lock(path)?;
-    make_customers_directory(&places, path)?;
+    let group = group_of_files(&places, path)?;
+    make_tree(&places.customers, &[], 0o750, group.map(|group| (0, group))).map_err(cannot_change)?;
     let config = ProviderConfig::load(path)?;
     let file = config.accounts.file(name);
     check_new(&config, path, name, &domains)?;
@@ -113,7 +106,6 @@ fn add(path: &Path, name: &str, domains: &[&str], pins: &[String]) -> Result<(),
     let opening = secret.as_deref().map_or(Opening::Certificate, Opening::Secret);
     // Print before the account is made: if that fails, there is no account, and the command can be repeated.
     print_secret(&block_for(&config, name, &domains, &opening, true))?;
-    let group = group_of_files(&places, path)?;
     create_file_durably(&file, &text, 0o640, group).map_err(|error| {
         let error = cannot_change(error);
         ExitError::new(
@@ -150,12 +142,6 @@ fn typed_domains(texts: &[&str], command: &str) -> Result<Vec<Domain>, ExitError
         domains.push(domain);
     }
     Ok(domains)
-}
-
-/// Makes the directory of the customers' files, if it is missing.
-fn make_customers_directory(places: &ProviderPlaces, path: &Path) -> Result<(), ExitError> {
-    let group = group_of_files(places, path)?;
-    make_tree(&places.customers, &[], 0o750, group.map(|group| (0, group))).map(drop).map_err(cannot_change)
 }
 
 /// Waits until no other `odmr customer` changes the customers: two must not give a domain to two customers. `path`: the

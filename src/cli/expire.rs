@@ -24,9 +24,7 @@ use crate::provider::spool::Spool;
 use crate::report::Reporter;
 use crate::report::clock_watch::ClockWatch;
 
-pub(super) const EXPIRE_SUMMARY: &str = "\
-Lets the mail that is held for customers expire, and warns its senders of the delay, as the customers' files demand. `odmr serve` does
-that itself once a minute; if only `--inetd` is used, cron runs this once an hour or once a day.";
+pub(super) const EXPIRE_SUMMARY: &str = include_str!("pages/expire.txt");
 
 /// How long to wait for a session that has a queue.
 const LOCK_WAIT: Duration = Duration::from_secs(5);

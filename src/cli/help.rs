@@ -5,25 +5,7 @@ use getopts::{Fail, Options};
 use crate::nearest::nearest;
 
 /// `odmr help exit-codes`.
-pub(super) const EXIT_CODES: &str = "\
-odmr ends with these exit codes, those of sysexits.h but for 0 and 1
-
-    0     done; for a call also: there is no mail
-    1     `check` has found errors, or `status --warn` something that needs a person
-    64    the command line is wrong
-    65    an address, a header or other input cannot be read; no such message
-    66    a file that the command line names cannot be read
-    67    a recipient has no mailbox here
-    68    the name of the provider has no address
-    69    no connection to the provider; a message is too large, or in a loop
-    71    a system call has failed
-    73    a directory or file cannot be made: it is missing, in the way, or read-only
-    74    reading or writing has failed
-    75    try again later: the other side defers, a disk is full, another process has the lock
-    76    the peer or its certificate breaks the protocol
-    77    no permission: wrong name or secret, or files of another user
-    78    the configuration is wrong
-";
+pub(super) const EXIT_CODES: &str = include_str!("pages/exit-codes.txt");
 
 /// Returns `; did you mean …?` if one of the words is nearly this one, or else nothing.
 pub(super) fn suggestion<'a>(word: &str, known: impl IntoIterator<Item = &'a str>) -> String {

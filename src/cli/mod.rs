@@ -55,24 +55,7 @@ use process::{DaemonSignals, print, print_fitted};
 use setup::customer::SETUP_CUSTOMER_SUMMARY;
 use setup::provider::SETUP_PROVIDER_SUMMARY;
 
-const HELP: &str = "\
-odmr: On-Demand Mail Relay (RFC 2645), provider and customer in one program
-
-    odmr setup            makes the user, directories and files of a provider or a customer
-    odmr serve -c FILE    the provider: holds mail for its customers, and sends it to them when they call
-    odmr pull  -c FILE    the customer: calls its provider, sends its outgoing mail, receives its own
-    odmr send             for users and programs of the customer: accepts a message as sendmail(8) does
-    odmr check -c FILE    reports the mistakes in a configuration
-    odmr status -c FILE   shows the mail that waits and the last calls, of either side
-    odmr customer -c FILE  adds, lists, shows and removes a provider's customers
-    odmr secret           makes the verifier that a provider stores in place of a customer's secret
-    odmr queue -c FILE    lists, shows, removes, bounces, retries, exports and imports messages
-    odmr expire -c FILE   lets held mail expire, as `odmr serve` does; for cron, with `odmr serve --inetd`
-    odmr demo             provider and customer on loopback, with the dialogue
-
-    odmr help [WORD]      this page, that of a subcommand, or `exit-codes`
-    odmr version          the version
-";
+const HELP: &str = include_str!("pages/odmr.txt");
 
 /// A subcommand whose options getopts can list; `odmr send` has the options of sendmail(8) instead.
 struct Subcommand {
@@ -220,7 +203,8 @@ impl Subcommand {
         if matches.opt_present("help") {
             let (name, arguments) = (self.name, self.arguments);
             let file = if self.has_config { " -c FILE" } else { "" };
-            let usage = options.usage(&format!("odmr {name}{file} [options]{arguments}\n\n{}", self.summary));
+            let usage =
+                options.usage(&format!("odmr {name}{file} [options]{arguments}\n\n{}", self.summary.trim_end()));
             return print_fitted(&usage);
         }
         if let Some(word) = matches.free.first().filter(|_| self.arguments.is_empty()) {

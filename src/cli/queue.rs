@@ -47,17 +47,7 @@ use crate::smtp::command::Recipient;
 use crate::smtp::reply::Reply;
 use crate::smtp::status::{DecidedBy, DeliveryResult, RecipientStatus};
 
-pub(super) const SUMMARY: &str = "\
-Looks at messages that wait, and decides on them. ID is the one of the log, or the unique part of a file's name. With
-DOMAIN after it, only the copy in the queue of that domain is meant.
-
-    list     a line for each message, or for those of an account or a domain
-    show     the envelope, the history and the header of a message
-    remove   removes a message; its sender gets no DSN
-    bounce   returns a message, or all those of a domain, to its sender, with a DSN
-    retry    makes a message, or those of a domain, due at once
-    export   writes the messages of a domain to stdout as batch SMTP (RFC 2442); the files stay
-    import   stores messages from stdin, which are batch SMTP";
+pub(super) const SUMMARY: &str = include_str!("pages/queue.txt");
 
 const HINT: &str = "odmr queue -h";
 
@@ -451,7 +441,8 @@ impl Queues {
     }
 
     fn export(&self, out: &mut dyn Write, domain: &str) -> Result<(), Failure> {
-        let domain = parse_domain(domain)?;
+        let domain =
+            Domain::parse_any(domain).or_else(|_| failure(Sysexit::DataError, format!("{domain} is not a domain")))?;
         let (mut incomplete, mut is_empty) = (Vec::new(), true);
         self.each(Some(slice::from_ref(&domain)), &mut |QueueItem { name, message, .. }| {
             if mem::take(&mut is_empty) {
@@ -599,10 +590,6 @@ fn lock_message(lock: &mut QueueLock, found: &QueueItem<'_>) -> Option<io::Resul
 /// The domain of a word, which may be the name of a queue; none: it is not a domain.
 fn domains_of(word: &str) -> Vec<Domain> {
     Domain::parse_any(word.strip_prefix("outgoing/").unwrap_or(word)).into_iter().collect()
-}
-
-fn parse_domain(text: &str) -> Result<Domain, Failure> {
-    Domain::parse_any(text).or_else(|_| failure(Sysexit::DataError, format!("{text} is not a domain")))
 }
 
 /// One line about a message.

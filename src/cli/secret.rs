@@ -21,13 +21,7 @@ use crate::plural::counted;
 use crate::sasl::{ITERATIONS, SALT_OCTETS, ScramVerifier, is_usable};
 use crate::threads;
 
-pub(super) const SECRET_SUMMARY: &str = "\
-Makes a verifier, which the provider stores in place of a customer's secret: the verifier itself opens no account.
-It asks for the secret, without showing it; if that is empty, it makes one and prints it. If the input is not a terminal,
-the secret is its first line.
-
-    odmr secret                  prints the line for the customer's file at the provider
-    odmr secret NAME -c FILE     writes it there; FILE is the provider's, NAME the login name of the customer";
+pub(super) const SECRET_SUMMARY: &str = include_str!("pages/secret.txt");
 
 const HINT: &str = "odmr secret -h";
 

@@ -36,39 +36,7 @@ const HINT: &str = "odmr send -h";
 /// The configuration if neither `-C` nor `$ODMR_CONFIG` names one.
 const DEFAULT_CONFIG: &str = "/etc/odmr/customer.toml";
 
-const HELP: &str = "\
-Usage: odmr send [options] [recipients]        (also under the name sendmail; mailq: -bp; newaliases: -bi)
-
-Accepts a message on stdin, with LF or CRLF line ends, and puts it into the outgoing queue; a bare CR ends a line too.
-The next call sends it. Users who may not write into the queue submit to `odmr pull --daemon` instead, at the first
-address on loopback in `listen` of [outgoing]. If one recipient is bad, no recipient gets the message. In a message without a
-signature addresses without a domain get `domain` of [outgoing], and text beyond ASCII in the header is encoded (RFC
-2047).
-
-    -t            adds the recipients of To, Cc and Bcc; Bcc is removed in any case
-    -i, -oi       a line with a single dot is content, and not the end
-    -f ADDR       the sender; default: the login name at `domain` of [outgoing]; -f '<>': the null sender
-    -r ADDR       the same
-    -F NAME       the full name in a From that is added
-    -N WHEN       which DSNs the sender gets: never, or a list of success, failure, delay
-    -R WHAT       what a failure DSN returns of the message: full or hdrs
-    -V ID         an envelope identifier, which DSNs repeat
-    -bm           accepts a message on stdin (default)
-    -bs           speaks SMTP on stdin and stdout
-    -bp           lists the mail that waits: the outgoing queue, and what is for next hops
-    -bi           checks the aliases and prints how many there are; a daemon that runs reads them at SIGHUP
-    -q            makes the running daemon call at once, as odmr pull --now; without a daemon it does nothing
-    -C FILE       the configuration of the customer, with [outgoing]; default: $ODMR_CONFIG, or
-                  /etc/odmr/customer.toml
-    -v            logs more on stderr
-    --syslog, --syslog=PATH
-                  logs to the system log: to /dev/log or /var/run/log, or to the socket PATH
-    --log-time    puts the time (RFC 3339, UTC) before each log line on stderr
-
-Other options of sendmail(8) that programs pass, such as -oem, -odb, -O, -B, -G and -U, change nothing.
-Exit codes are those of sysexits.h: 64 usage, 65 address or header, 67 no such mailbox here, 69 too large,
-73 and 74 files, 75 try again later, 77 permission, 78 configuration.
-";
+const HELP: &str = include_str!("pages/send.txt");
 
 /// The names by which programs call sendmail(8) (LSB; Debian policy 11.6), and the `-b` that each means.
 pub(super) const NAMES: [(&str, Option<&str>); 3] =

@@ -12,14 +12,7 @@ use std::path::{Path, PathBuf};
 use super::exit::{ExitError, Sysexit};
 use super::process::print;
 
-const HELP: &str = "\
-Makes a user, directories, a certificate and a configuration, and prints what to type next. Nothing that exists is changed.
-
-    odmr setup provider HOSTNAME    this machine holds mail; HOSTNAME is its name in the DNS, such as relay.example.net
-    odmr setup customer FILE        this machine calls a provider; FILE is what `odmr customer add` has printed there
-
-`odmr setup provider -h` and `odmr setup customer -h` show the options.
-";
+const HELP: &str = include_str!("pages/setup.txt");
 
 /// `odmr setup` without a side.
 ///

@@ -16,12 +16,7 @@ use crate::config::{CustomerBlock, CustomerConfig, NamesOnDisk, check_text};
 use crate::mail::address::Mailbox;
 use crate::net::tls::CertificateInfo;
 
-pub const SETUP_CUSTOMER_SUMMARY: &str = "\
-Makes of this machine a customer: the user odmr, directories, the mailbox of postmaster, and a configuration of FILE, which
-`odmr customer add` has printed at the provider; `-` reads it from the standard input. Prints what to type next. Nothing that
-exists is changed; a run that was interrupted can be repeated.
-
-Without root, for a trial: no user is made, `-c` names a file of your own, and all files are in its directory.";
+pub const SETUP_CUSTOMER_SUMMARY: &str = include_str!("../pages/setup-customer.txt");
 
 const DEFAULT_FILE: &str = "/etc/odmr/customer.toml";
 const HINT: &str = "odmr setup customer -h";

@@ -16,12 +16,7 @@ use crate::cli::process::print;
 use crate::config::{check_text, quote};
 use crate::net::tls::CertificateInfo;
 
-pub const SETUP_PROVIDER_SUMMARY: &str = "\
-Makes of this machine a provider: the user odmr, directories, a self-signed certificate and its key, and a configuration.
-Prints the records for the DNS, and what to type next. HOSTNAME is the name of this machine in the DNS, such as
-relay.example.net. Nothing that exists is changed; a run that was interrupted can be repeated.
-
-Without root, for a trial: no user is made, `-c FILE` names a file of your own, and all files are in its directory.";
+pub const SETUP_PROVIDER_SUMMARY: &str = include_str!("../pages/setup-provider.txt");
 
 const DEFAULT_FILE: &str = "/etc/odmr/provider.toml";
 const DEFAULT_SPOOL: &str = "/var/spool/odmr";
