@@ -83,7 +83,10 @@ const VALUE_LIMIT: usize = 256;
 /// Returns a value from the wire as the log shows it: in quotes, control characters as `\xNN`, `"` and `\` after a `\`,
 /// at most 256 octets and then `…`; an empty value as `-`.
 pub fn quoted(value: impl Display) -> String {
-    let value = value.to_string();
+    quoted_text(&value.to_string())
+}
+
+fn quoted_text(value: &str) -> String {
     if value.is_empty() {
         return "-".to_owned();
     }
