@@ -192,11 +192,11 @@ impl ProviderAccount {
     fn build(mut table: Table<'_>, outgoing: bool, schedule: &Schedule) -> Result<ProviderAccount, ConfigError> {
         let missing = "[provider] needs `address`, the provider's host and port, such as \
                        address = \"relay.example.net:366\"";
-        let (address_line, domains_line) = (table.line_of("address"), table.line_of("domains"));
+        let [address_line, domains_line, ca_line, certificate_line, key_line] =
+            ["address", "domains", "ca", "certificate", "key"].map(|key| table.line_of(key));
         let address = table.required("address", host_port::<366>(), missing);
         let missing = "[provider] needs `name`, the login name that the provider gave you";
         let name = table.required("name", ACCOUNT_NAME, missing);
-        let [ca_line, certificate_line, key_line] = ["ca", "certificate", "key"].map(|key| table.line_of(key));
         let (source, table_line) = (table.file, table.line.clone());
         let certificate = table.contains("certificate");
         let remote = source.note(address.and_then(|address| remote(&mut table, address, "tls")));

@@ -89,8 +89,6 @@ impl fmt::Display for CallError {
     }
 }
 
-impl std::error::Error for CallError {}
-
 impl From<io::Error> for CallError {
     fn from(error: io::Error) -> CallError {
         match error.kind() {

@@ -38,7 +38,7 @@ use crate::mail::address::{Domain, parse_literal};
 use crate::net::cancel::{self, CancelToken};
 use crate::net::connection;
 use crate::sorting::sort_by;
-use crate::threads;
+use crate::threads::{self, Guarded};
 
 const CONFIGURATION: &str = "/etc/resolv.conf";
 const PORT: u16 = 53;
@@ -121,8 +121,6 @@ impl fmt::Display for ResolveError {
         f.write_str(&self.text)
     }
 }
-
-impl std::error::Error for ResolveError {}
 
 impl Resolver {
     /// Returns a resolver for the first three servers in /etc/resolv.conf, which it reads now; if the file names none, for a
@@ -470,13 +468,13 @@ fn look_up_by_system(address: &str, deadline: Instant, cancel: &CancelToken) -> 
         }
         cancel.wait_until(Some(deadline.min(Instant::now() + SYSTEM_LOOKUP_POLL)));
     };
-    let (sender, found) = crossbeam_channel::bounded(1);
+    let found = Arc::new(Guarded::new(None));
     // A token, so that poll(2) can wait for it and for `cancel`.
     let done = CancelToken::new()?;
-    let (name, ended) = (address.to_owned(), done.clone());
+    let (name, result, ended) = (address.to_owned(), found.clone(), done.clone());
     threads::spawn("lookup", move || {
         let _slot = slot;
-        let _ = sender.send(name.to_socket_addrs().map(Iterator::collect).map_err(timed_out_if_temporary));
+        *result.lock() = Some(name.to_socket_addrs().map(Iterator::collect).map_err(timed_out_if_temporary));
         ended.cancel();
     })?;
     while !done.is_cancelled() {
@@ -487,7 +485,8 @@ fn look_up_by_system(address: &str, deadline: Instant, cancel: &CancelToken) -> 
         let descriptors = [done.fd(), cancel.fd()];
         cancel::poll(&mut descriptors.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)), Some(deadline))?;
     }
-    found.try_recv().unwrap_or_else(|_| Err(io::Error::other("the lookup has ended without a result")))
+    let result = found.lock().take();
+    result.unwrap_or_else(|| Err(io::Error::other("the lookup has ended without a result")))
 }
 
 /// Returns an error of getaddrinfo(3), with the kind `TimedOut` if it is EAI_AGAIN: no name server has replied, or one has

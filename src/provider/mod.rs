@@ -31,7 +31,6 @@ pub mod inbound;
 pub mod odmr;
 pub mod reload;
 
-use std::fmt;
 use std::fs::File;
 use std::io;
 use std::net::{IpAddr, SocketAddr, TcpListener};
@@ -113,14 +112,6 @@ impl StartError {
         StartError { code: Sysexit::Config, text }
     }
 }
-
-impl fmt::Display for StartError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.text)
-    }
-}
-
-impl std::error::Error for StartError {}
 
 impl From<io::Error> for StartError {
     fn from(error: io::Error) -> StartError {

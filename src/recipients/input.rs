@@ -260,8 +260,6 @@ impl fmt::Display for ConfigError {
     }
 }
 
-impl std::error::Error for ConfigError {}
-
 /// The remedy for an alias whose mail is to leave this host, or to go to a program.
 pub const FORWARD_HINT: &str = "remove that alias, accept the address itself, and send it to the local mail server, \
                                 such as deliver = { \"info@example.org\" = \"smtp:127.0.0.1:25\" }";

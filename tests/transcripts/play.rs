@@ -142,7 +142,7 @@ impl<'a> Play<'a> {
         let config = odmr::config::ProviderConfig::load(&self.directory.path().join("provider.toml"))
             .map_err(|error| self.unusable(&error.to_string()))?;
         let running = odmr::provider::Provider::start(config, Ids::fixed())
-            .map_err(|error| Failure::new(1, "a provider", error.to_string()))?;
+            .map_err(|error| Failure::new(1, "a provider", error.text))?;
         let transcript = self.transcript;
         let addresses = Addresses::of(&running);
         let (mut running, (ended, stopped)) = (Some(running), channel());
