@@ -64,7 +64,8 @@ pub(super) fn run(mode: Option<&str>, arguments: &[String]) -> Result<(), ExitEr
     let logs_events = target.is_syslog() || matches.opt_present("v");
     target.start(if logs_events { LevelFilter::Info } else { LevelFilter::Error }, false);
     if matches.opt_present("q") {
-        return call_now(&load(&path)?);
+        // The daemon calls at once. Without one, the next call sends what waits.
+        return daemon::running(&load(&path)?)?.map_or(Ok(()), |process| pull::request_call(process, true));
     }
     let mode: Mode = match last(&matches, "b").as_deref() {
         Some("i") => return count_aliases(&load(&path)?, &path),
@@ -100,11 +101,6 @@ fn list(path: &Path) -> Result<(), ExitError> {
     let (config, _) = load_as_owner(path)?;
     confine_sender(&config);
     print(&sendmail::list(&config, &Ids::system(tls::random))?)
-}
-
-/// `-q`: makes the daemon call at once. Without one, the next call sends what waits.
-fn call_now(config: &CustomerConfig) -> Result<(), ExitError> {
-    daemon::running(config)?.map_or(Ok(()), |process| pull::request_call(process, true))
 }
 
 /// `-bi`: there is no database to make of the aliases, which were checked with the configuration.

@@ -142,7 +142,7 @@ fn provider(
     let text = match show.format {
         Format::Text => provider_text(&status, show),
         Format::Json => format!("{}\n", provider_json(&status, &config.hostname, show)),
-        Format::Prometheus => provider_metrics(&status, show).to_string(),
+        Format::Prometheus => provider_metrics(&status, show).text(),
     };
     Ok((text, show.warn.map(|warn| provider_findings(&status, warn, show)).unwrap_or_default()))
 }
@@ -167,7 +167,7 @@ fn customer(
     let text = match show.format {
         Format::Text => customer_text(&status, show),
         Format::Json => format!("{}\n", customer_json(&status, &config.hostname)),
-        Format::Prometheus => customer_metrics(&status).to_string(),
+        Format::Prometheus => customer_metrics(&status).text(),
     };
     Ok((text, show.warn.map(|warn| customer_findings(&status, warn, show.now)).unwrap_or_default()))
 }
@@ -472,6 +472,10 @@ fn customer_json(status: &CustomerStatus, hostname: &str) -> Json {
 struct Metrics(Vec<(String, String)>);
 
 impl Metrics {
+    fn text(self) -> String {
+        self.0.into_iter().map(|(_, lines)| lines).collect()
+    }
+
     fn add(&mut self, name: &str, help: &str, labels: &[(&str, &str)], value: &dyn Display) {
         let kind = if name.ends_with("_total") { "counter" } else { "gauge" };
         let head = format!("# HELP {name} {help}\n# TYPE {name} {kind}\n");
@@ -528,12 +532,6 @@ impl Metrics {
             self.add("odmr_config_last_reload_successful", "Whether the configuration was read.", &[], &successful);
             self.add_time("odmr_config_last_reload_timestamp_seconds", "When it was read.", &[], Some(reload.at));
         }
-    }
-}
-
-impl Display for Metrics {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        self.0.iter().try_for_each(|(_, lines)| f.write_str(lines))
     }
 }
 

@@ -179,9 +179,9 @@ impl CallCounters {
         let Counts { total: Summary { messages, octets, sent, .. }, arriving, announced, queued, .. } = &*self.0.lock();
         let all = counted(*queued.max(messages), "message", "messages");
         let of_all = if *queued > 0 { format!("{messages} of {all}") } else { all };
-        let mut line = format!("{of_all}, {}", HumanSize(octets + arriving));
+        let mut line = format!("{of_all}, {}", human_size(octets + arriving));
         if *announced > 0 {
-            line += &format!(" (now {} of {})", HumanSize(*arriving.min(announced)), HumanSize(*announced));
+            line += &format!(" (now {} of {})", human_size(*arriving.min(announced)), human_size(*announced));
         }
         if *sent > 0 {
             line += &format!(", {sent} sent");
@@ -289,20 +289,16 @@ impl Summary {
     }
 }
 
-/// A number of octets, shown in `B`, `KiB`, `MiB` or `GiB`.
-struct HumanSize(u64);
-
-impl fmt::Display for HumanSize {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (mut size, mut unit) = (self.0 as f64, "");
-        for next in ["Ki", "Mi", "Gi"] {
-            if size < 1024.0 {
-                break;
-            }
-            (size, unit) = (size / 1024.0, next);
+/// A number of octets in `B`, `KiB`, `MiB` or `GiB`.
+fn human_size(octets: u64) -> String {
+    let (mut size, mut unit) = (octets as f64, "");
+    for next in ["Ki", "Mi", "Gi"] {
+        if size < 1024.0 {
+            break;
         }
-        if unit.is_empty() { write!(f, "{} B", self.0) } else { write!(f, "{size:.1} {unit}B") }
+        (size, unit) = (size / 1024.0, next);
     }
+    if unit.is_empty() { format!("{octets} B") } else { format!("{size:.1} {unit}B") }
 }
 
 #[cfg(test)]

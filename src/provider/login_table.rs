@@ -23,6 +23,7 @@
 //! ```
 
 use std::fmt::{self, Write as _};
+use std::mem::discriminant;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use data_encoding::HEXLOWER;
@@ -124,10 +125,6 @@ pub enum Subject {
 }
 
 impl Subject {
-    fn is_like(&self, other: &Subject) -> bool {
-        std::mem::discriminant(self) == std::mem::discriminant(other)
-    }
-
     fn is_known(&self) -> bool {
         matches!(self, Subject::Known(..))
     }
@@ -326,7 +323,8 @@ impl LoginTable {
 
     /// The lowest count of this kind, which a new one replaces; `None`: there is room for one more.
     fn least(&self, kind: &Subject, now: i64) -> Option<usize> {
-        let alike = || self.counts.iter().enumerate().filter(|(_, count)| count.subject.is_like(kind));
+        let is_alike = |(_, count): &(usize, &Count)| discriminant(&count.subject) == discriminant(kind);
+        let alike = || self.counts.iter().enumerate().filter(is_alike);
         let is_full = !kind.is_known() && alike().count() >= COUNTED_LIMIT;
         let least = alike().filter(|_| is_full).min_by_key(|(_, count)| (count.left(now), count.at));
         least.map(|(at, _)| at)

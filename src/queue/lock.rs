@@ -360,7 +360,7 @@ impl QueueLock {
 
     /// Puts a message back that was offered: it is the next one to be offered.
     pub fn put_back(&mut self, message: QueuedMessage) {
-        if let Some(queue) = self.queue_of(message.queue()) {
+        if let Some(queue) = self.queues.iter_mut().find(|queue| queue.name == *message.queue()) {
             queue.under_way = queue.under_way.saturating_sub(1);
             queue.listed.put_back(message.into_entry());
         }
@@ -391,10 +391,6 @@ impl QueueLock {
             log::warn!("event=session-ended-by-message queue={name} id={id} sessions={sessions} skip={skip}");
         }
         Ok(())
-    }
-
-    fn queue_of(&mut self, name: &QueueName) -> Option<&mut LockedQueue> {
-        self.queues.iter_mut().find(|queue| queue.name == *name)
     }
 
     /// Shows to sessions that wait for these locks that this one makes progress, so that they do not ask for a
