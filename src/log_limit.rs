@@ -2,8 +2,10 @@
 
 use std::collections::HashMap;
 use std::hash::Hash;
-use std::sync::{LazyLock, Mutex, PoisonError};
+use std::sync::LazyLock;
 use std::time::{Duration, Instant};
+
+use crate::threads::Guarded;
 
 /// How long a warning about the same subject is not logged again.
 const LOG_INTERVAL: Duration = Duration::from_secs(60);
@@ -36,8 +38,8 @@ pub fn may_log<K: Clone + Eq + Hash>(
 /// Whether to log an event of the whole process, such as that the system gives it no thread, and how many were not logged
 /// since its last line: see [`may_log`].
 pub fn may_log_event(event: &'static str) -> Option<usize> {
-    static LOGGED: LazyLock<Mutex<LoggedWarnings<&'static str>>> = LazyLock::new(Mutex::default);
-    let mut logged = LOGGED.lock().unwrap_or_else(PoisonError::into_inner);
+    static LOGGED: LazyLock<Guarded<LoggedWarnings<&'static str>>> = LazyLock::new(Guarded::default);
+    let mut logged = LOGGED.lock();
     may_log(&mut logged, &[event], usize::MAX, Instant::now())
 }
 
