@@ -102,7 +102,15 @@ fn standard_output_may_be_closed_early_but_not_fail() {
                     secret-file = \"secret\"\n[mailboxes]\nroot = \"mail\"\naccept = [\"@example.org\"]\n[outgoing]\nqueue = \"out\"\n";
     fs::write(&sender, customer).unwrap();
     let (file, sender) = (file.to_str().unwrap(), sender.to_str().unwrap());
-    for arguments in [["status", "-c", file, ""], ["queue", "-c", file, "import"], ["send", "-C", sender, "-bp"]] {
+    // The list of this message is longer than a buffer.
+    let recipients: String = (0..2000).map(|user| format!("RCPT TO:<{user:040}@example.org>\r\n")).collect();
+    let batch = format!("EHLO a.example\r\nMAIL FROM:<>\r\n{recipients}DATA\r\n\r\n.\r\nQUIT\r\n");
+    fs::write(directory.path().join("batch"), batch).unwrap();
+    let batch = fs::File::open(directory.path().join("batch")).unwrap();
+    let imported = odmr(&["queue", "-c", file, "import"]).stdin(batch).output().unwrap();
+    assert_eq!(imported.status.code(), Some(0), "{imported:?}");
+    let (import, list) = (["queue", "-c", file, "import"], ["queue", "-c", file, "list"]);
+    for arguments in [["status", "-c", file, ""], import, list, ["send", "-C", sender, "-bp"]] {
         let arguments: Vec<_> = arguments.into_iter().filter(|argument| !argument.is_empty()).collect();
         let (reader, writer) = std::io::pipe().unwrap();
         drop(reader);

@@ -108,7 +108,7 @@ pub(super) fn run(matches: &Matches) -> Result<(), ExitError> {
         Config::Provider(config) => Queues::of_provider(&config, &path, changes)?,
         Config::Customer(config) => Queues::of_customer(&config, &path, changes)?,
     };
-    let mut out = BufWriter::with_capacity(64 << 10, Waiting(io::stdout()));
+    let mut out = QueueOutput { buffer: BufWriter::with_capacity(64 << 10, Waiting(io::stdout())), has_failed: false };
     let domain = words.get(2).copied();
     let done = match words[..] {
         ["show", id, ..] => queues.show(&mut out, id, domain),
@@ -119,12 +119,28 @@ pub(super) fn run(matches: &Matches) -> Result<(), ExitError> {
         ["import"] => queues.import(&mut out),
         _ => queues.list(&mut out, words.get(1).copied()),
     };
-    // After a failure to write, the rest is still in the buffer, and fails again.
     let printed = out.flush();
     match done {
         Err(Failure::Exit(error)) => Err(error),
-        Err(Failure::Io(error)) if printed.is_ok() => Err(error.into()),
-        _ => written(printed),
+        Err(Failure::Io(error)) if out.has_failed => written(Err(error)),
+        Err(Failure::Io(error)) => Err(error.into()),
+        Ok(()) => written(printed),
+    }
+}
+
+/// Standard output. Large writes pass by the buffer, so that only this type knows afterwards that one of them has failed.
+struct QueueOutput {
+    buffer: BufWriter<Waiting<io::Stdout>>,
+    has_failed: bool,
+}
+
+impl Write for QueueOutput {
+    fn write(&mut self, octets: &[u8]) -> io::Result<usize> {
+        self.buffer.write(octets).inspect_err(|_| self.has_failed = true)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.buffer.flush()
     }
 }
 
