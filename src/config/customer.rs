@@ -289,7 +289,7 @@ impl OutgoingConfig {
                        queue = \"/var/spool/odmr-out\"";
         let (source, queue) = (table.file, table.required("queue", PATH, missing));
         let (listen, networks) = (table.list("listen", LISTENER), table.list("networks", NETWORK));
-        let domain = table.or("domain", DOMAIN, mailboxes.rules.home().clone());
+        let domain = table.get("domain", DOMAIN);
         let login = provider.remote.login.clone().filter(|login| login.secret.is_some());
         let submission_line = table.line_of("submission");
         let submission = source.note(optional_remote(&mut table, "submission", "submission-tls", login));
@@ -313,7 +313,7 @@ impl OutgoingConfig {
             queue: source.absolute(&queue?),
             listen: values(listen),
             networks: values(networks?.unwrap_or_default()),
-            domain,
+            domain: domain?.unwrap_or_else(|| mailboxes.rules.home().clone()),
             submission: submission?,
             retry: retry?,
             max_size,

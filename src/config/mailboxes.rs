@@ -53,7 +53,7 @@ impl MailboxesConfig {
         let reader = Reader { source, domains };
         let (umask, max_size) = (table.or("umask", UMASK, 0o077), table.or("max-size", SIZE, MAX_SIZE));
         let without_8bitmime = table.or("without-8bitmime", WITHOUT_8BITMIME, Without8BitMime::default());
-        let separators = table.or("separator", SEPARATORS, "+".to_owned());
+        let separators = table.get("separator", SEPARATORS);
         let (except, postmaster) = (table.list("except", USER_PATTERN), table.located("postmaster", USER));
         let domain_aliases = source.note(reader.domain_aliases(&mut table));
         let routes = table.take("deliver").map_or_else(|| Ok(Vec::new()), |written| reader.routes(written));
@@ -79,6 +79,7 @@ impl MailboxesConfig {
         }
         let (root, except) = (source.absolute(&root?), except?.unwrap_or_default());
         let (domain_aliases, postmaster) = (domain_aliases?, postmaster?);
+        let separators = separators?.unwrap_or_else(|| "+".to_owned());
         let (root_of_rules, routes, catch_alls) = (root.clone(), routes?, catch_alls?);
         result?;
         let input = RuleInput {

@@ -1402,6 +1402,18 @@ mail = "x"
     assert_found(&warnings, &[("odmr.toml:5", "the secret has 5 octets")]);
 }
 
+#[test]
+fn a_mistake_in_the_separator_makes_no_alias_wrong() {
+    let table = "\n[mailboxes]\nroot = \"m\"\naccept = [\"alice@example.org\"]\naliases = { info = \"alice-lists\" }\n";
+    let text = |separator: &str| {
+        let head = "hostname = \"mail.example.org\"\n[provider]\naddress = \"relay.example.net\"\nname = \"acme\"\n\
+                    secret = \"a long random word\"";
+        findings(&files(&[("odmr.toml", &format!("{head}{table}separator = {separator}\n"))])).0
+    };
+    assert_found(&text("\"-\""), &[]);
+    assert_found(&text("[\"-\"]"), &[("odmr.toml:10", "expected a character such as")]);
+}
+
 /// Files of earlier versions are read, and `check` warns with the new key.
 #[test]
 fn a_key_by_its_former_name_is_read_with_a_warning() {
