@@ -16,7 +16,7 @@ use crate::sandbox;
 const FILE_SIZE_LIMIT: u64 = 16 << 20;
 
 /// U+FEFF in UTF-8: some editors begin a file with it.
-pub const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
+const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 
 /// Returns the mode of a file, and its octets without a byte order mark.
 ///
@@ -57,6 +57,20 @@ pub fn without_inner_marks(octets: Vec<u8>) -> Vec<u8> {
     lines.flat_map(|line| line.strip_prefix(BYTE_ORDER_MARK).unwrap_or(line)).copied().collect()
 }
 
+/// The input without a byte order mark at its beginning, also if the mark arrives octet by octet.
+///
+/// # Errors
+///
+/// The first octets cannot be read.
+pub fn without_first_mark(mut input: impl Read) -> io::Result<impl Read> {
+    let mut begin = Vec::new();
+    while BYTE_ORDER_MARK.starts_with(&begin) && input.by_ref().take(1).read_to_end(&mut begin)? > 0 {}
+    if begin.starts_with(BYTE_ORDER_MARK) {
+        begin.drain(..BYTE_ORDER_MARK.len());
+    }
+    Ok(io::Cursor::new(begin).chain(input))
+}
+
 /// Whether a text has two or four octets for each character: it has the byte order mark of UTF-16 or UTF-32, or zeros in its
 /// first characters.
 fn is_wide(octets: &[u8]) -> bool {
@@ -80,6 +94,10 @@ mod tests {
         for text in ["", "a", "a = 1\r\nb = 2", "ä\n", "\u{feff}"] {
             assert_eq!(write_and_read(text.as_bytes()).unwrap(), text.trim_start_matches('\u{feff}').as_bytes());
             assert_eq!(write_and_read(format!("\u{feff}{text}").as_bytes()).unwrap(), text.as_bytes(), "{text:?}");
+            let mut read = String::new();
+            let slow = (&b"\xef"[..]).chain(&b"\xbb"[..]).chain(&b"\xbf"[..]).chain(text.as_bytes());
+            without_first_mark(slow).unwrap().read_to_string(&mut read).unwrap();
+            assert_eq!(read, text);
         }
         // The parsers reject other encodings and binary files.
         for octets in [&b"\xe4 = 1\n"[..], b"\xef\xbb", b"\xff", b"abcd\0"] {

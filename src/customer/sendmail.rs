@@ -48,7 +48,7 @@ use crate::smtp::content::HeaderScanner;
 use crate::smtp::limits::ENVELOPE_ID;
 use crate::smtp::reply::{Reply, Severity};
 use crate::sysexit::Sysexit;
-use crate::text_file::BYTE_ORDER_MARK;
+use crate::text_file::without_first_mark;
 
 /// Octets of the input that are read at once.
 const INPUT_BLOCK: usize = 32 * 1024;
@@ -553,17 +553,16 @@ impl InputMessage {
         let mut message =
             InputMessage { content: SpooledContent::default(), header: HeaderScanner::default(), beyond_ascii: 0 };
         let (mut decoder, mut ended) = (LineDecoder::new(dot_ends), false);
-        let (mut block, mut decoded, mut begun) = (vec![0; INPUT_BLOCK], Vec::new(), false);
+        let (mut block, mut decoded) = (vec![0; INPUT_BLOCK], Vec::new());
+        // Some editors put a byte order mark before a text. With it the first line would not be a field.
+        let mut input = without_first_mark(input)?;
         while !ended {
             let octets = match input.read(&mut block) {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 result => result?,
             };
             decoded.clear();
-            // Some editors put a byte order mark before a text. With it the first line would not be a field.
-            let is_mark = !std::mem::replace(&mut begun, true) && block[..octets].starts_with(BYTE_ORDER_MARK);
-            let begin = if is_mark { BYTE_ORDER_MARK.len() } else { 0 };
-            ended = octets == 0 || decoder.feed(&block[begin..octets], &mut decoded);
+            ended = octets == 0 || decoder.feed(&block[..octets], &mut decoded);
             if ended {
                 decoder.finish(&mut decoded);
             }
