@@ -57,14 +57,16 @@ pub fn record_begin() {
 
 /// Returns the time of day for decisions on what is old enough to be removed: if the clock was set forward since this
 /// process began, the time that it would show if it had not been. Otherwise files that are being written, and what was
-/// set aside today, would be old at once.
+/// set aside today, would be old at once. A process that began at an impossible time, before a machine without a clock had
+/// the time, goes by the present clock: by its own nothing would ever be old.
 pub fn cautious_now() -> SystemTime {
     let (begun, since) = *BEGUN;
     cautious_time(begun, uptime().saturating_sub(since), SystemTime::now())
 }
 
 fn cautious_time(begun: SystemTime, passed: Duration, now: SystemTime) -> SystemTime {
-    begun.checked_add(passed).map_or(now, |time| time.min(now))
+    let time = begun.checked_add(passed).filter(|_| Timestamp::from(begun).seconds >= EARLIEST_POSSIBLE);
+    time.map_or(now, |time| time.min(now))
 }
 
 /// A point in time, in whole seconds since 1970, UTC.
@@ -256,7 +258,8 @@ mod tests {
 
     #[test]
     fn a_clock_that_is_set_forward_makes_nothing_old() {
-        let (begun, hour, year) = (UNIX_EPOCH, Duration::from_secs(3600), Duration::from_secs(365 * 86_400));
+        let (hour, year) = (Duration::from_secs(3600), Duration::from_secs(365 * 86_400));
+        let begun = UNIX_EPOCH + 60 * year;
         for (now, time) in [
             (begun + hour, begun + hour),
             (begun + year, begun + hour),
@@ -265,6 +268,8 @@ mod tests {
         ] {
             assert_eq!(cautious_time(begun, hour, now), time);
         }
+        // Many small machines begin in 1970, until a time server has told them the time.
+        assert_eq!(cautious_time(UNIX_EPOCH, hour, begun), begun);
     }
 
     #[test]
