@@ -856,13 +856,17 @@ fn list_accepts_accounts_and_reports_unknown_names() {
         assert_eq!(place.run(0, &["queue", "list", empty]), "");
     }
     assert_eq!(place.run(0, &["queue", "export", "empty.example"]), "EHLO relay.example.net\r\nQUIT\r\n");
-    for words in [["list", "nobody"], ["list", "acme!"], ["list", "nobody.example"], ["export", "nobody.example"]] {
+    // `export` takes the name of no account.
+    for (words, what) in [
+        (["list", "nobody"], "an account or domain"),
+        (["list", "acme!"], "an account or domain"),
+        (["list", "nobody.example"], "an account or domain"),
+        (["export", "nobody.example"], "a domain"),
+        (["export", "acme"], "a domain"),
+    ] {
         let (text, name) = (place.run(65, &["queue", words[0], words[1]]), words[1]);
         let all = format!("`odmr queue -c {} list`", place.path("odmr.toml").display());
-        assert!(
-            text.starts_with(&format!("odmr: {name} is not an account or domain with mail here: {all} shows all")),
-            "{text}"
-        );
+        assert!(text.starts_with(&format!("odmr: {name} is not {what} with mail here: {all} shows all")), "{text}");
     }
 }
 

@@ -361,14 +361,13 @@ impl Queues {
         }
         match name.filter(|_| is_empty && !is_known) {
             None => Ok(()),
-            Some(name) => self.unknown(name),
+            Some(name) => self.unknown(name, "an account or domain"),
         }
     }
 
-    /// The error about a word that names no account and no domain with mail.
-    fn unknown<T>(&self, name: &str) -> Result<T, Failure> {
-        let text =
-            format!("{name} is not an account or domain with mail here: `odmr queue -c {} list` shows all", self.file);
+    /// The error about a word that names nothing with mail. `what`: what it should name.
+    fn unknown<T>(&self, name: &str, what: &str) -> Result<T, Failure> {
+        let text = format!("{name} is not {what} with mail here: `odmr queue -c {} list` shows all", self.file);
         failure(Sysexit::DataError, text)
     }
 
@@ -479,7 +478,7 @@ impl Queues {
         })?;
         match is_empty {
             // An empty batch for a misspelt domain would pass for a copy of its mail.
-            true if !self.is_known(&domain) => return self.unknown(domain.as_str()),
+            true if !self.is_known(&domain) => return self.unknown(domain.as_str(), "a domain"),
             true => batch::write_begin(out, &self.hostname)?,
             false => {}
         }
