@@ -107,11 +107,9 @@ fn add(path: &Path, name: &str, domains: &[&str], pins: &[String]) -> Result<(),
     // Print before the account is made: if that fails, there is no account, and the command can be repeated.
     print_secret(&block_for(&config, name, &domains, &opening, true))?;
     create_file_durably(&file, &text, 0o640, group).map_err(|error| {
-        let error = cannot_change(error);
-        ExitError::new(
-            error.code,
-            format!("{}; there is no customer {name}, and what was printed is of no use", error.text),
-        )
+        let with = format!("{name} is a customer from the next reload (SIGHUP) on");
+        let without = format!("there is no customer {name}, and what was printed is of no use");
+        cannot_change(error).of_file(&file, &text, &with, &without)
     })?;
     drop(lock);
     let reload = reload::request(&config);

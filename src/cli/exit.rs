@@ -1,5 +1,6 @@
 //! Failures of the program, each with its exit code.
 
+use std::fs;
 use std::io;
 use std::path::Path;
 
@@ -33,6 +34,15 @@ impl ExitError {
                 ExitError::new(Sysexit::CannotCreate, text)
             }
             _ => ExitError::new(Sysexit::CannotCreate, error),
+        }
+    }
+
+    /// This failure to write `text` into a file durably, with what holds now. `with`: what the new text means; `without`: what
+    /// the old one does. Only the directory may have failed, after the file was complete.
+    pub fn of_file(self, file: &Path, text: &str, with: &str, without: &str) -> ExitError {
+        match fs::read_to_string(file).is_ok_and(|found| found == text) {
+            true => ExitError::new(self.code, format!("{}; {with}, but a power cut may undo that", self.text)),
+            false => ExitError::new(self.code, format!("{}; {without}", self.text)),
         }
     }
 

@@ -92,8 +92,8 @@ fn write(config: &Path, name: &str) -> Result<(), ExitError> {
     }
     // A symbolic link stays, and its target is replaced.
     replace_file_durably(&file.canonicalize()?, &text).map_err(|error| {
-        let ExitError { code, text } = error.into();
-        ExitError::new(code, format!("{text}; the secret is not changed{printed}"))
+        let without = format!("the secret is not changed{printed}");
+        ExitError::from(error).of_file(&file, &text, "the secret is changed", &without)
     })?;
     let mut report = format!("# {} is changed; SIGHUP makes a running `odmr serve` read it\n", file.display());
     if let Some(old) = secret_file {

@@ -386,7 +386,7 @@ def mistakes_of_files(box):
     return place.finish()
 
 
-@scenario("mistakes-of-disks", needs=["openssl", "unshare"], root=True)
+@scenario("mistakes-of-disks", needs=["openssl", "unshare", "strace"], root=True)
 def mistakes_of_disks(box):
     """A full disk on either side: no message is lost, clients and users get an error, and the call fails"""
     place = Place(box)
@@ -410,6 +410,12 @@ def mistakes_of_disks(box):
                 "odmr: 1 recipient was deferred here, and the mail waits where it is: remove the cause that the replies name"),
         around=small("mail"))
     place.try_each(mistake("31 with room again", None, "pull -c customer.toml", 0, "1 message, "))
+    # The file is complete, and only its directory fails.
+    place.try_each(
+        mistake("31 a new secret", None, "secret acme -c provider.toml", 71, "; the secret is changed, but a power cut may undo that"),
+        mistake("31 a new customer", None, "customer -c provider.toml add beta beta.example", 73,
+                "; beta is a customer from the next reload (SIGHUP) on, but a power cut may undo that"),
+        around=["strace", "-f", "-qq", "-o", "/dev/null", "-P", str(box.path / "customers.d"), "-e", "inject=fsync:error=EIO"])
     return place.finish()
 
 
