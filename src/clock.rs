@@ -65,7 +65,7 @@ pub fn cautious_now() -> SystemTime {
 }
 
 fn cautious_time(begun: SystemTime, passed: Duration, now: SystemTime) -> SystemTime {
-    let time = begun.checked_add(passed).filter(|_| Timestamp::from(begun).seconds >= EARLIEST_POSSIBLE);
+    let time = begun.checked_add(passed).filter(|_| Timestamp::from(begun).is_possible(now.into()));
     time.map_or(now, |time| time.min(now))
 }
 

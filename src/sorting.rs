@@ -4,7 +4,18 @@ use std::cmp::Ordering;
 
 /// Sorts the items. Equal ones stay in their order.
 pub fn sort_by<T>(items: &mut [T], compare: impl Fn(&T, &T) -> Ordering) {
-    let mut order = sorted_places(items.len(), &|one, other| compare(&items[one], &items[other]));
+    let order = sorted_places(items.len(), &|one, other| compare(&items[one], &items[other]));
+    arrange(items, order);
+}
+
+/// Sorts the items by their keys, each of which is computed once. Items with equal keys stay in their order.
+pub fn sort_by_cached_key<T, K: Ord>(items: &mut [T], key: impl Fn(&T) -> K) {
+    let keys: Vec<K> = items.iter().map(key).collect();
+    arrange(items, sorted_places(keys.len(), &|one, other| keys[one].cmp(&keys[other])));
+}
+
+/// Moves each item to its place.
+fn arrange<T>(items: &mut [T], mut order: Vec<usize>) {
     for first in 0..items.len() {
         let mut place = first;
         // `order[place]` is the place of the item that belongs there. Follow these places until one needs the first item.
@@ -35,8 +46,11 @@ mod tests {
         fn it_sorts_as_the_standard_library_does(mut items: Vec<(u8, u16)>) {
             let mut expected = items.clone();
             expected.sort_by_key(|(key, _)| *key);
+            let mut by_key = items.clone();
             sort_by(&mut items, |(one, _), (other, _)| one.cmp(other));
-            prop_assert_eq!(items, expected);
+            sort_by_cached_key(&mut by_key, |(key, _)| *key);
+            prop_assert_eq!(&items, &expected);
+            prop_assert_eq!(by_key, expected);
         }
     }
 }

@@ -124,7 +124,7 @@ impl From<io::Error> for SendmailError {
     }
 }
 
-/// The error for a negative SMTP reply: 4yz is `Deferred`, 5yz is `Rejected`.
+/// The error for a negative SMTP reply: 4yz is `Temporary`, 5yz is `Unavailable`.
 impl From<Reply> for SendmailError {
     fn from(reply: Reply) -> SendmailError {
         let code = if reply.code() < 500 { Sysexit::Temporary } else { Sysexit::Unavailable };

@@ -6,7 +6,7 @@
 
 use std::io;
 use std::net::TcpListener;
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -24,7 +24,7 @@ use crate::session::storage_failure_reply;
 use crate::smtp::command::{Envelope, MailFrom, Notify};
 use crate::smtp::reply::Reply;
 use crate::smtp::server::{Incoming, MessageSink, Server, ServerRole, SessionHandler};
-use crate::threads;
+use crate::threads::{self, Guarded};
 
 /// The name of the listeners in the log.
 pub const LISTENER_NAME: &str = "submission";
@@ -55,7 +55,7 @@ impl SubmissionListeners {
     ) -> io::Result<SubmissionListeners> {
         let (config, ids) = (&mailboxes.config, mailboxes.ids.clone());
         let limiter = ConnectionLimiter::new(config.limits.of_connections(&config.timeouts));
-        let (outbox, cancel, abort) = (RwLock::new(outbox), cancel.clone(), CancelToken::new()?);
+        let (outbox, cancel, abort) = (Guarded::new(outbox), cancel.clone(), CancelToken::new()?);
         let service = Arc::new(SubmissionService { outbox, ids, cancel, abort });
         let mut threads = Vec::new();
         for listener in listeners {
@@ -75,7 +75,7 @@ impl SubmissionListeners {
     /// Sets the outbox of the sessions that begin from now on, and the limits of connections.
     pub fn set_outbox(&self, outbox: Option<Arc<Outbox>>, limits: ConnectionLimits) {
         self.limiter.set_limits(limits);
-        *self.service.outbox.write().unwrap_or_else(PoisonError::into_inner) = outbox;
+        *self.service.outbox.lock() = outbox;
     }
 
     /// Waits until the deadline for the sessions to end, which were cancelled; then aborts those that are left.
@@ -91,7 +91,7 @@ impl SubmissionListeners {
 
 /// Serves the connections of all listeners.
 struct SubmissionService {
-    outbox: RwLock<Option<Arc<Outbox>>>,
+    outbox: Guarded<Option<Arc<Outbox>>>,
     ids: Ids,
     cancel: CancelToken,
     abort: CancelToken,
@@ -102,7 +102,7 @@ impl SubmissionService {
         let peer = accepted.peer;
         let (begun, id, address) = (Instant::now(), self.ids.session_id(), literal(peer));
         log::info!("event=connected session={id} listener={LISTENER_NAME} peer={address}");
-        let outbox = self.outbox.read().unwrap_or_else(PoisonError::into_inner).clone();
+        let outbox = self.outbox.lock().clone();
         let connection = Connection::accepted(accepted.socket().clone(), Trace { id: id.clone(), us: 'S', them: 'C' });
         let reason = match (connection, outbox.filter(|outbox| outbox.config.admits(peer))) {
             (Err(error), _) => error.to_string(),

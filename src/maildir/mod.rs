@@ -31,6 +31,7 @@ use std::time::{Duration, SystemTime};
 
 use rustix::io::Errno;
 
+use crate::sorting::sort_by;
 pub use entry::{AttemptRecord, EndedSessions, Entry};
 pub use files::{
     FileId, create_file_durably, make_tree, prepare_directory, remove_file_durably, remove_if_there, replace_file,
@@ -38,8 +39,6 @@ pub use files::{
 };
 use files::{list, make_directories, make_directory, move_file, sync_directory, sync_names};
 use quota::QuotaCheck;
-
-use crate::sorting::sort_by;
 pub use quota::Usage;
 pub use state_file::{
     lock_for_daemon, lock_state_file, locked_state_file, make_state_directory, open_state_file, read_state_file,

@@ -37,7 +37,7 @@ use crate::ids::Ids;
 use crate::mail::address::{Domain, parse_literal};
 use crate::net::cancel::{self, CancelToken};
 use crate::net::connection;
-use crate::sorting::sort_by;
+use crate::sorting::sort_by_cached_key;
 use crate::threads::{self, Guarded};
 
 const CONFIGURATION: &str = "/etc/resolv.conf";
@@ -282,17 +282,13 @@ impl Resolver {
             let Record::Exchange(preference, name) = record else { continue };
             // RFC 7505 section 3: "." with other records is a mistake, neither a null MX nor a host.
             null &= name.is_root();
-            let host = Domain::of_dns(&name.to_string()).map(|host| MxHost { preference, host });
-            hosts.extend(host.map(|host| (self.ids.random_number(), host)));
+            hosts.extend(Domain::of_dns(&name.to_string()).map(|host| MxHost { preference, host }));
         }
         if null {
             return MxRoute::Null;
         }
         // RFC 5321 section 5.1: the lowest preference first, equal ones in random order.
-        sort_by(&mut hosts, |(random, host), (other_random, other)| {
-            (host.preference, random).cmp(&(other.preference, other_random))
-        });
-        let mut hosts: Vec<_> = hosts.into_iter().map(|(_, host)| host).collect();
+        sort_by_cached_key(&mut hosts, |host| (host.preference, self.ids.random_number()));
         let mut seen = HashSet::new();
         hosts.retain(|host| seen.insert(host.host.clone()));
         hosts.truncate(RESULT_LIMIT);

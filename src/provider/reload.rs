@@ -6,7 +6,7 @@
 
 use std::collections::HashSet;
 use std::path::Path;
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -57,7 +57,7 @@ pub fn configure(config: ProviderConfig, lasting: Lasting, earlier: Option<&Work
 pub struct Reloader(Arc<ReloaderState>);
 
 struct ReloaderState {
-    current: RwLock<Arc<Shared>>,
+    current: Guarded<Arc<Shared>>,
     /// The settings that only a restart changes.
     fixed: Fixed,
     /// Locked during a reload: the certificate may change while the configuration is read.
@@ -68,16 +68,16 @@ impl Reloader {
     /// `shared`: the state at the start.
     pub fn new(shared: Arc<Shared>) -> Reloader {
         let fixed = Fixed::of(&shared.config);
-        Reloader(Arc::new(ReloaderState { current: RwLock::new(shared), fixed, one_at_a_time: Guarded::default() }))
+        Reloader(Arc::new(ReloaderState { current: Guarded::new(shared), fixed, one_at_a_time: Guarded::default() }))
     }
 
     /// The state that a new connection, or a new transaction, begins with.
     pub fn current(&self) -> Arc<Shared> {
-        self.0.current.read().unwrap_or_else(PoisonError::into_inner).clone()
+        self.0.current.lock().clone()
     }
 
     fn replace(&self, shared: &Arc<Shared>) {
-        *self.0.current.write().unwrap_or_else(PoisonError::into_inner) = shared.clone();
+        *self.0.current.lock() = shared.clone();
     }
 
     /// Reads the configuration anew. Listeners and sessions continue, but turned sessions of a removed account end

@@ -16,7 +16,7 @@ use std::io;
 
 use crate::clock::Timestamp;
 use crate::maildir::{Entry, IN_DOUBT};
-use crate::sorting::sort_by;
+use crate::sorting::sort_by_cached_key;
 
 /// How many messages a pass keeps.
 pub(super) const PIECE: usize = if cfg!(test) { 1000 } else { 8192 };
@@ -285,7 +285,7 @@ impl Kept {
         if let QueueOrder::Held { .. } = order {
             let size = |entry: &Entry| entry.file_size().unwrap_or(ASSUMED_SIZE);
             let size = |found: &RankedEntry| if found.rank.phase == Phase::Last { 0 } else { size(&found.entry) };
-            sort_by(&mut messages, |one, other| (one.rank, size(one)).cmp(&(other.rank, size(other))));
+            sort_by_cached_key(&mut messages, |found| (found.rank, size(found)));
         }
         messages
     }
